@@ -1,0 +1,1 @@
+"""Conversion of an untied MoE checkpoint into a tied one, and back."""

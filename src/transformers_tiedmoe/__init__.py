@@ -1,0 +1,1 @@
+"""Expert tying for Mixture-of-Experts language models in Hugging Face transformers."""
