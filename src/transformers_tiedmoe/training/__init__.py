@@ -1,0 +1,1 @@
+"""Training of tied models: text to blocks, healing after a conversion, parameter groups."""

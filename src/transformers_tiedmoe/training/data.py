@@ -1,0 +1,181 @@
+"""Text in, fixed blocks of tokens out, and the perplexity of a causal language model on them.
+
+Blocks are packed: documents are tokenized, joined and cut every `block_size` tokens, so there is no padding and no
+attention mask. The last part of the text is held out, never a random sample: neighbouring blocks of one novel would
+otherwise leak into the validation set.
+"""
+
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from datasets.exceptions import DatasetNotFoundError
+
+BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".xz", ".gz", ".zst")
+
+
+def load_blocks(
+    data: str | Path,
+    tokenizer,
+    block_size: int = 256,
+    validation_fraction: float = 0.05,
+    text_column: str = "text",
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Read text, tokenize it and pack it into blocks of equal length.
+
+    Args:
+        data: a `.txt`, `.json`, `.jsonl` or `.parquet` file (`.xz`, `.gz` or `.zst` compressed or not), a folder of
+            such files of one kind, or a dataset of the hub, `id` or `id:config`, whose `train` split is read.
+        tokenizer: a transformers tokenizer. No special token is added, but its end-of-text token, where it has one,
+            closes every row of a `.json`, `.parquet` or hub dataset. A text file is one document.
+        block_size: tokens in a block.
+        validation_fraction: share of the blocks, taken from the end, that is held out (at least one block).
+        text_column: the column to read where `data` has columns.
+
+    Returns:
+        `(train, validation)`, each with int32 columns `input_ids` and `labels` of shape `[block_size]`; the labels are
+        the inputs, as transformers' models shift them themselves. The tokens are held in memory, 4 bytes each.
+
+    Raises:
+        FileNotFoundError: `data` is neither here nor on the hub.
+        ValueError: an unknown file type, no such text column, or too little text for one block in each part.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.05")
+    texts, is_lines = _load_texts(data, text_column)
+    tokens = _tokenize(texts, tokenizer, text_column, is_lines)
+    num_blocks = len(tokens) // block_size
+    if num_blocks < 2:
+        raise ValueError(
+            f"{data} has {len(tokens)} tokens, but block_size={block_size} needs at least {2 * block_size}: one block to "
+            "train on and one held out; give more text or a smaller block_size"
+        )
+    num_validation = min(max(1, round(num_blocks * validation_fraction)), num_blocks - 1)
+    blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[: num_blocks * block_size]), block_size).cast(
+        pa.list_(pa.int32())
+    )
+    packed = datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks}))
+    num_train = num_blocks - num_validation
+    return packed.select(range(num_train)), packed.select(range(num_train, num_blocks))
+
+
+def sequence_losses(model, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token cross-entropy of each sequence, without the auxiliary losses that a MoE adds to `outputs.loss`.
+
+    Args:
+        model: a causal language model, called without labels.
+        input_ids: int64 `[B, T]`.
+        labels: int64 `[B, T]`, -100 where a token is not to be predicted.
+
+    Returns:
+        The sum of the losses in nats, fp32 `[B]`, and the number of tokens predicted, int64 `[B]`.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    targets = labels[:, 1:]
+    # One sequence at a time: the fp32 copy of the logits of a whole batch is what runs out of memory.
+    sums = [F.cross_entropy(row.float(), target, reduction="sum") for row, target in zip(logits, targets, strict=True)]
+    return torch.stack(sums), (targets != -100).sum(-1)
+
+
+@torch.inference_mode()
+def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[str, float | int]:
+    """Token-weighted mean cross-entropy of `model` on `dataset`, and its exponential.
+
+    Args:
+        model: a causal language model; evaluated on its own device, its train or eval mode is restored.
+        dataset: rows of equal length with `input_ids` and `labels`, as `load_blocks` returns them.
+        batch_size: rows in one forward.
+
+    Returns:
+        `loss` in nats per token, `perplexity`, and `tokens`, the number of tokens predicted.
+    """
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for batch in dataset.with_format("torch").iter(batch_size):
+            input_ids, labels = (batch[key].to(model.device, torch.int64) for key in ("input_ids", "labels"))
+            sums, counts = sequence_losses(model, input_ids, labels)
+            total += sums.sum(dtype=torch.float64).item()
+            tokens += int(counts.sum())
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError("perplexity needs at least one token to predict, but the dataset holds none")
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+
+
+def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
+    """The rows of `data` with their text column, and whether the rows are lines of text files."""
+    path = Path(data)
+    if path.exists():
+        builder, files = _local_files(path)
+        options = {"keep_linebreaks": True} if builder == "text" else {}
+        texts = datasets.load_dataset(builder, data_files=files, split="train", **options)
+        text_column = "text" if builder == "text" else text_column
+    elif _builder(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
+        raise FileNotFoundError(f"no file or folder {data}; give text that exists, or the id of a dataset of the hub")
+    else:
+        builder = "hub"
+        name, _, config = str(data).partition(":")
+        try:
+            texts = datasets.load_dataset(name, config or None, split="train")
+        except (DatasetNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(
+                f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
+                "check the path, or the id and the connection"
+            ) from error
+    if text_column not in texts.column_names:
+        raise ValueError(
+            f"{data} has no column {text_column!r}, only {texts.column_names}; name the column of the text (text_column)"
+        )
+    return texts.select_columns(text_column), builder == "text"
+
+
+def _local_files(path: Path) -> tuple[str, list[str]]:
+    """The `datasets` builder that reads a file or folder, and the files to read in order of name."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and _builder(file))
+    builders = {_builder(file) for file in files} - {None}
+    if len(builders) != 1:
+        found = f"files of {len(builders)} kinds ({', '.join(sorted(builders))})" if builders else "no such file"
+        raise ValueError(
+            f"{path} holds {found}; expected {', '.join(BUILDERS)} ({', '.join(COMPRESSIONS)} compressed or not), "
+            "and in a folder only one of these kinds"
+        )
+    return builders.pop(), [str(file) for file in files]
+
+
+def _builder(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _tokenize(texts: datasets.Dataset, tokenizer, text_column: str, is_lines: bool) -> np.ndarray:
+    """All tokens of `texts`, int32 `[num_tokens]`; rows that are lines are joined before they are tokenized."""
+    end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch):
+        rows = [row for row in batch[text_column] if row]
+        rows = ["".join(rows)] if is_lines else rows
+        if not rows:
+            return {"tokens": []}
+        # verbose=False: a document longer than the model's context is no problem here, it is cut into blocks.
+        encoded = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"tokens": [ids + end for ids in encoded["input_ids"]]}
+
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
+    encoded = texts.map(
+        encode, batched=True, remove_columns=texts.column_names, features=features, desc="Tokenizing the text"
+    )
+    chunks = encoded.data.column("tokens").chunks
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks] or [np.empty(0, np.int32)])
