@@ -16,7 +16,7 @@ seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
 	$(BIN)/tiedmoe demo --output seeds --seeds 0,1,2
 
 test: $(INSTALLED)  ## every test that needs no GPU
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
 
 style: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .
