@@ -84,7 +84,7 @@ def sequence_losses(model, input_ids: torch.Tensor, labels: torch.Tensor) -> tup
     return torch.stack(sums), (targets != -100).sum(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model caches in its forward must stay usable in training
 def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[str, float | int]:
     """Token-weighted mean cross-entropy of `model` on `dataset`, and its exponential.
 
@@ -103,7 +103,7 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
         for batch in dataset.with_format("torch").iter(batch_size):
             input_ids, labels = (batch[key].to(model.device, torch.int64) for key in ("input_ids", "labels"))
             sums, counts = sequence_losses(model, input_ids, labels)
-            total += sums.sum(dtype=torch.float64).item()
+            total += sum(sums.tolist())
             tokens += int(counts.sum())
     finally:
         model.train(was_training)

@@ -1,0 +1,246 @@
+"""`TiedMoeConfig`: a family's own config, flat, plus which layers read which pool.
+
+`TiedMoeConfig(family="olmoe", ...)` returns an instance of a subclass of `OlmoeConfig` (made once per family), so the
+family's layers are built with it directly and a field that transformers adds tomorrow is there. Every check that
+involves more than one field is in `_resolve_pools`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from .pools import check_groups, tie_groups
+
+# What families call the number of experts of a layer, and the experts active per token; most alias them already.
+NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_router_topk")
+TYING_FIELDS = (
+    "family",
+    "group_size",
+    "skip_first",
+    "skip_last",
+    "groups",
+    "pool_num_experts",
+    "slot_maps",
+    "residual_rank",
+    "router_z_loss_coef",
+)
+
+
+class TiedMoeConfig(PreTrainedConfig):
+    """Configuration of a family's MoE model whose groups of layers read shared pools of experts.
+
+    Args:
+        family (`str`, *optional*, defaults to `"olmoe"`):
+            The transformers `model_type` whose code is used, e.g. `"mixtral"`, `"qwen3_moe"`, `"deepseek_v3"`.
+        group_size (`int`, *optional*, defaults to 2):
+            Consecutive MoE layers per pool, the paper's g (arXiv 2606.16825). 1 is the family's own model.
+        skip_first, skip_last (`int`, *optional*, defaults to 2):
+            MoE layers left untied at either end.
+        groups (`list[list[int]]`, *optional*):
+            Explicit layer indices per pool; overrides the three numbers above. Always holds the resolved lists
+            afterwards, in memory and in config.json.
+        pool_num_experts (`int` or `list[int]`, *optional*):
+            Experts per pool, one number or one per pool; the family's own number by default. Resolved to a list.
+        slot_maps (`bool` or `list[bool]`, *optional*, defaults to `False`):
+            One or one per pool. `False`: a layer's router has as many outputs as its pool has experts. `True`: the
+            router keeps the family's width E and the layer holds an int64 buffer `slot_map [E]` into the pool.
+        residual_rank (`int` or `list[int]`, *optional*, defaults to 0):
+            Rank of the low-rank residual that each layer adds to its pool's weights, one or one per pool; 0 is none.
+        router_z_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5) in the training loss.
+        family_fields:
+            Every field of the family's own config, at top level.
+
+    Raises:
+        ValueError: unknown family, a family without experts, or fields that contradict each other.
+
+    Example:
+        >>> config = TiedMoeConfig(family="olmoe", group_size=4, num_hidden_layers=12)
+        >>> config.groups
+        [[2, 3, 4, 5], [6, 7, 8, 9]]
+    """
+
+    model_type = "tiedmoe"
+
+    family: str = "olmoe"
+    group_size: int = 2
+    skip_first: int = 2
+    skip_last: int = 2
+    groups: list | None = None
+    pool_num_experts: int | list | None = None
+    slot_maps: bool | list = False
+    residual_rank: int | list = 0
+    router_z_loss_coef: float = 0.0
+
+    def __new__(cls, *args, family: str = "olmoe", **kwargs):
+        return super().__new__(family_config_class(family) if cls is TiedMoeConfig else cls)
+
+    def __post_init__(self, **kwargs):
+        self.family = canonical_family(self.family)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self._resolve_pools()
+
+    @classmethod
+    def from_family(cls, config: PreTrainedConfig, **tying_fields) -> "TiedMoeConfig":
+        """The tied configuration of a family's `config`, e.g. an `OlmoeConfig`; `tying_fields` as in the class."""
+        if isinstance(config, TiedMoeConfig):
+            raise ValueError("the config is already a tiedmoe one; expected a family's own config such as OlmoeConfig")
+        unknown = set(tying_fields) - set(TYING_FIELDS)
+        if unknown:
+            raise ValueError(f"unknown tying fields {sorted(unknown)}; expected some of {list(TYING_FIELDS)}")
+        fields = config.to_dict()
+        for name in ("model_type", "transformers_version", "architectures", "auto_map"):
+            fields.pop(name, None)
+        return cls(**{**fields, "family": config.model_type, **tying_fields})
+
+    def to_family(self) -> PreTrainedConfig:
+        """The family's own untied config, without the tying fields."""
+        fields = self.to_dict()
+        for name in ("model_type", "transformers_version", "architectures", "auto_map", *TYING_FIELDS):
+            fields.pop(name, None)
+        return CONFIG_MAPPING[self.family](**fields)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: checkpoints carry a stub that imports this package, never a copy of its source."""
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
+        from .remote import write_stub
+
+        write_stub(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def num_experts_field(self) -> str:
+        """The family's name for the number of experts of a layer, e.g. `n_routed_experts`."""
+        return _first_field(self, NUM_EXPERTS_FIELDS, "experts per layer")
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts active per token, K, under whatever name the family has for it."""
+        return getattr(self, _first_field(self, TOP_K_FIELDS, "active experts per token"))
+
+    def group_of(self, layer: int) -> int | None:
+        """The pool that `layer` reads, or None where it is untied."""
+        return next((p for p, group in enumerate(self.groups) if layer in group), None)
+
+    def _resolve_pools(self) -> None:
+        moe_layers = moe_layers_of(self)
+        if not moe_layers:
+            raise ValueError(
+                f"family {self.family!r} with these fields has no layer with experts; expected a Mixture-of-Experts "
+                "configuration (check first_k_dense_replace, mlp_only_layers and the like)"
+            )
+        if self.groups is None:
+            self.groups = tie_groups(moe_layers, self.group_size, self.skip_first, self.skip_last)
+        else:
+            check_groups(self.groups, moe_layers, self.num_hidden_layers)
+            self.groups = [list(group) for group in self.groups]
+
+        num_experts = getattr(self, self.num_experts_field)
+        pools = self.pool_num_experts if self.pool_num_experts is not None else num_experts
+        self.pool_num_experts = self._one_per_pool("pool_num_experts", pools, int, least=1)
+        self.slot_maps = self._one_per_pool("slot_maps", self.slot_maps, bool)
+        self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, least=0)
+
+        num_expert_groups = getattr(self, "n_group", None) or 1
+        for p, pool_size in enumerate(self.pool_num_experts):
+            if self.slot_maps[p]:
+                continue
+            if pool_size < self.experts_per_token:
+                raise ValueError(
+                    f"pool {p} has {pool_size} experts but {self.experts_per_token} are active per token; "
+                    "enlarge the pool or lower the number of active experts"
+                )
+            if pool_size % num_expert_groups:
+                raise ValueError(
+                    f"pool {p} has {pool_size} experts, which n_group={num_expert_groups} does not divide; "
+                    "choose a multiple of n_group"
+                )
+
+    def _one_per_pool(self, name: str, value: Any, kind: type, least: int | None = None) -> list:
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * len(self.groups)
+        if len(values) != len(self.groups):
+            raise ValueError(
+                f"{name} has {len(values)} entries for {len(self.groups)} pools; give one value, or one per pool"
+            )
+        for p, entry in enumerate(values):
+            if type(entry) is not kind or (least is not None and entry < least):
+                at_least = "" if least is None else f" of at least {least}"
+                raise ValueError(f"{name} of pool {p} is {entry!r}; expected {kind.__name__}{at_least}")
+        return values
+
+    def __reduce__(self):
+        return _restore_config, (self.family,), self.__dict__
+
+
+# What `trust_remote_code=True` imports from a checkpoint; the file is written beside config.json.
+AUTO_MAP = {
+    "AutoConfig": "tiedmoe_remote.TiedMoeConfig",
+    "AutoModel": "tiedmoe_remote.TiedMoeModel",
+    "AutoModelForCausalLM": "tiedmoe_remote.TiedMoeForCausalLM",
+    "AutoModelForSequenceClassification": "tiedmoe_remote.TiedMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "tiedmoe_remote.TiedMoeForTokenClassification",
+}
+
+
+@functools.cache
+def canonical_family(family: str) -> str:
+    """The `model_type` of the config that the family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text"."""
+    if isinstance(family, str) and family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+        if causal_lm._can_set_experts_implementation():
+            return causal_lm.config_class.model_type
+    raise ValueError(
+        f"unknown family {family!r}; expected the model_type of a transformers causal LM whose experts use "
+        "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
+    )
+
+
+def family_config_class(family: str) -> type[TiedMoeConfig]:
+    """The subclass of both `TiedMoeConfig` and the family's own config, registered with the Auto classes."""
+    return _family_config_class(canonical_family(family))
+
+
+@functools.cache
+def _family_config_class(family: str) -> type[TiedMoeConfig]:
+    from .modeling_tiedmoe import register_heads
+
+    parent = CONFIG_MAPPING[family]
+    # diff with the family: its defaults stay, where TiedMoeConfig inherits another one from PreTrainedConfig
+    changed = [f for f in dataclasses.fields(PreTrainedConfig) if getattr(parent, f.name) != f.default]
+    namespace = {
+        "__doc__": f"`{parent.__name__}` with pools; see `TiedMoeConfig`.",
+        "__module__": __name__,
+        "__annotations__": {"family": str, **{field.name: field.type for field in changed}},
+        "family": family,
+        "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
+        **{field.name: getattr(parent, field.name) for field in changed},
+    }
+    config_class = type(f"TiedMoe{parent.__name__}", (TiedMoeConfig, parent), namespace)
+    register_heads(config_class)
+    return config_class
+
+
+def moe_layers_of(config: TiedMoeConfig) -> list[int]:
+    """The indices of the layers that have experts, found by building the family's model without memory."""
+    from .modeling_tiedmoe import expert_layers, family_skeleton
+
+    return sorted(expert_layers(family_skeleton(config)))
+
+
+def _first_field(config: PreTrainedConfig, names: tuple[str, ...], what: str) -> str:
+    for name in names:
+        if getattr(config, name, None) is not None:
+            return name
+    raise ValueError(f"family {config.family!r} has no field for its {what}; expected one of {list(names)}")
+
+
+def _restore_config(family: str) -> TiedMoeConfig:
+    config_class = family_config_class(family)
+    return config_class.__new__(config_class)
