@@ -1,0 +1,44 @@
+"""Optimizer parameter groups in which a pool's learning rate may be divided by what its group size asks for.
+
+A pool's gradient is the sum over the layers that read it. "Tying the Loop" (arXiv 2606.16825) divides the learning rate
+of the pools by sqrt(group_size) when it trains a tied model from scratch.
+"""
+
+import math
+import re
+
+from torch import nn
+
+POOL_NAME = re.compile(r"(?:^|\.)expert_pools\.(\d+)\.")
+NO_DECAY = re.compile(r"(?:^|[._])(?:bias|norm|layernorm|rmsnorm|ln)\d*(?:$|[._])", re.IGNORECASE)
+LR_DIVISORS = {"none": lambda group_size: 1.0, "sqrt": math.sqrt}
+
+
+def pool_parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_divisor: str = "sqrt"
+) -> list[dict]:
+    """Groups of the trainable parameters for any torch optimizer: `AdamW(pool_parameter_groups(model, 1e-4))`.
+
+    Args:
+        model: a tied model (wrapped by peft or not), whose `config.groups` holds the layers of each pool, or any other
+            model, which then has no pools.
+        lr: learning rate of everything that is not a pool.
+        weight_decay: of everything but biases and norms, which get none.
+        lr_divisor: what a pool's learning rate is divided by: `"sqrt"`, the square root of the number of layers that
+            read it, or `"none"`.
+
+    Returns:
+        One dict of `params`, `lr` and `weight_decay` for each pair of values that occurs; a parameter is in exactly one.
+    """
+    if lr_divisor not in LR_DIVISORS:
+        raise ValueError(f"lr_divisor={lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        pool = POOL_NAME.search(name)
+        divisor = LR_DIVISORS[lr_divisor](len(model.config.groups[int(pool[1])])) if pool else 1.0
+        # A bias of a pool's experts is a matrix [E, 2I]: only the name says what it is.
+        decay = 0.0 if NO_DECAY.search(name) else weight_decay
+        groups.setdefault((lr / divisor, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
