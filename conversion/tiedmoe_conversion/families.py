@@ -1,0 +1,285 @@
+"""Maps checkpoint tensors to a family's parameters, both ways, with transformers' own conversion rules.
+
+transformers keeps, per family, the renamings and fusions between the keys on the Hub (one tensor per expert) and its
+modules (3-D, fused). A `Unit` is one application of such a rule; it runs on meta tensors for the plan and on real
+ones for the conversion, so what is planned is what is done.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from transformers_tiedmoe.configuration_tiedmoe import canonical_family
+
+from .errors import ConversionError, did_you_mean
+from .source import Source
+
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that one rule of transformers turns into others together.
+
+    Attributes:
+        name: the first target, under transformers' name; with the rule's pattern still in it when reversed.
+        parts: the rule's pattern and the input's key, in the order the rule wants.
+        converter: the rule, None where a tensor only changes its name.
+        model: what rules look configuration and shapes up in; never its values.
+        renamings: what is applied to the outputs' names afterwards.
+    """
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    converter: WeightConverter | None
+    model: PreTrainedModel
+    renamings: tuple[WeightRenaming, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The inputs' names."""
+        return tuple(key for _, key in self.parts)
+
+    def convert(self, read: Read) -> dict[str, torch.Tensor]:
+        """Apply the rule to `read(key)` of every input; returns the outputs by name."""
+        if self.converter is None:
+            return {self.name: read(self.keys[0])}
+        converter = deepcopy(self.converter)
+        for pattern, key in self.parts:
+            converter.add_tensor(self.name, key, pattern, partial(read, key))
+        converted = converter.convert(self.name, model=self.model, config=self.model.config)
+        outputs = {}
+        for name, tensor in converted.items():
+            for renaming in self.renamings:
+                name, _ = renaming.rename_source_key(name)
+            outputs[name] = tensor[0] if isinstance(tensor, list) else tensor
+        return outputs
+
+    def convert_meta(self, infos: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The outputs as meta tensors, from the inputs' `TensorInfo`s."""
+        dtypes = {infos[key].dtype for key in self.keys}
+        if len(dtypes) > 1:
+            raise ConversionError(
+                f"the tensors that make up {self.name!r} have dtypes {sorted(map(str, dtypes))}; expected one: "
+                "save the source in a single dtype"
+            )
+        try:
+            return self.convert(lambda key: infos[key].meta())
+        except (RuntimeError, ValueError) as error:
+            shapes = sorted({infos[key].shape for key in self.keys})
+            raise ConversionError(
+                f"the source's tensors {self.keys[0]!r} … ({len(self.keys)} of them, shapes {shapes}) do not make up "
+                f"{self.name!r}: {error}; expected equal shapes in every expert of a layer"
+            ) from error
+
+
+@dataclass(frozen=True)
+class FamilyTensors:
+    """A checkpoint's tensors under the names and in the shapes of a model's state dict; nothing is read yet.
+
+    Attributes:
+        units: the unit that makes each state-dict tensor.
+        meta: each state-dict tensor's shape and dtype, as a meta tensor.
+        dropped: checkpoint tensors that have no place in the state dict, and why that is right.
+        copies: state-dict names that are tied to another and in the checkpoint all the same, with that other.
+    """
+
+    source: Source
+    units: dict[str, Unit]
+    meta: dict[str, torch.Tensor]
+    dropped: dict[str, str]
+    copies: dict[str, str]
+    _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One state-dict tensor, read and fused; every tensor that is read is checked to be finite."""
+        if name not in self._last:  # a rule with several outputs runs once for outputs read one after another
+            self._last.clear()
+            self._last.update(self.units[name].convert(self._read_finite))
+        return self._last.pop(name)
+
+    def _read_finite(self, key: str) -> torch.Tensor:
+        tensor = self.source.read(key)
+        check_finite(tensor, key, self.source.name)
+        return tensor
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The source's config, of a causal LM with experts; no code of the checkpoint is run.
+
+    Raises:
+        ConversionError: unreadable, unknown to this transformers, without experts, already tied, or quantised.
+    """
+    fields = source.read_json("config.json")
+    family = fields.get("model_type")
+    if family == "tiedmoe":
+        raise ConversionError(
+            f"{source.name} is already a tiedmoe checkpoint; expected an untied one. "
+            "Untie it first: tiedmoe untie SOURCE OUTPUT"
+        )
+    if fields.get("quantization_config"):
+        method = (
+            fields["quantization_config"].get("quant_method")
+            if isinstance(fields["quantization_config"], dict)
+            else None
+        )
+        raise ConversionError(
+            f"{source.name} is quantised ({method}); expected plain weights (bf16, fp16 or fp32): "
+            "save a dequantised copy with transformers first"
+        )
+    try:
+        canonical_family(family)
+    except ValueError as error:
+        if family in CONFIG_MAPPING:
+            raise ConversionError(
+                f"{source.name} is a {family!r} checkpoint, a family without experts that transformers can tie; expected "
+                "a Mixture-of-Experts causal LM such as olmoe, mixtral, qwen3_moe or deepseek_v3"
+            ) from error
+        raise ConversionError(
+            f"{source.name} is of the unknown family {family!r}; {did_you_mean(family, CONFIG_MAPPING)}. "
+            f"transformers {transformers.__version__} is installed: a newer one may know it"
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except Exception as error:  # whatever a field of the wrong type makes transformers raise
+        raise ConversionError(f"{source.name}: transformers cannot read config.json: {error}") from error
+    return config.get_text_config(decoder=True)
+
+
+def family_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of `config`, tied or not, on the meta device: names and shapes, no memory."""
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict that `save_pretrained` writes: without the names that are tied to another (`lm_head.weight`)."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def map_tensors(source: Source, model: PreTrainedModel, rules: PreTrainedModel | None = None) -> FamilyTensors:
+    """Find what every tensor of `source` is in `model` (on meta), by the conversion rules of `rules` or of `model`.
+
+    Raises:
+        ConversionError: a tensor that the model does not know, one that it misses, or two for one place.
+    """
+    expected, tied = model.state_dict(), model.all_tied_weights_keys
+    units, unknown = _group(source.tensors, model, get_model_conversion_mapping(rules or model), expected)
+    dropped = _ignored(unknown, model)
+    left = sorted(unknown.keys() - dropped.keys())
+    if left:
+        raise ConversionError(
+            f"{source.name} holds {len(left)} tensors that {type(model).__name__} does not have, such as {left[:3]}; "
+            "expected only tensors that the family loads or is known to ignore: remove them, or use the "
+            "transformers version that the checkpoint was made for"
+        )
+    tensors = FamilyTensors(source, {}, {}, dropped, {})
+    for unit in units:
+        if unit.name in tied and unit.converter is None:
+            if any(other.name == tied[unit.name] for other in units):
+                tensors.copies[unit.name] = tied[unit.name]
+                dropped[unit.keys[0]] = f"the same tensor as {tied[unit.name]}, to which it is tied"
+            else:  # the tied pair is there once, under the other name
+                unit = replace(unit, name=tied[unit.name])
+        for name, tensor in unit.convert_meta(source.tensors).items():
+            tensors.units[name], tensors.meta[name] = unit, tensor
+    missing = sorted(saved_tensors(model).keys() - tensors.units.keys())
+    if missing:
+        raise ConversionError(
+            f"{source.name} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[:3]}; "
+            "expected every one of them, as none is made up here: download the checkpoint again"
+        )
+    return tensors
+
+
+def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
+    """The units that turn the state-dict tensors `names` of the family's `model` into the keys of its checkpoints."""
+    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)]
+    rules = [rule.reverse_transform() for rule in reversed(rules)]  # the order and selection of save_pretrained
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = tuple(rule for rule in rules if isinstance(rule, WeightRenaming))
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, [], converters)
+        if pattern is None:
+            target, _ = rename_source_key(name, list(renamings), [])
+        parts.setdefault(target, []).append((pattern or "", name))
+    return [
+        Unit(target, tuple(found), by_pattern.get(found[0][0]), model, renamings) for target, found in parts.items()
+    ]
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raise `ConversionError` where a floating-point `tensor` holds NaN or infinity; allocates nothing of its size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float32)  # torch has no arithmetic for fp8
+    least, greatest = torch.aminmax(tensor)  # NaN if any element is
+    if not (torch.isfinite(least) and torch.isfinite(greatest)):
+        kind = "NaN" if least.isnan() or greatest.isnan() else "infinity"
+        raise ConversionError(
+            f"{where}: tensor {name!r} holds {kind}; expected finite weights: download it again, or repair it"
+        )
+
+
+def _group(
+    keys: Iterable[str], model: PreTrainedModel, rules: list[Any], expected: Mapping[str, torch.Tensor]
+) -> tuple[list[Unit], dict[str, str]]:
+    """Checkpoint keys as units of `model`, in transformers' order, and the keys that it does not know, renamed."""
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    found: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
+    unknown: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected:  # as transformers: a key that is already the model's own is not renamed
+            direct, _ = rename_source_key(key, [], [], prefix, expected)
+            name, pattern = (direct, None) if direct in expected else (name, pattern)
+        if name not in expected:
+            unknown[key] = name
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        kept_converter, parts = found.setdefault(name, (converter, []))
+        if parts and (converter is None or converter is not kept_converter):
+            raise ConversionError(
+                f"the source has two tensors for {name!r}: {parts[0][1]!r} and {key!r}; expected one layout of it: "
+                "remove one"
+            )
+        parts.append((pattern or "", key))
+    return [Unit(name, tuple(parts), converter, model) for name, (converter, parts) in found.items()], unknown
+
+
+def _ignored(unknown: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
+    """Those of the `unknown` keys that the family's class ignores on loading, with the reason."""
+    info = _Unexpected(set(unknown.values()))
+    model._adjust_missing_and_unexpected_keys(info)
+    reason = f"{type(model).__name__} ignores it on loading"
+    return {key: reason for key, name in unknown.items() if name not in info.unexpected_keys}
+
+
+@dataclass
+class _Unexpected:
+    """What transformers' own filter of unexpected keys works on."""
+
+    unexpected_keys: set[str]
+    missing_keys: set[str] = field(default_factory=set)

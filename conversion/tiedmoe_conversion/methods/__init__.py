@@ -1,0 +1,6 @@
+"""The methods that make a pool from a group's experts. A new one is a new file here and a line below."""
+
+from . import average, select, union
+from .registry import METHODS, Group, LayerExperts, Method, Pool, register_method
+
+__all__ = ["METHODS", "Group", "LayerExperts", "Method", "Pool", "average", "register_method", "select", "union"]

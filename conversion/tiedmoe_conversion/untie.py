@@ -1,0 +1,166 @@
+"""`untie`: a tied checkpoint back into the family's own, under the names that the Hub knows (one tensor per expert).
+
+Every layer gets its own copy of its pool's rows, through its slot map, plus its residual where it has one, so the
+family, vLLM and whatever else reads the family's checkpoints loads it. Works rule by rule: one layer's projection is in
+memory at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+
+from .errors import ConversionError
+from .families import FamilyTensors, Unit, family_model, hub_units, map_tensors, saved_tensors
+from .recipe import parse_size
+from .source import Source, open_source
+from .verify import verify_output
+from .write import Planned, Progress, check_output, check_space, into_files, new_folder, write_weights
+
+
+@dataclass(frozen=True)
+class _Untied(Planned):
+    """A tensor of the output and the unit that makes it, from state-dict tensors of the family."""
+
+    unit: Unit
+
+
+def untie(
+    source: str | Path, output: str | Path, max_shard_size: str | int = "5GB", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Turn a tiedmoe checkpoint into the family's own; the output appears complete and verified or not at all.
+
+    Args:
+        source: a local folder or hub id of a tiedmoe checkpoint.
+        output: a new or empty folder.
+        max_shard_size: as in `ConversionRecipe`.
+        progress: called as `progress(done_bytes, total_bytes, what)`.
+
+    Returns:
+        A JSON-able report: family, parameters and bytes before and after, verification.
+
+    Raises:
+        ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), or
+            whatever is wrong with the source or the output as in a conversion.
+    """
+    folder = check_output(output)
+    shard_size = parse_size(max_shard_size)
+    opened = open_source(str(source))
+    config = _read_config(opened)
+    family_config = _family_config(config, opened)
+    tied, model = family_model(config), family_model(family_config)
+    tensors = map_tensors(opened, tied, rules=model)
+    reader = _LayerTensors(config, tensors, expert_layers(model), tied.base_model_prefix)
+    names = saved_tensors(model)
+    meta = {name: reader.meta(name) for name in names}
+    wrong = [name for name in names if meta[name].shape != names[name].shape]
+    assert not wrong, f"untied shapes differ from the family's: {wrong[:3]}"
+    planned = [
+        _Untied(target, tuple(tensor.shape), tensor.dtype, unit)
+        for unit in hub_units(model, names)
+        for target, tensor in unit.convert(meta.__getitem__).items()
+    ]
+    operations = into_files(planned, shard_size)
+    num_bytes = sum(operation.num_bytes for operation in operations)
+    check_space(folder, num_bytes)
+    with new_folder(folder) as partial_folder:
+        family_config.architectures = [type(model).__name__]
+        family_config.save_pretrained(partial_folder)
+        opened.copy_travelling_files(partial_folder)
+        write_weights(partial_folder, operations, _Maker(reader).make, progress)
+        if progress:
+            progress(num_bytes, num_bytes, "verifying")
+        verification = verify_output(partial_folder, operations)
+    return {
+        "source": str(source),
+        "output": str(output),
+        "family": config.family,
+        "parameters_before": tied.num_parameters(),
+        "parameters_after": model.num_parameters(),
+        "bytes_before": sum(info.num_bytes for info in opened.tensors.values()),
+        "bytes_after": num_bytes,
+        "tensors": len(operations),
+        "verification": verification,
+    }
+
+
+class _LayerTensors:
+    """The family's state dict, made of a tied checkpoint's tensors when asked; a layer's experts from its pool."""
+
+    def __init__(self, config: TiedMoeConfig, tensors: FamilyTensors, experts: Mapping[int, str], prefix: str):
+        self.config, self.tensors, self.prefix = config, tensors, prefix
+        self.layers = {f"{path}.": layer for layer, path in experts.items() if config.group_of(layer) is not None}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One state-dict tensor of the family."""
+        return self._make(name, self.tensors.read)
+
+    def meta(self, name: str) -> torch.Tensor:
+        """The same on the meta device: shape and dtype."""
+        return self._make(name, lambda key: self.tensors.meta[key])
+
+    def _make(self, name: str, read) -> torch.Tensor:
+        path, _, part = name.rpartition(".")
+        path = next((start for start in self.layers if name.startswith(start)), None)
+        if path is None:
+            return read(name)
+        part, p = name.removeprefix(path), self.config.group_of(self.layers[path])
+        rows = read(f"{self.prefix}.expert_pools.{p}.{part}")
+        if self.config.slot_maps[p]:
+            rows = rows[read(f"{path}slot_map")]
+        if self.config.residual_rank[p] and f"{path}{part}_residual_b" in self.tensors.meta:
+            b, a = read(f"{path}{part}_residual_b"), read(f"{path}{part}_residual_a")
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            rows = rows.to(wide).baddbmm_(b.to(wide), a.to(wide)).to(rows.dtype)
+        return rows
+
+
+class _Maker:
+    """Makes the outputs of one unit after the other; keeps those of one unit until they are written."""
+
+    def __init__(self, reader: _LayerTensors):
+        self.reader = reader
+        self._made: dict[str, torch.Tensor] = {}
+
+    def make(self, operation: _Untied) -> Iterator[torch.Tensor]:
+        """The operation's tensor."""
+        if operation.target not in self._made:
+            self._made = {}
+            self._made = operation.unit.convert(self.reader.read)
+        yield self._made.pop(operation.target)
+
+
+def _read_config(source: Source) -> TiedMoeConfig:
+    family = source.read_json("config.json").get("model_type")
+    if family != "tiedmoe":
+        raise ConversionError(
+            f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
+        )
+    try:
+        return AutoConfig.from_pretrained(source.folder)
+    except Exception as error:  # whatever a field of the wrong type makes transformers raise
+        raise ConversionError(f"{source.name}: cannot read config.json: {error}") from error
+
+
+def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
+    """The family's own config; its number of experts is the width that every layer's router has."""
+    family_config = config.to_family()
+    number = getattr(config, config.num_experts_field)
+    layers = expert_layers(family_model(family_config))
+    widths = {}
+    for layer in layers:
+        p = config.group_of(layer)
+        widths[layer] = number if p is None or config.slot_maps[p] else config.pool_num_experts[p]
+    if len(set(widths.values())) > 1:
+        raise ConversionError(
+            f"{source.name} has layers of several router widths {widths}, and a {config.family!r} config knows one number "
+            "of experts for all layers; such a model cannot be untied: keep using it as tiedmoe"
+        )
+    setattr(family_config, config.num_experts_field, next(iter(widths.values())))
+    return family_config
