@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".xz", ".gz", ".zst")
@@ -119,7 +119,13 @@ def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, b
     if path.exists():
         builder, files = _local_files(path)
         options = {"keep_linebreaks": True} if builder == "text" else {}
-        texts = datasets.load_dataset(builder, data_files=files, split="train", **options)
+        try:
+            texts = datasets.load_dataset(builder, data_files=files, split="train", **options)
+        except (DatasetGenerationError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{data} cannot be read as {builder} ({error.__cause__ or error}); expected UTF-8 text that is not empty, "
+                "JSON lines or Parquet, as its name says"
+            ) from error
         text_column = "text" if builder == "text" else text_column
     elif _builder(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
         raise FileNotFoundError(f"no file or folder {data}; give text that exists, or the id of a dataset of the hub")

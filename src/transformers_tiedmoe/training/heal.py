@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -115,14 +116,17 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
         ValueError: too little text, a teacher with another vocabulary, or an output folder that holds something else.
         ImportError: `lora` without peft.
     """
+    tell = progress or (lambda done, total, what: None)
     set_seed(config.seed)
     args = _training_arguments(config, quiet=progress is not None)
     output = HealOutput(config.output, asdict(config))
+    tell(output.checkpoint_step, config.max_steps, "reading the text")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     with args.main_process_first(desc="tokenizing the text"):
         train, validation = load_blocks(
             config.data, tokenizer, config.block_size, config.validation_fraction, config.text_column
         )
+    tell(output.checkpoint_step, config.max_steps, "loading the model")
     teacher = _load_teacher(config, tokenizer)
     model, origin = _load_model(config, output)
     trainable_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -131,6 +135,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
         args=args,
         train_dataset=train,
         eval_dataset=validation,
+        data_collator=default_data_collator,  # blocks need no padding, nor a tokenizer that can pad
         processing_class=tokenizer,
         callbacks=[ProgressReport(progress)] if progress else None,
         lr_divisor=config.lr_divisor,
@@ -141,6 +146,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     if progress:
         trainer.remove_callback(PrinterCallback)
 
+    tell(output.checkpoint_step, config.max_steps, "evaluating")
     before = output.state.get("before") or _evaluate(trainer)
     if trainer.is_world_process_zero():
         output.begin({"before": before, **origin})
@@ -150,6 +156,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
 
     history = [_history_entry(entry) for entry in trainer.state.log_history]
     healed = _final_model(trainer, origin, output)
+    tell(config.max_steps, config.max_steps, "evaluating")
     after = _evaluate(trainer)
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * args.world_size * config.block_size
     report = {
@@ -187,8 +194,6 @@ def _training_arguments(config: HealConfig, quiet: bool) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=bf16,
         save_steps=config.save_steps,
         save_total_limit=1,
@@ -196,6 +201,7 @@ def _training_arguments(config: HealConfig, quiet: bool) -> TrainingArguments:
         eval_steps=config.eval_steps or None,
         logging_steps=max(1, config.max_steps // 50),
         seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=quiet,
     )
@@ -229,6 +235,9 @@ def _load_model(config: HealConfig, output: HealOutput) -> tuple[PreTrainedModel
         "dtypes": {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()},
         "use_cache": getattr(model.config, "use_cache", None),
     }
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it, in Trainer's arguments too. Both default to the non-reentrant kind.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.lora:
         return add_lora(model, config.lora_rank), origin
     for module in model.modules():

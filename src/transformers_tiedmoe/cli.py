@@ -1,0 +1,187 @@
+"""The command `tiedmoe`: plan, convert, untie, heal, demo. Only glue: each command is a call of the Python API.
+
+Progress and errors go to stderr; stdout holds the result and, with `--json`, one JSON object and nothing else. Exit
+status: 0, 1 after a mistake of the user (one paragraph, no traceback), 2 after a flag that does not exist, 130 after
+Ctrl-C.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .flags import with_flags
+
+ProgressCall = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class UntieConfig:
+    """The arguments of `tiedmoe_conversion.untie`."""
+
+    source: str = field(metadata={"help": "Folder or hub id of a tied checkpoint."})
+    output: str = field(metadata={"help": "The folder to write; it must be new or empty."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file to write."})
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    build_app()()
+
+
+def build_app() -> typer.Typer:
+    """The typer application; the dataclasses behind its flags, the conversion's too, are imported only here."""
+    from tiedmoe_conversion import ConversionRecipe
+
+    from .demo import DemoConfig
+    from .training.heal import HealConfig
+
+    app = typer.Typer(
+        name="tiedmoe", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP
+    )
+    app.callback()(common_options)
+    two_folders = ("source", "output")
+    for command, config_class, arguments, example in (
+        (plan, ConversionRecipe, two_folders, "tiedmoe plan allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
+        (convert, ConversionRecipe, two_folders, "tiedmoe convert allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
+        (untie, UntieConfig, two_folders, "tiedmoe untie tied untied"),
+        (heal, HealConfig, ("model",), "tiedmoe heal tied --data text.txt --output healed --max-steps 500"),
+        (demo, DemoConfig, (), "tiedmoe demo --output demo"),
+    ):
+        has_recipe = config_class is ConversionRecipe
+        callback = with_flags(_Run(command, config_class), config_class, arguments, is_optional=has_recipe)
+        app.command(command.__name__, help=command.__doc__, epilog=f"Example: {example}")(callback)
+    return app
+
+
+_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, heal."
+
+
+def common_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options that stand before the command."""
+    if debug:
+        os.environ["TIEDMOE_DEBUG"] = "1"
+
+
+def plan(recipe, progress: ProgressCall) -> tuple[dict, Any]:
+    """Print what a conversion would do, without reading a tensor.
+
+    Parameters and bytes before and after, the groups, and the peak memory of the conversion.
+    """
+    from tiedmoe_conversion import make_plan
+
+    made = make_plan(recipe)
+    return made.summary(), made
+
+
+def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
+    """Tie the experts of a checkpoint: groups of consecutive layers read one pool.
+
+    SOURCE is a folder or a hub id, OUTPUT a new or empty folder, which is complete or not there.
+    """
+    from tiedmoe_conversion import execute, make_plan
+
+    made = make_plan(recipe)
+    Console(stderr=True).print(made)
+    return execute(made, progress=progress), f"The tied model is in {recipe.output}."
+
+
+def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
+    """Write a tied checkpoint back as its family's own, which needs no tiedmoe to be loaded."""
+    from tiedmoe_conversion import untie
+
+    report = untie(config.source, config.output, max_shard_size=config.max_shard_size, progress=progress)
+    return report, f"The untied model is in {config.output}."
+
+
+def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Train a tied model for a short while, and measure held-out perplexity before and after.
+
+    Start the same command again to continue a run that was killed. On several devices: accelerate launch -m
+    transformers_tiedmoe.cli heal, with the same arguments.
+    """
+    import datasets
+    import transformers
+
+    from .training.heal import heal
+
+    datasets.disable_progress_bars()  # one bar at a time: ours says what is being done
+    transformers.logging.disable_progress_bar()
+    report = heal(config, progress)
+    table = Table("held out", "loss", "perplexity")
+    for when in ("before", "after"):
+        table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
+    table.caption = f"{report['steps']} steps, {report['seconds']:.0f} s; the healed model is in {config.output}"
+    return report, table
+
+
+def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and what it cost."""
+    from .demo import run_demo
+
+    return run_demo(config), f"The report is {Path(config.output) / 'report.md'}."
+
+
+class _Run:
+    """A command with its config, its progress bar and what to print where."""
+
+    def __init__(self, command: Callable, config_class: type):
+        self.command = command
+        self.config_class = config_class
+
+    def __call__(self, given: dict, as_json: bool, recipe: Path | None) -> None:
+        # Under `accelerate launch` every process runs the command, and the first one speaks.
+        is_main = os.environ.get("RANK", "0") == "0"
+        # Whatever libraries print belongs to the progress, not to the result.
+        with _errors_as_paragraph(), contextlib.redirect_stdout(sys.stderr), _progress_bar(is_main) as progress:
+            config = self.config_class.from_yaml(recipe, **given) if recipe else self.config_class(**given)
+            result, text = self.command(config, progress)
+        if as_json and is_main:
+            print(json.dumps(result, indent=2))
+        elif is_main:
+            Console().print(text)
+
+
+@contextlib.contextmanager
+def _errors_as_paragraph() -> Iterator[None]:
+    """A user's mistake becomes one paragraph on stderr and exit status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TIEDMOE_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _progress_bar(is_main: bool) -> Iterator[ProgressCall]:
+    """A bar on stderr that appears with the first `progress(done, total, what)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not is_main) as bar:
+        tasks = []
+
+        def progress(done: int, total: int, what: str) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(what, total=total))
+            bar.update(tasks[0], completed=done, total=total, description=what)
+
+        yield progress
+
+
+if __name__ == "__main__":
+    main()
