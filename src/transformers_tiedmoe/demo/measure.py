@@ -1,0 +1,147 @@
+"""What the demo measures of a checkpoint: how large it is, how well it predicts, where its tokens go."""
+
+from pathlib import Path
+
+import datasets
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..modeling_tiedmoe import ExpertPool, TiedExperts, expert_layers
+from ..training.data import perplexity
+from .config import DemoConfig
+
+
+def measure(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, validation: datasets.Dataset, config: DemoConfig
+) -> dict:
+    """All figures of the checkpoint in `folder`, and a continuation of the prompt.
+
+    Returns:
+        `parameters`; `expert_parameters`; `checkpoint_bytes` (of its weight files); `loss` in nats per token and
+        `perplexity` on the blocks of `validation`; `peak_training_memory_bytes`; `text`; and `routing`, by layer the
+        share of the layer's tokens that each expert gets, a list of floats that sums to 1.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    with RoutingCounts(model) as routing:
+        held_out = perplexity(model, validation, config.batch_size)
+    batch = torch.tensor(validation[: config.batch_size]["input_ids"], device=model.device)
+    return {
+        "parameters": model.num_parameters(),
+        "expert_parameters": expert_parameters(model),
+        "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "perplexity": held_out["perplexity"],
+        "loss": held_out["loss"],
+        "text": continue_prompt(model, tokenizer, config),
+        "routing": routing.shares(),
+        "peak_training_memory_bytes": peak_training_memory(model, batch),  # last, as it trains the model
+    }
+
+
+def layer_experts(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """By layer index, in order, what a MoE layer calls for its experts: its own, or its view of a pool."""
+    experts = {layer: model.get_submodule(path) for layer, path in expert_layers(model).items()}
+    for module in model.modules():
+        if isinstance(module, TiedExperts):
+            experts[model.config.groups[module.pool_index][module.position]] = module
+    return dict(sorted(experts.items()))
+
+
+def expert_parameters(model: PreTrainedModel) -> int:
+    """The number of parameters in experts: untied layers', pools' and residuals; each pool once."""
+    owners = [
+        *layer_experts(model).values(),
+        *(module for module in model.modules() if isinstance(module, ExpertPool)),
+    ]
+    return sum(parameter.numel() for owner in owners for parameter in owner.parameters())
+
+
+class RoutingCounts:
+    """Counts, while it is entered, which experts the routers of a model choose.
+
+    It hooks the call of each layer's experts, `(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])`, the
+    same in every family. A tied layer's choices are counted by row of its pool, so that layers of a group compare.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.experts = layer_experts(model)
+        self.counts: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> "RoutingCounts":
+        self._hooks = [
+            module.register_forward_pre_hook(self._counter(layer), with_kwargs=True)
+            for layer, module in self.experts.items()
+        ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _counter(self, layer: int):
+        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            num_experts = module.num_slots if isinstance(module, TiedExperts) else module.num_experts
+            index = index[index < num_experts]  # the others are inactive slots
+            if isinstance(module, TiedExperts) and module.slot_map is not None:
+                index, num_experts = module.slot_map[index], module.pool_size
+            counted = torch.bincount(index, minlength=num_experts).cpu()
+            self.counts[layer] = self.counts.get(layer, 0) + counted
+
+        return count
+
+    def shares(self) -> dict[str, list[float]]:
+        """By layer index, as JSON has it, each expert's share of the choices counted so far."""
+        return {str(layer): (count / count.sum()).tolist() for layer, count in sorted(self.counts.items())}
+
+
+def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DemoConfig) -> str:
+    """The prompt and a sampled continuation; the same seed and settings for every model."""
+    set_seed(config.seed)
+    prompt = tokenizer(config.prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    tokens = model.generate(
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=config.new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def peak_training_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
+    """The most bytes that tensors take at a time in two AdamW steps of `model`, its weights included.
+
+    Counted from every allocation and release of torch's allocator: weights, gradients, AdamW's two moments (there from
+    the second step on), what the forward keeps for the backward, and temporaries. Not Python nor the libraries.
+
+    Args:
+        model: is changed by the steps.
+        input_ids: int64 `[B, T]`, a batch of the size that was trained with.
+    """
+    weights = sum(tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()])
+    if input_ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _train_two_steps(model, input_ids)
+        return weights + torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train_two_steps(model, input_ids)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return weights + peak
+
+
+def _train_two_steps(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    for _ in range(2):
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,226 @@
+"""`run_demo`: source, tied, healed and control, one after the other, then the figures of all four.
+
+Each stage leaves a folder that is complete or can be continued: a run that was killed goes on where it was, and one
+that is repeated trains nothing and measures again.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+
+from ..training.data import load_blocks
+from ..training.heal import HealConfig, heal
+from ..training.output import REPORT as HEAL_REPORT
+from .config import VALIDATION_FRACTION, DemoConfig
+from .measure import measure
+from .plot import save_plot
+from .report import markdown
+from .source import save_untrained
+
+Progress = Callable[[int, int, str], None]
+SETTINGS = "demo.json"
+MADE = (
+    "untrained",
+    "source",
+    "tied",
+    "healed",
+    "control",
+    "conversion.json",
+    "report.json",
+    "report.md",
+    "report.png",
+)
+
+
+def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the main job and write `report.json`, `report.md` and `report.png` into `config.output`.
+
+    Args:
+        config: what to run.
+        progress: called as `progress(done, total, what)`.
+
+    Returns:
+        What `report.json` holds: for each of `source`, `tied`, `healed` and `control` what `measure` returns; `conversion`,
+        the plan's summary; `training`, by model the report of its training; `seconds` by stage of this run, in which a
+        stage that an earlier run had finished takes none; `settings`, `versions` and `machine`.
+
+    Raises:
+        ValueError: the output folder holds something else, or what a stage refuses, such as a source without experts.
+    """
+    datasets.disable_progress_bars()  # `progress` says what is being done
+    transformers.logging.disable_progress_bar()
+    _prepare_output(config)
+    run = _Run(config, progress or (lambda done, total, what: None))
+    source = run.stage("source", run.source)
+    conversion = run.stage("tied", run.tie, source)
+    teacher = str(source) if config.distill else None
+    training = {
+        "healed": run.stage("healed", run.heal, config.path("tied"), teacher),
+        "control": run.stage("control", run.heal, source, None),
+    }
+    folders = {"source": source, **{name: config.path(name) for name in ("tied", "healed", "control")}}
+    figures = run.stage("figures", run.measure, folders)
+    if config.source is None:
+        training["source"] = json.loads((source / HEAL_REPORT).read_text())
+    report = {
+        **figures,
+        "conversion": conversion,
+        "training": {
+            name: {key: each[key] for key in ("steps", "tokens", "seconds", "before", "after")}
+            for name, each in training.items()
+        },
+        "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 1)},
+        "settings": config.settings(),
+        "versions": {name: version(name) for name in ("transformers-tiedmoe", "transformers", "torch", "tokenizers")},
+        "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+    }
+    _write_text(config.path("report.md"), markdown(report))
+    save_plot(report, config.path("report.png"))
+    _write_text(config.path("report.json"), json.dumps(report, indent=2) + "\n")
+    return report
+
+
+class _Run:
+    """The stages of one run. `seconds` says how long each took; each says how far it is."""
+
+    def __init__(self, config: DemoConfig, progress: Progress):
+        self.config = config
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.current = ""
+
+    def stage(self, name: str, run: Callable, *args):
+        """`run(*args)`, timed and named."""
+        self.current, start = name, time.perf_counter()
+        result = run(*args)
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        return result
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Report progress within the current stage."""
+        self.progress(done, total, f"{self.current}: {what}")
+
+    def source(self) -> Path:
+        """The folder of the source: the one that was named, or one trained from random weights."""
+        config = self.config
+        if config.source is not None:
+            folder = Path(config.source).expanduser()
+            return folder if folder.is_dir() else Path(snapshot_download(config.source))
+        untrained, trained = config.path("untrained"), config.path("source")
+        if not (trained / HEAL_REPORT).is_file() and not (untrained / "config.json").is_file():
+            self.tell(0, config.source_steps, "training the tokenizer")
+            save_untrained(config, untrained)
+        self._train(
+            model=str(untrained),
+            max_steps=config.source_steps,
+            learning_rate=config.source_learning_rate,
+            weight_decay=0.1,
+            train_norms=True,
+        )
+        shutil.rmtree(untrained, ignore_errors=True)
+        return trained
+
+    def tie(self, source: Path) -> dict:
+        """Convert the source; returns the plan's summary."""
+        from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+
+        config, record = self.config, self.config.path("conversion.json")
+        if record.is_file() and self.config.path("tied", "config.json").is_file():
+            return json.loads(record.read_text())
+        recipe = ConversionRecipe(
+            source=str(source),
+            output=str(config.path("tied")),
+            group_size=config.group_size,
+            skip_first=config.skip_first,
+            skip_last=config.skip_last,
+            method=config.method,
+            method_options=config.method_options,
+        )
+        shutil.rmtree(recipe.output, ignore_errors=True)
+        report = execute(make_plan(recipe), progress=self.tell)
+        _write_text(record, json.dumps(report, indent=2) + "\n")
+        return report
+
+    def heal(self, model: Path, teacher: str | None) -> dict:
+        """The same extra steps for the tied model and for the control."""
+        config = self.config
+        return self._train(
+            model=str(model), max_steps=config.heal_steps, learning_rate=config.heal_learning_rate, teacher=teacher
+        )
+
+    def _train(self, **options) -> dict:
+        """Train into the folder that is called as the stage is, unless it holds the finished model."""
+        config, folder = self.config, self.config.path(self.current)
+        if (folder / HEAL_REPORT).is_file():
+            return json.loads((folder / HEAL_REPORT).read_text())
+        return heal(
+            HealConfig(
+                data=config.text,
+                output=str(folder),
+                batch_size=config.batch_size,
+                block_size=config.block_size,
+                validation_fraction=VALIDATION_FRACTION,
+                seed=config.seed,
+                **options,
+            ),
+            self.tell,
+        )
+
+    def measure(self, folders: dict[str, Path]) -> dict[str, dict]:
+        """The figures of every model, read back from its folder."""
+        config = self.config
+        tokenizer = AutoTokenizer.from_pretrained(folders["source"])
+        _, validation = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
+        figures = {}
+        for i, (name, folder) in enumerate(folders.items()):
+            self.tell(i, len(folders), f"measuring {name}")
+            figures[name] = measure(folder, tokenizer, validation, config)
+        return figures
+
+
+def _prepare_output(config: DemoConfig) -> None:
+    """Make the output folder, or see that it holds an earlier run of the same demo.
+
+    Raises:
+        ValueError: it holds something else, or a demo with other settings.
+    """
+    folder, record = Path(config.output), config.path(SETTINGS)
+    settings = json.loads(json.dumps(config.settings()))
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not record.is_file())):
+        raise ValueError(f"output {folder} holds something that is not a demo; give a new or an empty folder")
+    if record.is_file() and config.overwrite:
+        for path in map(config.path, MADE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif record.is_file():
+        earlier = json.loads(record.read_text())
+        different = [
+            f"{name} was {earlier.get(name)!r} and is {value!r}"
+            for name, value in settings.items()
+            if earlier.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"output {folder} holds a demo with other settings ({'; '.join(different)}); give another folder, or "
+                "--overwrite to begin anew"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(record, json.dumps(settings, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
