@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
+import transformers
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -46,7 +48,12 @@ def build_app() -> typer.Typer:
     from .training.heal import HealConfig
 
     app = typer.Typer(
-        name="tiedmoe", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP
+        name="tiedmoe",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help=_HELP,
     )
     app.callback()(common_options)
     two_folders = ("source", "output")
@@ -108,29 +115,25 @@ def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
 def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     """Train a tied model for a short while, and measure held-out perplexity before and after.
 
-    Start the same command again to continue a run that was killed. On several devices: accelerate launch -m
-    transformers_tiedmoe.cli heal, with the same arguments.
+    Start the same command again to continue a run that was killed. For several devices put `accelerate launch -m
+    transformers_tiedmoe.cli` in the place of `tiedmoe`.
     """
-    import datasets
-    import transformers
-
     from .training.heal import heal
 
-    datasets.disable_progress_bars()  # one bar at a time: ours says what is being done
-    transformers.logging.disable_progress_bar()
     report = heal(config, progress)
     table = Table("held out", "loss", "perplexity")
     for when in ("before", "after"):
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
-    table.caption = f"{report['steps']} steps, {report['seconds']:.0f} s; the healed model is in {config.output}"
-    return report, table
+    done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output}."
+    return report, Group(table, done)
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
     """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and what it cost."""
-    from .demo import run_demo
+    from .demo import comparison_table, run_demo
 
-    return run_demo(config), f"The report is {Path(config.output) / 'report.md'}."
+    report = run_demo(config, progress)
+    return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
 
 
 class _Run:
@@ -143,14 +146,22 @@ class _Run:
     def __call__(self, given: dict, as_json: bool, recipe: Path | None) -> None:
         # Under `accelerate launch` every process runs the command, and the first one speaks.
         is_main = os.environ.get("RANK", "0") == "0"
+        datasets.disable_progress_bars()  # one bar at a time: ours says what is being done
+        transformers.logging.disable_progress_bar()
         # Whatever libraries print belongs to the progress, not to the result.
         with _errors_as_paragraph(), contextlib.redirect_stdout(sys.stderr), _progress_bar(is_main) as progress:
-            config = self.config_class.from_yaml(recipe, **given) if recipe else self.config_class(**given)
+            config = self._config(given, recipe)
             result, text = self.command(config, progress)
         if as_json and is_main:
             print(json.dumps(result, indent=2))
         elif is_main:
             Console().print(text)
+
+    def _config(self, given: dict, recipe: Path | None) -> Any:
+        if recipe is not None:
+            return self.config_class.from_yaml(recipe, **given)
+        # A recipe says which of its fields are missing; elsewhere typer requires them.
+        return getattr(self.config_class, "from_dict", lambda fields: self.config_class(**fields))(given)
 
 
 @contextlib.contextmanager
@@ -172,15 +183,19 @@ def _errors_as_paragraph() -> Iterator[None]:
 def _progress_bar(is_main: bool) -> Iterator[ProgressCall]:
     """A bar on stderr that appears with the first `progress(done, total, what)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not is_main) as bar:
-        tasks = []
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not is_main)
 
-        def progress(done: int, total: int, what: str) -> None:
-            if not tasks:
-                tasks.append(bar.add_task(what, total=total))
-            bar.update(tasks[0], completed=done, total=total, description=what)
+    def progress(done: int, total: int, what: str) -> None:
+        if not bar.tasks:
+            bar.add_task(what)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, total=total, description=what)
 
+    try:
         yield progress
+    finally:
+        if bar.tasks:
+            bar.stop()
 
 
 if __name__ == "__main__":

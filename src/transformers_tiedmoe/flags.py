@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,59 +19,51 @@ def with_flags(run: Callable, config_class: type, arguments: tuple[str, ...], is
 
     Args:
         run: gets the fields that the user named as a dict, whether `--json` was there, and the `--recipe` file or None.
-        config_class: the dataclass. A flag that is not given is not in `given`: its default stays in one place.
+        config_class: the dataclass; a field without a default becomes a required flag.
         arguments: fields that are given by position.
         is_optional: `--recipe FILE` exists and may give any field, so that none is required on the command line.
     """
 
-    def callback(as_json: bool, recipe: Path | None = None, **flags: Any) -> None:
-        run({name: value for name, value in flags.items() if value is not None}, as_json, recipe)
+    def callback(context: typer.Context, as_json: bool, recipe: Path | None = None, **flags: Any) -> None:
+        given = {name: value for name, value in flags.items() if context.get_parameter_source(name).name != "DEFAULT"}
+        run(given, as_json, recipe)
 
     hints = typing.get_type_hints(config_class)
-    parameters = [
-        _parameter(field, hints[field.name], field.name in arguments, is_optional)
-        for field in dataclasses.fields(config_class)
-    ]
-    # Click takes arguments in the order of the signature, Python wants keyword-only parameters in none.
+    parameters = [_keyword("context", typer.Context)]
+    for field in dataclasses.fields(config_class):
+        parameters.append(_flag(field, hints[field.name], field.name in arguments, is_optional))
     if is_optional:
-        help = "YAML file with these fields; arguments and flags override it."
-        option = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help=help)]
-        parameters.append(_keyword("recipe", option, None))
-    help = "Print one JSON object on stdout, and nothing else there."
-    parameters.append(_keyword("as_json", Annotated[bool, typer.Option("--json", help=help)], False))
+        option = typer.Option("--recipe", metavar="FILE", help="YAML file with these fields; what is given here wins.")
+        parameters.append(_keyword("recipe", Annotated[Path | None, option], None))
+    option = typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+    parameters.append(_keyword("as_json", Annotated[bool, option], False))
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return callback
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def _parameter(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: bool) -> inspect.Parameter:
-    """One flag: `None` where it was not given, its real default only in the help text."""
-    is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: bool) -> inspect.Parameter:
+    """One argument or flag: simple types as typer has them, lists and mappings as YAML."""
     options: dict[str, Any] = {"help": field.metadata.get("help")}
-    if not is_required and field.default not in (None, dataclasses.MISSING):
-        options["show_default"] = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-    else:
-        options["show_default"] = False
+    default = None if field.default is dataclasses.MISSING else field.default
     hint = _without_none(hint)
     if hint not in SIMPLE_TYPES:
-        is_list = typing.get_origin(hint) in (list, tuple, *_SEQUENCES)
+        is_list = issubclass(typing.get_origin(hint), Sequence)
         options |= {"parser": _parse_list if is_list else _parse_yaml, "metavar": "LIST" if is_list else "YAML"}
-        hint = str  # the parser's business
+        hint, default = str, None  # typer would parse the default, too
+    flag = "--" + field.name.replace("_", "-")
     if is_argument:
         info = typer.Argument(**options, metavar=field.name.upper())
     else:
-        flag = "--" + field.name.replace("_", "-")
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if hint is bool else flag, **options)
-    if is_required and not is_optional:
-        return _keyword(field.name, Annotated[hint, info], inspect.Parameter.empty)
-    return _keyword(field.name, Annotated[hint | None, info], None)
-
-
-_SEQUENCES = (typing.get_origin(typing.Sequence[int]),)
+    has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    if has_default or is_optional:
+        return _keyword(field.name, Annotated[hint | None, info], default)
+    return _keyword(field.name, Annotated[hint, info])
 
 
 def _without_none(hint: Any) -> Any:

@@ -41,37 +41,38 @@ def _option(default, help: str) -> Any:
 class HealConfig:
     """What to heal, on what, and how. Every check that needs no file is made here."""
 
-    model: str = field(metadata={"help": "folder or hub id of the model to heal"})
+    model: str = field(metadata={"help": "Folder or hub id of the model to heal."})
     data: str = field(
         metadata={
-            "help": "text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder or a hub dataset"
+            "help": "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a "
+            "dataset of the Hub (id or id:config)."
         }
     )
-    output: str = field(metadata={"help": "folder to write; one that holds an unfinished healing is continued"})
-    teacher: str | None = _option(None, "folder or hub id of the source, to learn from its predictions as well")
+    output: str = field(metadata={"help": "Folder to write; one that holds an unfinished healing is continued."})
+    teacher: str | None = _option(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _option(
-        0.5, "share of the distillation loss where there is a teacher; the text has the rest"
+        0.5, "Share of the distillation loss where there is a teacher; the text has the rest."
     )
-    temperature: float = _option(1.0, "softens both distributions in the distillation loss")
-    max_steps: int = _option(200, "optimizer steps")
-    learning_rate: float = _option(1e-4, "peak learning rate of AdamW, reached by warmup, left by a cosine")
-    lr_divisor: str = _option("sqrt", "divides a pool's learning rate: sqrt (of its number of layers) or none")
-    weight_decay: float = _option(0.0, "of everything but biases and norms")
-    warmup_fraction: float = _option(0.05, "share of the steps in which the learning rate grows")
-    batch_size: int = _option(8, "sequences in one forward on one device")
-    gradient_accumulation_steps: int = _option(1, "forwards in one optimizer step")
-    block_size: int = _option(512, "tokens in a sequence")
-    text_column: str = _option("text", "column of the text, where the data has columns")
-    validation_fraction: float = _option(0.05, "share of the text, from its end, that is held out")
-    train_norms: bool = _option(False, "train the norms too; they are frozen otherwise, as training them did harm")
-    lora: bool = _option(False, "train low-rank adapters on attention and pools; the merged model is saved")
-    lora_rank: int = _option(16, "rank of the adapters")
-    gradient_checkpointing: bool = _option(False, "less memory, about a third more time")
-    bf16: bool | None = _option(None, "compute in bfloat16, weights in float32; by default where the device can")
-    save_steps: int = _option(100, "steps between two checkpoints, from which a killed run goes on")
-    eval_steps: int = _option(0, "steps between two evaluations; 0: only before and after")
-    seed: int = _option(42, "of the order of the data and of new adapters")
-    overwrite: bool = _option(False, "replace a healing that output already holds")
+    temperature: float = _option(1.0, "Softens both distributions in the distillation loss.")
+    max_steps: int = _option(200, "Optimizer steps.")
+    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW, reached by warmup, left by a cosine.")
+    lr_divisor: str = _option("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
+    weight_decay: float = _option(0.0, "Of everything but biases and norms.")
+    warmup_fraction: float = _option(0.05, "Share of the steps in which the learning rate grows.")
+    batch_size: int = _option(8, "Sequences in one forward on one device.")
+    gradient_accumulation_steps: int = _option(1, "Forwards in one optimizer step.")
+    block_size: int = _option(512, "Tokens in a sequence.")
+    text_column: str = _option("text", "Column of the text, where the data has columns.")
+    validation_fraction: float = _option(0.05, "Share of the text, from its end, that is held out.")
+    train_norms: bool = _option(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
+    lora: bool = _option(False, "Train low-rank adapters on attention and pools; the merged model is saved.")
+    lora_rank: int = _option(16, "Rank of the adapters.")
+    gradient_checkpointing: bool = _option(False, "Less memory, about a third more time.")
+    bf16: bool | None = _option(None, "Compute in bfloat16, weights in float32; by default where the GPU can.")
+    save_steps: int = _option(100, "Steps between two checkpoints, from which a killed run goes on.")
+    eval_steps: int = _option(0, "Steps between two evaluations; 0: only before and after.")
+    seed: int = _option(42, "Of the order of the data and of new adapters.")
+    overwrite: bool = _option(False, "Replace a healing that output already holds.")
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps"):

@@ -1,0 +1,287 @@
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from checkpoints import make_text, save_source, save_tied
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from tiedmoe_conversion import ConversionRecipe
+from transformers_tiedmoe import cli
+from transformers_tiedmoe.demo import DemoConfig
+from transformers_tiedmoe.flags import with_flags
+from transformers_tiedmoe.training.heal import HealConfig
+
+COMMANDS = {
+    "plan": ConversionRecipe,
+    "convert": ConversionRecipe,
+    "untie": cli.UntieConfig,
+    "heal": HealConfig,
+    "demo": DemoConfig,
+}
+
+
+@pytest.fixture(scope="module")
+def app():
+    return cli.build_app()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return save_tied(tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(make_text())
+    return str(path)
+
+
+@pytest.fixture
+def tiedmoe(app):
+    """Run a command in this process; returns the result, whose stdout and stderr are apart."""
+
+    def invoke(*arguments, status=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+        return result
+
+    return invoke
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_every_field_of_the_dataclass_and_an_example(command, tiedmoe):
+    out = " ".join(tiedmoe(command, "--help").stdout.split())
+    assert f"Example: tiedmoe {command}" in out
+    for each in dataclasses.fields(COMMANDS[command]):
+        assert f"--{each.name.replace('_', '-')}" in out or each.name.upper() in out, each.name
+        assert each.metadata["help"].split()[0] in out
+    assert "--json" in out
+
+
+def test_help_lists_the_commands_that_there_are(tiedmoe):
+    lines = tiedmoe("--help").stdout.split("Commands:")[1].splitlines()
+    assert [line.split()[0] for line in lines if line.strip()] == list(COMMANDS)
+
+
+def test_plan_prints_and_writes_nothing(source, tmp_path, tiedmoe):
+    output = tmp_path / "tied"
+    result = tiedmoe("plan", source, output, "--skip-first", 1, "--skip-last", 1)
+    assert "layers that keep their own experts: 0, 3" in result.stdout
+    assert not output.exists()
+
+
+def test_convert_and_untie_give_what_auto_classes_load(source, tmp_path, tiedmoe):
+    tied, untied = tmp_path / "tied", tmp_path / "untied"
+    result = tiedmoe("convert", source, tied, "--groups", "[[1, 2]]", "--method", "union", "--json")
+    report = json.loads(result.stdout)
+    assert report["groups"] == [[1, 2]]
+    assert report["method"] == "union"
+    json.loads(tiedmoe("untie", tied, untied, "--json").stdout)
+    ids = torch.arange(8).view(1, -1)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (source, tied, untied)]
+    assert [model.config.model_type for model in models] == ["olmoe", "tiedmoe", "olmoe"]
+    with torch.no_grad():
+        expected, *found = [model(ids).logits for model in models]
+    assert all(torch.equal(logits, expected) for logits in found)
+
+
+def test_recipe_file_gives_the_fields_and_flags_override_it(source, tmp_path, tiedmoe):
+    recipe = tmp_path / "recipe.yaml"
+    ConversionRecipe(source=source, output="elsewhere", skip_first=1, skip_last=0, method="select").to_yaml(recipe)
+    summary = json.loads(tiedmoe("plan", "--recipe", recipe, "--json").stdout)
+    assert summary["groups"] == [[1, 2], [3]]
+    assert (summary["method"], summary["output"]) == ("select", "elsewhere")
+    # 2 is the default of --skip-last and 1 is not: what counts is that they were given
+    summary = json.loads(tiedmoe("plan", source, "here", "--recipe", recipe, "--skip-last", "2", "--json").stdout)
+    assert summary["groups"] == [[1]]
+    assert (summary["method"], summary["output"]) == ("select", "here")
+
+
+def test_method_options_are_yaml(source, tmp_path, tiedmoe):
+    arguments = ["plan", source, "out", "--skip-first", 1, "--skip-last", 1, "--method", "select", "--method-options"]
+    assert json.loads(tiedmoe(*arguments, "layer: last", "--json").stdout)["method_options"] == {"layer": "last"}
+    assert json.loads(tiedmoe(*arguments, '{"layer": 1}', "--json").stdout)["method_options"] == {"layer": 1}
+    assert "is no YAML" in tiedmoe(*arguments, "{layer", status=2).stderr
+
+
+def test_heal_prints_json_and_nothing_else_on_stdout(tied, text, tmp_path, tiedmoe):
+    output = tmp_path / "healed"
+    arguments = [
+        "heal",
+        tied,
+        "--data",
+        text,
+        "--output",
+        output,
+        "--max-steps",
+        3,
+        "--block-size",
+        16,
+        "--eval-steps",
+        2,
+    ]
+    result = tiedmoe(*arguments, "--json")
+    report = json.loads(result.stdout)
+    assert report["steps"] == 3
+    assert report == json.loads((output / "heal.json").read_text())
+    assert report["config"]["lora"] is False
+    assert "evaluating" in result.stderr
+    assert "error: output" in tiedmoe(*arguments, status=1).stderr
+    table = tiedmoe(*arguments, "--overwrite", "--lora").stdout
+    assert "before" in table
+    assert f"{report['before']['perplexity']:.2f}" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert"], "error: the recipe has no source and no output"),
+        (["convert", "no-such-folder/x/y", "out"], "error: "),
+        (["plan", "{source}", "out", "--group-size", "0"], "error: group_size=0"),
+        (["plan", "--recipe", "nothing.yaml"], "error: cannot read the recipe nothing.yaml"),
+        (["untie", "{source}", "out"], "error: "),
+        (["heal", "{source}", "--data", "nothing.txt", "--output", "out"], "error: no file or folder nothing.txt"),
+        (["heal", "{source}", "--data", "x", "--output", "out", "--max-steps", "0"], "error: max_steps=0"),
+        (["heal", "no/such/model", "--data", "x", "--output", "out"], "error: "),
+        (["demo", "--output", "{source}"], "error: output"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_status_1(arguments, message, source, tmp_path, monkeypatch, tiedmoe):
+    monkeypatch.chdir(tmp_path)
+    result = tiedmoe(*[argument.replace("{source}", source) for argument in arguments], status=1)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(message)
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(source, app, monkeypatch):
+    monkeypatch.setenv("TIEDMOE_DEBUG", "")  # restored after the test
+    result = CliRunner().invoke(app, ["--debug", "plan", source, "out", "--group-size", "0"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_a_flag_that_does_not_exist_is_status_2(tiedmoe):
+    assert "No such option" in tiedmoe("heal", "m", "--dato", "x", status=2).stderr
+
+
+def test_a_missing_optional_package_is_no_traceback(tied, text, tmp_path, tiedmoe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = tiedmoe(
+        "heal", tied, "--data", text, "--output", tmp_path / "o", "--block-size", "16", "--lora", status=1
+    )
+    assert "error: LoRA needs peft, which is not installed; pip install 'transformers-tiedmoe[peft]'" in result.stderr
+
+
+def run_flags(config_class, *arguments, **options):
+    """What `with_flags` hands over for these arguments."""
+    calls = []
+    app = typer.Typer()
+    app.command()(with_flags(lambda *call: calls.append(call), config_class, **options))
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return calls[0]
+
+
+@dataclass
+class Example:
+    name: str
+    count: int = 3
+    share: float | None = None
+    use: bool = True
+    maybe: bool | None = None
+    layers: Sequence[int] | None = None
+    lists: list[list[int]] = field(default_factory=list)
+    table: Mapping[str, Any] = field(default_factory=dict)
+
+
+def test_with_flags_hands_over_what_was_given_with_its_type():
+    assert run_flags(Example, "x", arguments=("name",)) == ({"name": "x"}, False, None)
+    given, as_json, _ = run_flags(
+        Example,
+        *["--name", "y", "--count", "3", "--share", "1e-3", "--no-use", "--no-maybe", "--layers", "0,2"],
+        *["--lists", "[[0, 1], [2]]", "--table", "a: 1", "--json"],
+        arguments=(),
+    )
+    assert given == {
+        "name": "y",
+        "count": 3,  # the default, but given
+        "share": 0.001,
+        "use": False,
+        "maybe": False,
+        "layers": [0, 2],
+        "lists": [[0, 1], [2]],
+        "table": {"a": 1},
+    }
+    assert as_json
+
+
+def test_with_flags_requires_nothing_where_a_recipe_may_give_it(tmp_path):
+    assert run_flags(Example, arguments=("name",), is_optional=True) == ({}, False, None)
+    assert run_flags(Example, "--recipe", "a.yaml", arguments=(), is_optional=True)[2] == Path("a.yaml")
+
+
+COMMAND = [sys.executable, "-m", "transformers_tiedmoe.cli"]
+
+
+def test_the_process_has_the_status_and_streams_that_it_should(source, tmp_path):
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*COMMAND, "convert", source, tmp_path / "tied", "--skip-first", "1", "--skip-last", "1", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["groups"] == [[1, 2]]
+    again = subprocess.run(
+        [*COMMAND, "convert", source, tmp_path / "tied"], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert again.returncode == 1
+    assert again.stdout == ""
+    assert again.stderr.startswith("error: output folder")
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130(tied, text, tmp_path):
+    output = tmp_path / "healed"
+    process = subprocess.Popen(
+        [*COMMAND, "heal", tied, "--data", text, "--output", output, "--block-size", "16", "--max-steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "heal_progress.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    with contextlib.closing(process.stdout):
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "interrupted" in stderr
