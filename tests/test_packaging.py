@@ -20,7 +20,7 @@ ROOTS = {
     "tiedmoe_kernels": REPOSITORY / "kernels/torch-ext",
     "tiedmoe_conversion": REPOSITORY / "conversion",
 }
-SHIPPED = {".py", ".typed", ".xz", ".yaml", ".json"}
+SHIPPED = {".py", ".typed", ".xz", ".md", ".yaml", ".json"}
 
 
 def run(*command, **kwargs):
