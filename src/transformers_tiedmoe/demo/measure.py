@@ -1,6 +1,8 @@
 """What the demo measures of a checkpoint: how large it is, how well it predicts, where its tokens go."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -80,13 +82,13 @@ class RoutingCounts:
             hook.remove()
 
     def _counter(self, layer: int):
-        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def count(module: Any, args: tuple, kwargs: dict) -> None:
             index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            num_experts = module.num_slots if isinstance(module, TiedExperts) else module.num_experts
-            index = index[index < num_experts]  # the others are inactive slots
+            width = module.num_slots if isinstance(module, TiedExperts) else module.num_experts
+            index = index[index < width]  # the others are inactive slots
             if isinstance(module, TiedExperts) and module.slot_map is not None:
-                index, num_experts = module.slot_map[index], module.pool_size
-            counted = torch.bincount(index, minlength=num_experts).cpu()
+                index, width = module.slot_map[index], module.pool_size
+            counted = torch.bincount(index, minlength=width).cpu()
             self.counts[layer] = self.counts.get(layer, 0) + counted
 
         return count
@@ -128,6 +130,7 @@ def peak_training_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> int
         before = torch.cuda.memory_allocated()
         _train_two_steps(model, input_ids)
         return weights + torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes to stderr when it starts and ends
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _train_two_steps(model, input_ids)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

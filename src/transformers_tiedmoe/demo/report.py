@@ -75,7 +75,7 @@ def _caption(report: dict) -> str:
 
 def _what_was_done(report: dict) -> list[str]:
     settings, conversion, training = report["settings"], report["conversion"], report["training"]
-    source = training.get("source")
+    source = training["source"]
     origin = (
         f"Source: {settings['source']}."
         if source is None

@@ -27,7 +27,7 @@ from .config import VALIDATION_FRACTION, DemoConfig
 from .measure import measure
 from .plot import save_plot
 from .report import markdown
-from .source import save_untrained
+from .source import train_source
 
 Progress = Callable[[int, int, str], None]
 SETTINGS = "demo.json"
@@ -53,7 +53,8 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
 
     Returns:
         What `report.json` holds: for each of `source`, `tied`, `healed` and `control` what `measure` returns; `conversion`,
-        the plan's summary; `training`, by model the report of its training; `seconds` by stage of this run, in which a
+        the plan's summary; `training`, by model its steps, tokens and
+        seconds; `seconds` by stage of this run, in which a
         stage that an earlier run had finished takes none; `settings`, `versions` and `machine`.
 
     Raises:
@@ -63,24 +64,19 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
     transformers.logging.disable_progress_bar()
     _prepare_output(config)
     run = _Run(config, progress or (lambda done, total, what: None))
-    source = run.stage("source", run.source)
+    source, source_training = run.stage("source", run.source)
     conversion = run.stage("tied", run.tie, source)
-    teacher = str(source) if config.distill else None
     training = {
-        "healed": run.stage("healed", run.heal, config.path("tied"), teacher),
-        "control": run.stage("control", run.heal, source, None),
+        "source": source_training,
+        "healed": run.stage("healed", run.heal, config.path("tied"), str(source) if config.distill else None),
+        "control": run.stage("control", run.heal, source),
     }
     folders = {"source": source, **{name: config.path(name) for name in ("tied", "healed", "control")}}
     figures = run.stage("figures", run.measure, folders)
-    if config.source is None:
-        training["source"] = json.loads((source / HEAL_REPORT).read_text())
     report = {
         **figures,
         "conversion": conversion,
-        "training": {
-            name: {key: each[key] for key in ("steps", "tokens", "seconds", "before", "after")}
-            for name, each in training.items()
-        },
+        "training": training,
         "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 1)},
         "settings": config.settings(),
         "versions": {name: version(name) for name in ("transformers-tiedmoe", "transformers", "torch", "tokenizers")},
@@ -112,25 +108,14 @@ class _Run:
         """Report progress within the current stage."""
         self.progress(done, total, f"{self.current}: {what}")
 
-    def source(self) -> Path:
-        """The folder of the source: the one that was named, or one trained from random weights."""
+    def source(self) -> tuple[Path, dict | None]:
+        """The folder of the source and, unless the user named it, the report of its training."""
         config = self.config
-        if config.source is not None:
-            folder = Path(config.source).expanduser()
-            return folder if folder.is_dir() else Path(snapshot_download(config.source))
-        untrained, trained = config.path("untrained"), config.path("source")
-        if not (trained / HEAL_REPORT).is_file() and not (untrained / "config.json").is_file():
-            self.tell(0, config.source_steps, "training the tokenizer")
-            save_untrained(config, untrained)
-        self._train(
-            model=str(untrained),
-            max_steps=config.source_steps,
-            learning_rate=config.source_learning_rate,
-            weight_decay=0.1,
-            train_norms=True,
-        )
-        shutil.rmtree(untrained, ignore_errors=True)
-        return trained
+        if config.source is None:
+            folder = config.path("source")
+            return folder, train_source(config, folder, self.tell)
+        folder = Path(config.source).expanduser()
+        return folder if folder.is_dir() else Path(snapshot_download(config.source)), None
 
     def tie(self, source: Path) -> dict:
         """Convert the source; returns the plan's summary."""
@@ -153,30 +138,26 @@ class _Run:
         _write_text(record, json.dumps(report, indent=2) + "\n")
         return report
 
-    def heal(self, model: Path, teacher: str | None) -> dict:
-        """The same extra steps for the tied model and for the control."""
-        config = self.config
-        return self._train(
-            model=str(model), max_steps=config.heal_steps, learning_rate=config.heal_learning_rate, teacher=teacher
-        )
-
-    def _train(self, **options) -> dict:
-        """Train into the folder that is called as the stage is, unless it holds the finished model."""
+    def heal(self, model: Path, teacher: str | None = None) -> dict:
+        """The same extra steps for the tied model and for the control, into the folder named as the stage is."""
         config, folder = self.config, self.config.path(self.current)
         if (folder / HEAL_REPORT).is_file():
-            return json.loads((folder / HEAL_REPORT).read_text())
-        return heal(
-            HealConfig(
+            report = json.loads((folder / HEAL_REPORT).read_text())
+        else:
+            options = HealConfig(
+                model=str(model),
                 data=config.text,
                 output=str(folder),
+                teacher=teacher,
+                max_steps=config.heal_steps,
+                learning_rate=config.heal_learning_rate,
                 batch_size=config.batch_size,
                 block_size=config.block_size,
                 validation_fraction=VALIDATION_FRACTION,
                 seed=config.seed,
-                **options,
-            ),
-            self.tell,
-        )
+            )
+            report = heal(options, self.tell)
+        return {key: report[key] for key in ("steps", "tokens", "seconds", "before", "after")}
 
     def measure(self, folders: dict[str, Path]) -> dict[str, dict]:
         """The figures of every model, read back from its folder."""

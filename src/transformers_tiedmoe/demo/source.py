@@ -1,18 +1,105 @@
-"""The demo's source: a tokenizer and a small OLMoE trained on the text, saved as any OLMoE checkpoint is.
+"""The demo's source: a tokenizer and a small OLMoE trained on the text, saved as any OLMoE checkpoint is."""
 
-Training is `heal` from random weights: for a model without pools that is transformers' Trainer and nothing more.
-"""
-
-from collections.abc import Iterator
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from tokenizers.implementations import ByteLevelBPETokenizer
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
-from ..training.data import _load_texts
+from ..training.data import _load_texts, load_blocks
+from ..training.trainer import ProgressReport
 from .config import VALIDATION_FRACTION, DemoConfig
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+REPORT = "training.json"
+
+
+def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int, str], None]) -> dict:
+    """Train the source from random weights and save it, with its tokenizer, into `folder`.
+
+    Returns:
+        `steps`, `tokens` and `seconds` of the training, also in `folder/training.json`; an earlier run's where the
+        folder is there.
+    """
+    if folder.exists():
+        return json.loads((folder / REPORT).read_text())
+    progress(0, config.source_steps, "training the tokenizer")
+    tokenizer = train_tokenizer(config.text, config.vocab_size)
+    set_seed(config.seed)
+    model = OlmoeForCausalLM(source_config(config, tokenizer))
+    train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
+    draft = folder.with_name(f".{folder.name}.draft")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(draft),
+            max_steps=config.source_steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.source_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.source_steps // 20,
+            adam_beta2=0.95,  # 0.99 was much worse over so few steps: docs/results.md
+            weight_decay=0.1,
+            logging_steps=10,
+            save_strategy="no",
+            seed=config.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=train,
+        data_collator=default_data_collator,  # blocks need no padding
+        callbacks=[ProgressReport(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    report = {
+        "steps": config.source_steps,
+        "tokens": config.source_steps * config.batch_size * config.block_size,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    shutil.rmtree(draft, ignore_errors=True)
+    model.config.use_cache = True  # Trainer switched it off
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    (draft / REPORT).write_text(json.dumps(report) + "\n")
+    draft.replace(folder)
+    return report
+
+
+def source_config(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> OlmoeConfig:
+    """The source's own configuration, a small OLMoE."""
+    return OlmoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        max_position_embeddings=max(512, config.block_size),
+        tie_word_embeddings=True,
+        norm_topk_prob=True,
+        output_router_logits=True,  # the balance loss is part of the training loss
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -24,39 +111,13 @@ def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def save_untrained(config: DemoConfig, folder: Path) -> None:
-    """Save the source as it is before training, with its tokenizer: random weights, the norms at one."""
-    tokenizer = train_tokenizer(config.text, config.vocab_size)
-    set_seed(config.seed)
-    model = OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            max_position_embeddings=max(512, config.block_size),
-            tie_word_embeddings=True,
-            norm_topk_prob=True,
-            output_router_logits=True,  # the balance loss is part of the training loss
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _training_text(data: str | Path) -> Iterator[str]:
     """The text but its last part, a page at a time: paragraph breaks are to be seen, too."""
     rows, _ = _load_texts(data, "text")
     num_characters = sum(len(row) for row in rows["text"])
     seen, page = 0, []
     for row in rows["text"]:
-        seen += len(row or "")
+        seen += len(row)
         if seen > (1 - VALIDATION_FRACTION) * num_characters:
             break
         page.append(row)
