@@ -81,7 +81,7 @@ class TiedMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.family = canonical_family(self.family)
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = dict(remote_classes(self.family))
         self._resolve_pools()
 
     @classmethod
@@ -148,6 +148,11 @@ class TiedMoeConfig(PreTrainedConfig):
         self.slot_maps = self._one_per_pool("slot_maps", self.slot_maps, bool)
         self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, least=0)
 
+        if self.router_z_loss_coef and not getattr(self, "output_router_logits", False):
+            raise ValueError(
+                f"router_z_loss_coef={self.router_z_loss_coef} has no effect without router logits; "
+                "set output_router_logits=True too"
+            )
         num_expert_groups = getattr(self, "n_group", None) or 1
         for p, pool_size in enumerate(self.pool_num_experts):
             if self.slot_maps[p]:
@@ -179,25 +184,15 @@ class TiedMoeConfig(PreTrainedConfig):
         return _restore_config, (self.family,), self.__dict__
 
 
-# What `trust_remote_code=True` imports from a checkpoint; the file is written beside config.json.
-AUTO_MAP = {
-    "AutoConfig": "tiedmoe_remote.TiedMoeConfig",
-    "AutoModel": "tiedmoe_remote.TiedMoeModel",
-    "AutoModelForCausalLM": "tiedmoe_remote.TiedMoeForCausalLM",
-    "AutoModelForSequenceClassification": "tiedmoe_remote.TiedMoeForSequenceClassification",
-    "AutoModelForTokenClassification": "tiedmoe_remote.TiedMoeForTokenClassification",
-}
-
-
 @functools.cache
 def canonical_family(family: str) -> str:
     """The `model_type` of the config that the family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text"."""
     if isinstance(family, str) and family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
-        if causal_lm._can_set_experts_implementation():
+        if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
             return causal_lm.config_class.model_type
     raise ValueError(
-        f"unknown family {family!r}; expected the model_type of a transformers causal LM whose experts use "
+        f"unknown family {family!r}; expected the model_type of a transformers text-only causal LM whose experts use "
         "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
     )
 
@@ -225,6 +220,15 @@ def _family_config_class(family: str) -> type[TiedMoeConfig]:
     config_class = type(f"TiedMoe{parent.__name__}", (TiedMoeConfig, parent), namespace)
     register_heads(config_class)
     return config_class
+
+
+@functools.cache
+def remote_classes(family: str) -> dict[str, str]:
+    """The `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its config.json."""
+    from .modeling_tiedmoe import heads_of
+
+    heads = {head._auto_model.__name__: f"tiedmoe_remote.{head.__name__}" for head in heads_of(family)}
+    return {"AutoConfig": "tiedmoe_remote.TiedMoeConfig", **heads}
 
 
 def moe_layers_of(config: TiedMoeConfig) -> list[int]:

@@ -56,17 +56,16 @@ def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return (values * weight[:, None]).sum(dim=0) / weight.sum().clamp(min=1)
 
 
-def watch_routers(model: nn.Module, recorders: object) -> None:
-    """Let the routers that the family reports `router_logits` of report them to `add_router_losses` too.
-
-    Args:
-        model: the base model; its routers get a forward hook, inactive but during such a forward.
-        recorders: the family's `_can_record_outputs["router_logits"]`.
-    """
+def watch_routers(base_model: nn.Module) -> None:
+    """Let the routers that the family reports `router_logits` of report them to `add_router_losses` too, once."""
+    if getattr(base_model, "_routers_are_watched", False):
+        return
+    base_model._routers_are_watched = True
+    recorders = (base_model._can_record_outputs or {}).get("router_logits", [])
     for recorder in recorders if isinstance(recorders, list) else [recorders]:
         if not isinstance(recorder, OutputRecorder):
             recorder = OutputRecorder(recorder, index=1)
-        for name, module in model.named_modules():
+        for name, module in base_model.named_modules():
             in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
             if isinstance(module, recorder.target_class) and in_layer:
                 module.register_forward_hook(functools.partial(_record, recorder.index))
@@ -87,20 +86,22 @@ def add_router_losses(family_forward: Callable) -> Callable:
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
-        if not output_router_logits:
-            return family_forward(self, *args, **({"output_router_logits": False} if reports else {}), **kwargs)
-        if not reports:
+        if output_router_logits and not reports:
             raise ValueError(
                 f"family {self.config.family!r} does not report router logits (transformers' "
                 f"{self._family_class.__name__} has no output_router_logits); leave output_router_logits off"
             )
-        return_dict = kwargs.pop("return_dict", None)
         recorded: list[torch.Tensor] = []
-        token = _recorded.set(recorded)
+        if output_router_logits:
+            watch_routers(self.base_model)
+            kwargs["return_dict"], return_dict = True, kwargs.get("return_dict")
+        token = _recorded.set(recorded if output_router_logits else None)
         try:
-            outputs = family_forward(self, *args, output_router_logits=False, return_dict=True, **kwargs)
+            outputs = family_forward(self, *args, **({"output_router_logits": False} if reports else {}), **kwargs)
         finally:
             _recorded.reset(token)
+        if not output_router_logits:
+            return outputs
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
         if self.training and checkpointing and not recorded[-1].requires_grad:
             raise ValueError(

@@ -6,6 +6,7 @@ experts never take memory; the pools are owned once, by the base model, as `expe
 call time through that owner, so that whatever wraps the pool by then (peft, FSDP2, accelerate) is what it calls.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -186,26 +187,33 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             )
         device = _device_of_new_parameters()
         with torch.device("meta"), init.meta_device_safe_creation_ops():
-            super().__init__(config, *args, **kwargs)  # the family's own constructor, which allocates nothing here
+            super().__init__(config, *args, **kwargs)  # the family's own constructor, which takes no memory here
             self._tie()
         if device.type != "meta":
             self.to_empty(device=device)
-            for tensor in itertools.chain(self.parameters(), self.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data.fill_(torch.nan)
+            for tensor in self._floating_tensors().values():
+                tensor.data.fill_(torch.nan)
         self.post_init()  # once more, now that the pools and the memory are there
-        if device.type != "meta":
-            tensors = itertools.chain(self.named_parameters(), self.named_buffers())
-            unset = [name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()]
-            if unset:
-                raise NotImplementedError(
-                    f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set "
-                    "every parameter and buffer. Load such a model by from_pretrained instead of from its config"
-                )
+        unset = [
+            name for name, tensor in self._floating_tensors().items() if not tensor.is_meta and tensor.isnan().any()
+        ]
+        if unset:
+            raise NotImplementedError(
+                f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set them. "
+                "Load such a model by from_pretrained instead of making it from its config"
+            )
 
     def _tie(self) -> None:
-        """Put the pools into the model that the family's constructor has made, on the meta device."""
+        """Put the pools into the model that the family's constructor has made on the meta device."""
         raise NotImplementedError
+
+    def _floating_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = itertools.chain(self.named_parameters(), self.named_buffers())
+        return {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # diff with custom code: a module without tensors of its own may still initialise those of its children
+        super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TiedExperts):
@@ -263,25 +271,25 @@ class TiedMoeModel(TiedMoePreTrainedModel):
 
     def _tie(self) -> None:
         config, paths = self.config, expert_layers(self)
-        width_of_family = getattr(config, config.num_experts_field)
-        skeletons = {width_of_family: self}  # the family's model on meta, by number of experts
-        for width in set(config.pool_num_experts) - {width_of_family}:
-            skeletons[width] = family_skeleton(config, num_experts=width)
+        num_experts = getattr(config, config.num_experts_field)
+        untied = {num_experts: self}  # the family's model for every width that a pool has
+        for width in sorted(set(config.pool_num_experts) - {num_experts}):
+            with _num_experts(config, width):
+                untied[width] = self._family_class(config)
 
-        pools = [
-            skeletons[width].get_submodule(paths[group[0]])
-            for group, width in zip(config.groups, config.pool_num_experts)
-        ]
         for p, group in enumerate(config.groups):
             _check_alike(p, {layer: self.get_submodule(paths[layer]) for layer in group})
-        self.expert_pools = nn.ModuleList(ExpertPool.of(pool) for pool in pools)
+        self.expert_pools = nn.ModuleList(
+            ExpertPool.of(untied[width].get_submodule(paths[group[0]]))
+            for group, width in zip(config.groups, config.pool_num_experts)
+        )
         for p, group in enumerate(config.groups):
+            wide = untied[config.pool_num_experts[p]]
             for position, layer in enumerate(group):
-                if not config.slot_maps[p] and config.pool_num_experts[p] != width_of_family:
-                    layer_path = re.match(r".*?\.\d+(?=\.)", paths[layer])[0]  # the router follows the pool's width
-                    self.set_submodule(layer_path, skeletons[config.pool_num_experts[p]].get_submodule(layer_path))
+                if not config.slot_maps[p] and wide is not self:  # the layer's router follows the pool's width
+                    layer_path = re.match(r".*?\d+(?=\.)", paths[layer])[0]
+                    self.set_submodule(layer_path, wide.get_submodule(layer_path))
                 self.set_submodule(paths[layer], TiedExperts(self, p, position, config.residual_rank[p]))
-        watch_routers(self, (self._can_record_outputs or {}).get("router_logits", []))
         self._no_split_modules = {
             *(self._no_split_modules or ()),
             *(type(pool).__name__ for pool in self.expert_pools),
@@ -294,6 +302,8 @@ class TiedMoeHead(TiedMoePreTrainedModel):
     def _tie(self) -> None:
         if not isinstance(self.base_model, TiedMoeModel):
             setattr(self, self.base_model_prefix, TiedMoeModel(self.config))
+        if getattr(self.config, "output_router_logits", False):
+            watch_routers(self.base_model)
 
     @property
     def expert_pools(self) -> nn.ModuleList:
@@ -358,29 +368,21 @@ def family_model_class(
     return model_class
 
 
+def heads_of(family: str) -> list[type[TiedMoePreTrainedModel]]:
+    """The heads that transformers has for `family`."""
+    return [head for head in HEADS if CONFIG_MAPPING[family] in head._family_heads]
+
+
 def register_heads(config_class: type[TiedMoeConfig]) -> None:
     """Register every head that the family has with the Auto classes, which look the exact config class up."""
-    for head in HEADS:
-        if CONFIG_MAPPING[config_class.family] in head._family_heads:
-            head._auto_model.register(config_class, family_model_class(head, config_class), exist_ok=True)
+    for head in heads_of(config_class.family):
+        head._auto_model.register(config_class, family_model_class(head, config_class), exist_ok=True)
 
 
-def family_skeleton(config: TiedMoeConfig, num_experts: int | None = None) -> PreTrainedModel:
-    """The family's untied base model on the meta device: its modules and shapes, no memory.
-
-    With `num_experts`, every layer has that many. The modules keep `config` itself where `num_experts` is given, so
-    that they can move into a model of that config.
-    """
-    skeleton_class = MODEL_MAPPING[CONFIG_MAPPING[config.family]]
+def family_skeleton(config: TiedMoeConfig) -> PreTrainedModel:
+    """The family's untied base model on the meta device: its modules and shapes, no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops():
-        if num_experts is None:
-            return skeleton_class(copy.copy(config))
-        number = getattr(config, config.num_experts_field)
-        try:
-            setattr(config, config.num_experts_field, num_experts)
-            return skeleton_class(config)
-        finally:
-            setattr(config, config.num_experts_field, number)
+        return MODEL_MAPPING[CONFIG_MAPPING[config.family]](copy.copy(config))
 
 
 def expert_layers(model: nn.Module) -> dict[int, str]:
@@ -401,6 +403,17 @@ def expert_layers(model: nn.Module) -> dict[int, str]:
                 raise ValueError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
             layers[layer] = path
     return layers
+
+
+@contextlib.contextmanager
+def _num_experts(config: TiedMoeConfig, number: int):
+    """`config` itself with another number of experts per layer; modules built meanwhile keep `config`."""
+    own = getattr(config, config.num_experts_field)
+    setattr(config, config.num_experts_field, number)
+    try:
+        yield
+    finally:
+        setattr(config, config.num_experts_field, own)
 
 
 def _is_experts(module: nn.Module) -> bool:
