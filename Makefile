@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: d
 	$(BIN)/tiedmoe demo --output demo
 
 seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
-	for seed in 0 1 2; do $(BIN)/tiedmoe demo --seed $$seed --output seeds/$$seed || exit 1; done
+	$(BIN)/python benchmarks/demo_seeds.py --output seeds --seeds 0,1,2
 
 test: $(INSTALLED)  ## every test that needs no GPU
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
