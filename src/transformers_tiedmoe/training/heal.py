@@ -119,8 +119,8 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     """
     tell = progress or (lambda done, total, what: None)
     set_seed(config.seed)
-    args = _training_arguments(config, quiet=progress is not None)
     output = HealOutput(config.output, asdict(config))
+    args = _training_arguments(config, is_resumed=output.checkpoint is not None, is_quiet=progress is not None)
     tell(output.checkpoint_step, config.max_steps, "reading the text")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     with args.main_process_first(desc="tokenizing the text"):
@@ -147,18 +147,21 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     if progress:
         trainer.remove_callback(PrinterCallback)
 
-    tell(output.checkpoint_step, config.max_steps, "evaluating")
-    before = output.state.get("before") or _evaluate(trainer)
     if trainer.is_world_process_zero():
-        output.begin({"before": before, **origin})
+        output.begin(origin)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(output.checkpoint) if output.checkpoint else None)
     seconds = time.perf_counter() - start
+    logs = trainer.state.log_history  # of the killed runs as well
+    seconds -= sum(
+        log.get("eval_runtime", 0) for log in logs if log["step"] > output.checkpoint_step or not output.checkpoint
+    )
 
-    history = [_history_entry(entry) for entry in trainer.state.log_history]
-    healed = _final_model(trainer, origin, output)
     tell(config.max_steps, config.max_steps, "evaluating")
-    after = _evaluate(trainer)
+    before = _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
+    history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
+    healed = _final_model(trainer, origin, output)
+    after = _held_out(trainer.evaluate())
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * args.world_size * config.block_size
     report = {
         "before": before,
@@ -169,7 +172,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
         "resumed_from_step": output.checkpoint_step,
         "parameters": healed.num_parameters(),
         "trainable_parameters": trainable_parameters,
-        "history": [entry for entry in history if len(entry) > 1],
+        "history": history,
         "num_processes": args.world_size,
         "device": str(args.device),
         "config": asdict(config),
@@ -181,7 +184,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     return report
 
 
-def _training_arguments(config: HealConfig, quiet: bool) -> TrainingArguments:
+def _training_arguments(config: HealConfig, is_resumed: bool, is_quiet: bool) -> TrainingArguments:
     bf16 = config.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -200,11 +203,14 @@ def _training_arguments(config: HealConfig, quiet: bool) -> TrainingArguments:
         save_total_limit=1,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
+        # Not trainer.evaluate() before trainer.train(): accelerate then takes the model for prepared, and several
+        # processes train without exchanging gradients (transformers 5.23 with accelerate 1.15).
+        eval_on_start=not is_resumed,
         logging_steps=max(1, config.max_steps // 50),
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
-        disable_tqdm=quiet,
+        disable_tqdm=is_quiet,
     )
     if args.n_gpu > 1:
         raise ValueError(
@@ -282,8 +288,7 @@ def _final_model(trainer: HealTrainer, origin: dict, output: HealOutput) -> PreT
     return model
 
 
-def _evaluate(trainer: HealTrainer) -> dict:
-    metrics = trainer.evaluate()
+def _held_out(metrics: dict) -> dict:
     loss = metrics["eval_loss"]
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": loss, "perplexity": perplexity, "tokens": metrics["eval_tokens"]}

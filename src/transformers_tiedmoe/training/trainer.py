@@ -73,7 +73,7 @@ class ProgressReport(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Show where a continued run starts."""
-        self.progress(state.global_step, state.max_steps, self.what)
+        self.progress(state.global_step, state.max_steps, "evaluating" if args.eval_on_start else self.what)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Keep the last loss to show."""

@@ -1,0 +1,43 @@
+"""Tie a checkpoint, heal it and let it write, in Python. The same in the shell: `tiedmoe convert`, then `tiedmoe heal`.
+
+    python examples/convert_and_heal.py allenai/OLMoE-1B-7B-0924 text.txt work
+
+SOURCE is a folder or hub id, TEXT what `tiedmoe heal --data` takes; `work/tied` and `work/healed` are written.
+"""
+
+import argparse
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+from transformers_tiedmoe.training.heal import HealConfig, heal
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("source")
+parser.add_argument("text")
+parser.add_argument("work")
+parser.add_argument("--group-size", type=int, default=2)
+parser.add_argument("--max-steps", type=int, default=200)
+parser.add_argument("--block-size", type=int, default=512)
+arguments = parser.parse_args()
+tied, healed = f"{arguments.work}/tied", f"{arguments.work}/healed"
+
+plan = make_plan(ConversionRecipe(arguments.source, tied, group_size=arguments.group_size))  # reads headers only
+print(plan)
+execute(plan)
+
+report = heal(
+    HealConfig(
+        model=tied,
+        data=arguments.text,
+        output=healed,
+        teacher=arguments.source,
+        max_steps=arguments.max_steps,
+        block_size=arguments.block_size,
+    )
+)
+print(f"held-out perplexity {report['before']['perplexity']:.2f} -> {report['after']['perplexity']:.2f}")
+
+tokenizer, model = AutoTokenizer.from_pretrained(healed), AutoModelForCausalLM.from_pretrained(healed)
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=30)[0]))

@@ -1,0 +1,94 @@
+"""Each example runs as its docstring says, at tiny size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_text, make_tokenizer, save_source, save_tied
+from transformers import AutoModelForCausalLM
+
+from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.heal import HealConfig, heal
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+TWO_PROCESSES += ["--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def run(*command, cwd):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [str(word) for word in command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def perplexities(output):
+    return [float(number) for number in re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups()]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(make_text())
+    return path
+
+
+@pytest.mark.slow
+def test_convert_and_heal(tmp_path, text):
+    source = save_source(tmp_path / "source", num_hidden_layers=6)
+    options = ["--max-steps", "4", "--block-size", "16"]
+    out = run(sys.executable, EXAMPLES / "convert_and_heal.py", source, text, "work", *options, cwd=tmp_path).stdout
+    assert "layers that keep their own experts: 0, 1, 4, 5" in out
+    before, after = perplexities(out)
+    assert before != after
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "work/healed").config.groups == [[2, 3]]
+
+
+@pytest.mark.slow
+def test_heal_accelerate_on_two_processes_does_what_heal_does(tmp_path, text):
+    """Two processes at batch 2 against `heal` in one: the same held-out perplexity before, and both learn."""
+    tied = save_tied(tmp_path / "tied")
+    options = ["--max-steps", "12", "--block-size", "16", "--batch-size", "2", "--learning-rate", "1e-2"]
+    script = [EXAMPLES / "heal_accelerate.py", tied, text, tmp_path / "healed"]
+    before, after = perplexities(run(*ACCELERATE, *TWO_PROCESSES, *script, *options, cwd=tmp_path).stdout)
+    config = HealConfig(
+        tied, str(text), str(tmp_path / "other"), max_steps=12, block_size=16, batch_size=4, learning_rate=1e-2
+    )
+    report = heal(config)
+    assert before == pytest.approx(report["before"]["perplexity"], abs=0.01)
+    assert after < 0.8 * before
+    assert after == pytest.approx(report["after"]["perplexity"], rel=0.1)  # other order of the blocks
+    _, validation = load_blocks(text, make_tokenizer(), block_size=16)
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert perplexity(healed, validation)["perplexity"] == pytest.approx(after, abs=0.01)
+
+
+@pytest.mark.slow
+def test_heal_on_two_processes_under_accelerate_launch(tmp_path):
+    """The command line, as its help says: two processes at batch 2 train as one at batch 4, to rounding.
+
+    There are four blocks to train on, so that every step sees them all in whatever order, and one held out, which two
+    processes must not count twice.
+    """
+    tied, text = save_tied(tmp_path / "tied"), tmp_path / "text.txt"
+    text.write_text(make_text(num_lines=8))
+    options = {"block_size": len(make_tokenizer()(text.read_text())["input_ids"]) // 5, "max_steps": 4}
+    options |= {"learning_rate": 1e-2, "validation_fraction": 0.2}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [*ACCELERATE, *TWO_PROCESSES, "-m", "transformers_tiedmoe.cli", "heal", tied, "--data", text, "--json"]
+    done = run(*command, "--batch-size", "2", "--output", "two", *flags, cwd=tmp_path)
+    two = json.loads(done.stdout)
+    one = heal(HealConfig(tied, str(text), str(tmp_path / "one"), batch_size=4, **options))
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert two["tokens"] == one["tokens"]
+    for when in ("before", "after"):
+        assert two[when] == pytest.approx(one[when], rel=1e-4)
+    losses = [[entry["loss"] for entry in each["history"] if "loss" in entry] for each in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert one["after"]["loss"] < one["before"]["loss"] - 0.1
