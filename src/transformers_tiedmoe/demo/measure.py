@@ -84,10 +84,11 @@ class RoutingCounts:
     def _counter(self, layer: int):
         def count(module: Any, args: tuple, kwargs: dict) -> None:
             index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            width = module.num_slots if isinstance(module, TiedExperts) else module.num_experts
-            index = index[index < width]  # the others are inactive slots
-            if isinstance(module, TiedExperts) and module.slot_map is not None:
-                index, width = module.slot_map[index], module.pool_size
+            is_view = isinstance(module, TiedExperts)
+            index = index[index < (module.num_slots if is_view else module.num_experts)]  # the others are inactive
+            if is_view and module.slot_map is not None:
+                index = module.slot_map[index]
+            width = module.pool_size if is_view else module.num_experts
             counted = torch.bincount(index, minlength=width).cpu()
             self.counts[layer] = self.counts.get(layer, 0) + counted
 
