@@ -1,12 +1,19 @@
 """`TiedMoeConfig`: flat, resolved, checked, saved and loaded."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
 import pytest
-from families import tiny_config
-from transformers import AutoConfig, OlmoeConfig
+from families import moe_families, tiny_config
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+)
 
 from transformers_tiedmoe import TiedMoeConfig
 
@@ -28,12 +35,11 @@ def test_flat_and_an_instance_of_the_familys_config():
     assert [config.group_of(layer) for layer in (1, 2, 9, 10)] == [None, 0, 1, None]
 
 
-def test_family_defaults_that_differ_from_the_base_config():
-    """A family may change the default of a field of PreTrainedConfig; a tied config keeps the family's."""
-    family = tiny_config("gpt_oss")
-    tied = TiedMoeConfig.from_family(family, group_size=2)
-    skip = {"model_type", "architectures", "auto_map"}
-    assert {k: v for k, v in family.to_dict().items() if k not in skip}.items() <= tied.to_dict().items()
+@pytest.mark.parametrize("family", moe_families())
+def test_no_family_changes_a_default_of_the_base_config(family):
+    """A tied config takes the fields of PreTrainedConfig from there; a family with another default would lose it."""
+    parent = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]].config_class
+    assert [f.name for f in dataclasses.fields(PreTrainedConfig) if getattr(parent, f.name) != f.default] == []
 
 
 @pytest.mark.parametrize("through", ["disk", "copy", "deepcopy", "pickle", "auto"])

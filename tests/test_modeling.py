@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import tiny_config
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import family_model, make_experts_equal, tie, tied_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ import transformers_tiedmoe
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel
 from transformers_tiedmoe.modeling_tiedmoe import TiedExperts, expert_layers
 
+OLDEST = transformers.__version__ < "5.23"
 TYING = {"group_size": 2, "skip_first": 1, "skip_last": 1}
 
 
@@ -166,8 +167,7 @@ def test_no_untied_expert_is_ever_allocated(how, tmp_path):
 def test_saved_bytes_are_exact(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file}
+    saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
     assert sum(t.nbytes for t in saved.values()) == sum(p.nbytes for p in model.parameters())
     assert sorted(name for name in saved if "expert_pools" in name) == [
@@ -242,6 +242,7 @@ def test_slot_map_is_saved_and_loaded(tmp_path, tokens):
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.skipif(OLDEST, reason="its eager experts do not know the sentinel")
 def test_sentinel_reaches_the_pool_as_its_own():
     """Router index E means inactive; in a pool of another size the sentinel is that size."""
     model = tiny_model(slot_maps=True, pool_num_experts=6)
@@ -303,6 +304,8 @@ def test_gradient_checkpointing(use_reentrant, tokens):
 def test_compile_fullgraph(tokens):
     """One graph without breaks, forward and backward; `aot_eager` runs it without minutes of C++ compilation."""
     model = tiny_model(slot_maps=[True, False], num_hidden_layers=4, skip_first=0, skip_last=0)
+    if OLDEST:  # its grouped_mm has a backward that the compiler cannot trace
+        model.set_experts_implementation("batched_mm")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(tokens, labels=tokens, use_cache=False).loss
     loss.backward()

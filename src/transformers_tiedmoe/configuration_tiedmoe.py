@@ -5,7 +5,6 @@ family's layers are built with it directly and a field that transformers adds to
 involves more than one field is in `_resolve_pools`.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -64,6 +63,7 @@ class TiedMoeConfig(PreTrainedConfig):
     """
 
     model_type = "tiedmoe"
+    has_no_defaults_at_init = True  # transformers 5.17 would build the family's default model to shorten config.json
 
     family: str = "olmoe"
     group_size: int = 2
@@ -207,15 +207,12 @@ def _family_config_class(family: str) -> type[TiedMoeConfig]:
     from .modeling_tiedmoe import register_heads
 
     parent = CONFIG_MAPPING[family]
-    # diff with the family: its defaults stay, where TiedMoeConfig inherits another one from PreTrainedConfig
-    changed = [f for f in dataclasses.fields(PreTrainedConfig) if getattr(parent, f.name) != f.default]
     namespace = {
         "__doc__": f"`{parent.__name__}` with pools; see `TiedMoeConfig`.",
         "__module__": __name__,
-        "__annotations__": {"family": str, **{field.name: field.type for field in changed}},
+        "__annotations__": {"family": str},
         "family": family,
         "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
-        **{field.name: getattr(parent, field.name) for field in changed},
     }
     config_class = type(f"TiedMoe{parent.__name__}", (TiedMoeConfig, parent), namespace)
     register_heads(config_class)
