@@ -1,7 +1,7 @@
 """The model card of a converted checkpoint: what it is, how it was made, whose licence it is under."""
 
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -48,7 +48,7 @@ NOT_HEALED = "It has not been trained since: expect a higher loss than the sourc
 
 def save_card(plan: "Plan", folder: Path) -> None:
     """Write `README.md` into `folder`; paths of this machine stay out of it."""
-    source, title = plan.tensors.source, PurePath(plan.recipe.output).name
+    source, title = plan.source.opened, PurePath(plan.recipe.output).name
     on_hub = source.commit is not None
     name = source.name if on_hub else PurePath(source.name).name
     licence = source_licence(source)
@@ -60,7 +60,7 @@ def save_card(plan: "Plan", folder: Path) -> None:
         **licence,
     )
     recipe = plan.recipe.to_dict() | {"source": name, "output": title, "revision": source.commit}
-    pools = zip(plan.config.groups, plan.config.pool_num_experts)
+    pools = zip(plan.groups, plan.pool_num_experts)
     fields = plan.summary() | {
         "metadata": data.to_yaml().strip(),
         "title": title,
@@ -79,7 +79,7 @@ def save_card(plan: "Plan", folder: Path) -> None:
     ModelCard(TEXT.format(**fields)).save(folder / "README.md")
 
 
-def source_licence(source: Source) -> dict[str, str]:
+def source_licence(source: Source) -> dict[str, Any]:
     """The licence fields of the source's own model card; empty where there is no card or it names none."""
     path = source.folder / "README.md"
     if not path.is_file():

@@ -30,17 +30,17 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     """
     output = check_output(plan.recipe.output)
     check_space(output, plan.bytes_after)
-    _check_copies(plan.tensors)
+    _check_copies(plan.source.tensors)
     with new_folder(output) as folder:
         plan.config.save_pretrained(folder)
-        plan.tensors.source.copy_travelling_files(folder)
+        plan.source.opened.copy_travelling_files(folder)
         write_weights(folder, plan.operations, _Maker(plan).make, progress)
         save_card(plan, folder)
         if progress:
             progress(plan.bytes_after, plan.bytes_after, "verifying")
         verification = verify_output(folder, plan.operations)
         verification["source_tensors"] = {
-            "used": len(plan.tensors.source.tensors) - len(plan.dropped),
+            "used": len(plan.source.opened.tensors) - len(plan.dropped),
             "dropped": len(plan.dropped),
         }
         if plan.method.lossless:
@@ -69,21 +69,22 @@ class _Maker:
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
         """The operation's tensor in blocks along dimension 0."""
-        if operation.pool is None:
-            yield self.plan.tensors.read(operation.target)
+        if operation.pool < 0:
+            yield self.plan.source.tensors.read(operation.target)
         elif operation.kind == "slot_map":
-            yield self._pool(operation.pool).slot_maps[operation.part]
+            yield self._pool(operation.pool).slot_maps[operation.layer]
         else:
-            for block in self._pool(operation.pool).blocks(operation.part):
+            for block in self._pool(operation.pool).blocks(operation.parameter):
                 check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
                 yield block
+                del block  # as the writer does
 
     def _pool(self, index: int) -> Pool:
         if self._current is None or self._current[0] != index:
             self._current = None
             layers = tuple(
-                _SourceExperts(layer, self.plan.experts[layer], self.plan.tensors)
-                for layer in self.plan.config.groups[index]
+                _SourceExperts(layer, self.plan.source.experts[layer], self.plan.source.tensors)
+                for layer in self.plan.groups[index]
             )
             num_experts = getattr(self.plan.config, self.plan.config.num_experts_field)
             pool = self.plan.method.build(Group(layers, num_experts), **self.plan.recipe.method_options)

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from transformers_tiedmoe.configuration_tiedmoe import canonical_family
+from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .errors import ConversionError, did_you_mean
 from .source import Source
@@ -117,6 +118,40 @@ class FamilyTensors:
         tensor = self.source.read(key)
         check_finite(tensor, key, self.source.name)
         return tensor
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A source as its family sees it: the model on the meta device, where its experts are, and what tensor is what."""
+
+    opened: Source
+    model: PreTrainedModel
+    experts: dict[int, str]
+    tensors: FamilyTensors
+
+    @classmethod
+    def map(cls, opened: Source, config: PreTrainedConfig) -> "SourceModel":
+        """Build the family's model of `config` without memory and find every tensor's place in it."""
+        model = family_model(config)
+        return cls(opened, model, expert_layers(model), map_tensors(opened, model))
+
+    @property
+    def name(self) -> str:
+        """The source as the user calls it."""
+        return self.opened.name
+
+    def expert_names(self, layer: int) -> list[str]:
+        """The state-dict names of a layer's expert parameters, in the model's order."""
+        return [name for name in self.model.state_dict() if name.startswith(f"{self.experts[layer]}.")]
+
+    def describe_experts(self, layer: int) -> dict[str, str]:
+        """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16] bfloat16"}`."""
+        found = {}
+        for name in self.expert_names(layer):
+            tensor = self.tensors.meta[name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            found[name.removeprefix(f"{self.experts[layer]}.")] = f"{list(tensor.shape)} {dtype}"
+        return found
 
 
 def read_config(source: Source) -> PreTrainedConfig:

@@ -1,7 +1,7 @@
 """`make_plan`: what a conversion will do, tensor by tensor, from the source's config and headers alone."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,16 +11,16 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_tiedmoe import TiedMoeConfig
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .errors import ConversionError
-from .families import FamilyTensors, family_model, map_tensors, read_config, saved_tensors
+from .families import SourceModel, family_model, read_config, saved_tensors
 from .methods import METHODS, Method
 from .recipe import ConversionRecipe, parse_size
 from .source import open_source
+from .verify import MAX_BYTES_FOR_LOGITS
 from .write import Planned, check_output, into_files
 
 
@@ -32,14 +32,16 @@ class TensorOperation(Planned):
         kind: "copy" (bit for bit), "fuse" (transformers' own rule, e.g. one tensor per expert into one 3-D tensor),
             "pool" (the method makes it) or "slot_map" (the method makes it, too).
         sources: the source's tensors that it is made from.
-        pool: the pool that it belongs to, None outside of pools.
-        part: of a pool, the parameter's name; of a slot map, the layer's index; else None.
+        pool: the pool that it belongs to; -1 outside of pools.
+        parameter: the name of the pool's parameter, "" otherwise.
+        layer: whose slot map it is; -1 otherwise.
     """
 
     kind: str
     sources: tuple[str, ...]
-    pool: int | None = None
-    part: str | int | None = None
+    pool: int = -1
+    parameter: str = ""
+    layer: int = -1
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,29 @@ class Plan:
     """A conversion that has been decided and not begun; `execute` runs it, `print` and rich show it.
 
     Attributes:
+        config: the output's config.
+        source: the opened source.
+        groups, pool_num_experts: the layers that read each pool, and its width.
         operations: every tensor of the output, in the order of writing.
         dropped: source tensors that the output does not hold, with the reason.
-        config: the output's config.
-        tensors: the opened source.
+        files: the small files that travel along.
+        peak_memory_bytes: an estimate of the tensors held at a time, without Python and torch themselves.
     """
 
     recipe: ConversionRecipe
     config: TiedMoeConfig
+    source: SourceModel = field(repr=False)
+    groups: list[list[int]]
+    pool_num_experts: list[int]
     operations: tuple[TensorOperation, ...]
     dropped: tuple[tuple[str, str], ...]
+    files: tuple[str, ...]
     parameters_before: int
     parameters_after: int
     expert_parameters_before: int
     expert_parameters_after: int
     bytes_before: int
     peak_memory_bytes: int
-    files: tuple[str, ...]
-    tensors: FamilyTensors = field(repr=False)
-    experts: Mapping[int, str] = field(repr=False)
 
     @property
     def method(self) -> Method:
@@ -81,13 +87,13 @@ class Plan:
         """The plan as JSON-able values; bytes are of tensors, without headers and small files."""
         return {
             "source": self.recipe.source,
-            "revision": self.tensors.source.commit,
+            "revision": self.source.opened.commit,
             "output": self.recipe.output,
             "family": self.config.family,
             "method": self.recipe.method,
             "method_options": dict(self.recipe.method_options),
-            "groups": [list(group) for group in self.config.groups],
-            "pool_num_experts": list(self.config.pool_num_experts),
+            "groups": [list(group) for group in self.groups],
+            "pool_num_experts": list(self.pool_num_experts),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "expert_parameters_before": self.expert_parameters_before,
@@ -104,7 +110,7 @@ class Plan:
     def __rich__(self) -> RenderableType:
         recipe = self.recipe
         pools = Table("pool", "layers", "experts", "made by", "bytes", box=box.SIMPLE_HEAD)
-        for p, (group, width) in enumerate(zip(self.config.groups, self.config.pool_num_experts)):
+        for p, (group, width) in enumerate(zip(self.groups, self.pool_num_experts)):
             size = sum(operation.num_bytes for operation in self.operations if operation.pool == p)
             pools.add_row(str(p), _span(group), str(width), recipe.method, decimal(size))
         totals = Table("", "before", "after", "left", box=box.SIMPLE_HEAD)
@@ -114,7 +120,7 @@ class Plan:
             ("weights on disk", self.bytes_before, self.bytes_after, decimal),
         ):
             totals.add_row(label, show(before), show(after), f"{after / before:.1%}")
-        untied = [layer for layer in self.experts if self.config.group_of(layer) is None]
+        untied = [layer for layer in self.source.experts if self.config.group_of(layer) is None]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped:
             reasons.setdefault(reason, []).append(name)
@@ -143,85 +149,76 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
         ValueError: whatever is wrong with the recipe, the source or the two together, and what to do about it.
     """
     check_output(recipe.output)
-    source = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
-    family_config = read_config(source)
-    model = family_model(family_config)
-    experts = expert_layers(model)
-    method = METHODS[recipe.method]
-    tying = {"groups": None if recipe.groups is None else [list(group) for group in recipe.groups]}
-    numbers = {"group_size": recipe.group_size, "skip_first": recipe.skip_first, "skip_last": recipe.skip_last}
-    groups = TiedMoeConfig.from_family(family_config, **numbers, **tying).groups
-    if not groups:
-        raise ConversionError(
-            f"nothing to tie: {source.name} has {len(experts)} layers with experts, and skip_first={recipe.skip_first} "
-            f"and skip_last={recipe.skip_last} leave none; lower them, or name groups"
-        )
-    for group in groups:
-        method.layers_read(group, **recipe.method_options)  # refuses a bad option before anything else is looked at
-
-    tensors = map_tensors(source, model)
-    names = {layer: _names_below(path, tensors.meta) for layer, path in experts.items()}
-    _check_alike(groups, experts, names, tensors)
-    _check_shapes(model, tensors)
-    num_experts = {tensors.meta[name].shape[0] for layer in names for name in names[layer]}
-    assert len(num_experts) == 1, f"experts with {num_experts} rows"  # from one number of the config, checked above
-    (num_experts,) = num_experts
+    opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
+    family_config = read_config(opened)
+    groups = _groups(recipe, family_config)
+    source = SourceModel.map(opened, family_config)
+    _check_alike(groups, source)
+    _check_shapes(source)
+    method, num_experts = METHODS[recipe.method], _num_experts(source)
+    pool_num_experts = [method.pool_num_experts(num_experts, len(group)) for group in groups]
     config = TiedMoeConfig.from_family(
         family_config,
-        **numbers,
+        group_size=recipe.group_size,
+        skip_first=recipe.skip_first,
+        skip_last=recipe.skip_last,
         groups=groups,
-        pool_num_experts=[method.pool_num_experts(num_experts, len(group)) for group in groups],
+        pool_num_experts=pool_num_experts,
         slot_maps=method.slot_maps,
     )
     config.architectures = ["TiedMoeForCausalLM"]
     tied = family_model(config)
-    operations, dropped = _operations(recipe, config, tied, tensors, experts)
-    expert_names = {name for layer in names for name in names[layer]}
-    pools = [operation for operation in operations if operation.kind == "pool"]
-    untied = [operation for operation in operations if operation.target in expert_names]
-    dropped_bytes = sum(source.tensors[name].num_bytes for name in tensors.dropped)
+    operations = _operations(recipe, groups, tied, source)
+    replaced = _replaced(recipe, groups, source)
+    _check_coverage(operations, replaced, source)
+    expert_names = {name for layer in source.experts for name in source.expert_names(layer)}
+    tied_experts = [o for o in operations if o.kind == "pool" or o.target in expert_names]
+    ignored_bytes = sum(opened.tensors[name].num_bytes for name in source.tensors.dropped)
+    bytes_before = sum(info.num_bytes for info in opened.tensors.values()) - ignored_bytes
+    peaks = [_peak(operation, groups, source, method) for operation in operations]
+    if method.lossless and bytes_before <= MAX_BYTES_FOR_LOGITS:
+        peaks.append(sum(operation.num_bytes for operation in operations))  # the verification loads the output
     return Plan(
         recipe=recipe,
         config=config,
+        source=source,
+        groups=groups,
+        pool_num_experts=pool_num_experts,
         operations=into_files(operations, parse_size(recipe.max_shard_size)),
-        dropped=tuple(sorted({**tensors.dropped, **dropped}.items())),
-        parameters_before=model.num_parameters(),
+        dropped=tuple(sorted({**source.tensors.dropped, **replaced}.items())),
+        files=tuple(opened.travelling_files()),
+        parameters_before=source.model.num_parameters(),
         parameters_after=tied.num_parameters(),
-        expert_parameters_before=sum(tensors.meta[name].numel() for name in expert_names),
-        expert_parameters_after=sum(math.prod(operation.shape) for operation in pools + untied),
-        bytes_before=sum(info.num_bytes for info in source.tensors.values()) - dropped_bytes,
-        peak_memory_bytes=max(_peak(operation, config, tensors, experts, method) for operation in operations),
-        files=tuple(source.travelling_files()),
-        tensors=tensors,
-        experts=experts,
+        expert_parameters_before=sum(source.tensors.meta[name].numel() for name in expert_names),
+        expert_parameters_after=sum(math.prod(operation.shape) for operation in tied_experts),
+        bytes_before=bytes_before,
+        peak_memory_bytes=max(peaks),
     )
 
 
-def _span(layers: list[int]) -> str:
-    """Layer indices for people: "2-5", or "0, 1, 14, 15"."""
-    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
+def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[list[int]]:
+    """The recipe's groups for this family; checks everything that needs the config and not the weights."""
+    config = TiedMoeConfig.from_family(
+        family_config,
+        group_size=recipe.group_size,
+        skip_first=recipe.skip_first,
+        skip_last=recipe.skip_last,
+        groups=None if recipe.groups is None else [list(group) for group in recipe.groups],
+    )
+    if not config.groups:
+        raise ConversionError(
+            f"nothing to tie: with skip_first={recipe.skip_first} and skip_last={recipe.skip_last} no layer with experts "
+            f"of {recipe.source} is left; lower them, or name groups"
+        )
+    for group in config.groups:
+        METHODS[recipe.method].layers_read(group, **recipe.method_options)  # refuses an option's bad value
+    return [list(group) for group in config.groups]
 
 
-def _names_below(path: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(f"{path}.")]
-
-
-def _check_alike(
-    groups: list[list[int]], experts: Mapping[int, str], names: Mapping[int, list[str]], tensors: FamilyTensors
-) -> None:
+def _check_alike(groups: list[list[int]], source: SourceModel) -> None:
     """Raise unless the layers of every group have experts of the same parameters, shapes and dtypes."""
     for p, group in enumerate(groups):
-        found = {}
-        for layer in group:
-            start = len(experts[layer]) + 1
-            found[layer] = {
-                name[
-                    start:
-                ]: f"{list(tensors.meta[name].shape)} {str(tensors.meta[name].dtype).removeprefix('torch.')}"
-                for name in names[layer]
-            }
+        found = {layer: source.describe_experts(layer) for layer in group}
         for layer in group[1:]:
             if found[layer] != found[group[0]]:
                 raise ConversionError(
@@ -231,67 +228,93 @@ def _check_alike(
                 )
 
 
-def _check_shapes(model: PreTrainedModel, tensors: FamilyTensors) -> None:
+def _check_shapes(source: SourceModel) -> None:
     """Raise unless every tensor of the source has the shape that its config gives it."""
-    for name, expected in saved_tensors(model).items():
-        if tensors.meta[name].shape != expected.shape:
+    for name, expected in saved_tensors(source.model).items():
+        found = source.tensors.meta[name]
+        if found.shape != expected.shape:
             raise ConversionError(
-                f"{tensors.source.name}: {name} has shape {list(tensors.meta[name].shape)} by the weights and "
-                f"{list(expected.shape)} by config.json; expected the same: use the config.json that belongs to the weights"
+                f"{source.name}: {name} has shape {list(found.shape)} by the weights and {list(expected.shape)} by "
+                "config.json; expected the same: use the config.json that belongs to the weights"
             )
 
 
+def _num_experts(source: SourceModel) -> int:
+    """E, the rows of every expert parameter of every layer."""
+    rows = {
+        name: source.tensors.meta[name].shape[:1] for layer in source.experts for name in source.expert_names(layer)
+    }
+    if len(set(rows.values())) != 1:
+        raise ConversionError(
+            f"{source.name}: the experts' parameters have different numbers of experts: {rows}; expected one number "
+            "for all layers, which is all that pools can be made of here"
+        )
+    return next(iter(rows.values()))[0]
+
+
 def _operations(
-    recipe: ConversionRecipe,
-    config: TiedMoeConfig,
-    tied: PreTrainedModel,
-    tensors: FamilyTensors,
-    experts: Mapping[int, str],
-) -> tuple[list[TensorOperation], dict[str, str]]:
-    """Every tensor that the tied model saves, and the source tensors that a pool replaces without reading them."""
-    method = METHODS[recipe.method]
+    recipe: ConversionRecipe, groups: list[list[int]], tied: PreTrainedModel, source: SourceModel
+) -> list[TensorOperation]:
+    """One operation per tensor that the tied model saves; a pool's tensors and slot maps stand together."""
+    method, tensors = METHODS[recipe.method], source.tensors
     expected = saved_tensors(tied)
-    kept, pooled, maps, dropped = [], [], [], {}
+    operations = []
     for name in expected:
         if name in tensors.units:
             kind = "copy" if tensors.units[name].converter is None else "fuse"
-            shape, dtype = tuple(tensors.meta[name].shape), tensors.meta[name].dtype
-            kept.append(TensorOperation(name, shape, dtype, kind, tensors.units[name].keys))
-    for p, group in enumerate(config.groups):
-        prefix = f"{tied.base_model_prefix}.expert_pools.{p}."
-        read = method.layers_read(group, **recipe.method_options)
-        for target in _names_below(prefix[:-1], expected):
-            part = target.removeprefix(prefix)
-            units = {layer: tensors.units[f"{experts[layer]}.{part}"] for layer in group}
-            sources = tuple(key for layer in read for key in units[layer].keys)
-            dtype = tensors.meta[f"{experts[group[0]]}.{part}"].dtype
-            pooled.append(TensorOperation(target, tuple(expected[target].shape), dtype, "pool", sources, p, part))
-            for layer in set(group) - set(read):
-                dropped.update(dict.fromkeys(units[layer].keys, f"replaced by pool {p}, which is made without it"))
-        if config.slot_maps[p]:
-            for layer in group:
-                name = f"{experts[layer]}.slot_map"
-                shape = tuple(expected[name].shape)
-                maps.append(TensorOperation(name, shape, torch.int64, "slot_map", (), p, layer))
-    operations = [*kept, *(o for p in range(len(config.groups)) for o in pooled + maps if o.pool == p)]
-    planned, used = [operation.target for operation in operations], {k for o in operations for k in o.sources}
-    assert sorted(planned) == sorted(expected), f"not planned: {expected.keys() - planned}"
-    accounted = used | dropped.keys() | tensors.dropped.keys()
-    assert accounted == tensors.source.tensors.keys(), f"lost: {tensors.source.tensors.keys() - accounted}"
-    return operations, dropped
+            meta = tensors.meta[name]
+            operations.append(TensorOperation(name, tuple(meta.shape), meta.dtype, kind, tensors.units[name].keys))
+    for p, group in enumerate(groups):
+        for name in source.expert_names(group[0]):
+            part = name.removeprefix(f"{source.experts[group[0]]}.")
+            target = f"{tied.base_model_prefix}.expert_pools.{p}.{part}"
+            keys = tuple(
+                key
+                for layer in method.layers_read(group, **recipe.method_options)
+                for key in tensors.units[f"{source.experts[layer]}.{part}"].keys
+            )
+            shape, dtype = tuple(expected[target].shape), tensors.meta[name].dtype
+            operations.append(TensorOperation(target, shape, dtype, "pool", keys, p, part))
+        for layer in group if method.slot_maps else ():
+            target = f"{source.experts[layer]}.slot_map"
+            shape = tuple(expected[target].shape)
+            operations.append(TensorOperation(target, shape, torch.int64, "slot_map", (), p, layer=layer))
+    planned = [operation.target for operation in operations]
+    assert sorted(planned) == sorted(expected), f"not planned, or twice: {set(planned) ^ set(expected)}"
+    return operations
 
 
-def _peak(
-    operation: TensorOperation,
-    config: TiedMoeConfig,
-    tensors: FamilyTensors,
-    experts: Mapping[int, str],
-    method: Method,
-) -> int:
+def _replaced(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> dict[str, str]:
+    """The experts that a pool stands for and that its method does not read."""
+    reasons = {}
+    for p, group in enumerate(groups):
+        for layer in set(group) - set(METHODS[recipe.method].layers_read(group, **recipe.method_options)):
+            for name in source.expert_names(layer):
+                keys = source.tensors.units[name].keys
+                reasons.update(dict.fromkeys(keys, f"pool {p} takes the place of layer {layer}'s experts"))
+    return reasons
+
+
+def _check_coverage(operations: list[TensorOperation], replaced: Mapping[str, str], source: SourceModel) -> None:
+    """Every tensor of the source is used, or named as dropped: nothing is lost without a word."""
+    used = {key for operation in operations for key in operation.sources}
+    lost = source.opened.tensors.keys() - used - replaced.keys() - source.tensors.dropped.keys()
+    assert not lost, f"tensors of the source that nothing reads: {sorted(lost)[:5]}"
+
+
+def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceModel, method: Method) -> int:
     """Bytes of tensors in memory while the operation runs; a rule that fuses holds its inputs beside its output."""
     if operation.kind != "pool":
         return operation.num_bytes * (2 if operation.kind == "fuse" else 1)
-    name = f"{experts[config.groups[operation.pool][0]]}.{operation.part}"
-    layer = tensors.meta[name]
-    read = layer.nbytes * (1 if tensors.units[name].converter is None else 2)
+    name = f"{source.experts[groups[operation.pool][0]]}.{operation.parameter}"
+    layer = source.tensors.meta[name]
+    is_fused = source.tensors.units[name].converter is not None
+    read = layer.nbytes * (2 if is_fused or method.lossless else 1)  # the comparison of a lossless pool needs two, too
     return read + method.float32_copies * layer.numel() * 4
+
+
+def _span(layers: list[int]) -> str:
+    """Layer indices for people: "2-5", or "0, 1, 14, 15"."""
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))

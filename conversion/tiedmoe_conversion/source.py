@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from .errors import ConversionError
 from .headers import TensorInfo, read_header, tensors_from_header
@@ -219,7 +218,7 @@ def _ask_hub(source: str, call, *args, **kwargs) -> Any:
     """Call a function of huggingface_hub; what goes wrong on the way is the user's to know, not a traceback."""
     try:
         return call(*args, **kwargs)
-    except (OSError, HFValidationError, ValueError) as error:  # the Hub's HTTP and offline errors are OSErrors
+    except Exception as error:  # HTTP, connection, authentication, a bad name: all have their own classes
         raise ConversionError(
             f"{source!r} is not a folder here, and the Hub cannot serve it: {error}. Check the name, the revision, your "
             "network and, for a gated repository, your login (hf auth login)"

@@ -17,7 +17,7 @@ from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .errors import ConversionError
-from .families import FamilyTensors, Unit, family_model, hub_units, map_tensors, saved_tensors
+from .families import FamilyTensors, Read, Unit, family_model, hub_units, map_tensors, saved_tensors
 from .recipe import parse_size
 from .source import Source, open_source
 from .verify import verify_output
@@ -94,8 +94,11 @@ class _LayerTensors:
     """The family's state dict, made of a tied checkpoint's tensors when asked; a layer's experts from its pool."""
 
     def __init__(self, config: TiedMoeConfig, tensors: FamilyTensors, experts: Mapping[int, str], prefix: str):
-        self.config, self.tensors, self.prefix = config, tensors, prefix
-        self.layers = {f"{path}.": layer for layer, path in experts.items() if config.group_of(layer) is not None}
+        self.tensors = tensors
+        self.pools: dict[str, str] = {}  # path of a tied layer's experts -> path of the pool it reads
+        for layer, path in experts.items():
+            if (p := config.group_of(layer)) is not None:
+                self.pools[f"{path}."] = f"{prefix}.expert_pools.{p}."
 
     def read(self, name: str) -> torch.Tensor:
         """One state-dict tensor of the family."""
@@ -103,21 +106,19 @@ class _LayerTensors:
 
     def meta(self, name: str) -> torch.Tensor:
         """The same on the meta device: shape and dtype."""
-        return self._make(name, lambda key: self.tensors.meta[key])
+        return self._make(name, self.tensors.meta.__getitem__)
 
-    def _make(self, name: str, read) -> torch.Tensor:
-        path, _, part = name.rpartition(".")
-        path = next((start for start in self.layers if name.startswith(start)), None)
+    def _make(self, name: str, read: Read) -> torch.Tensor:
+        path = next((path for path in self.pools if name.startswith(path)), None)
         if path is None:
             return read(name)
-        part, p = name.removeprefix(path), self.config.group_of(self.layers[path])
-        rows = read(f"{self.prefix}.expert_pools.{p}.{part}")
-        if self.config.slot_maps[p]:
+        rows = read(name.replace(path, self.pools[path], 1))
+        if f"{path}slot_map" in self.tensors.meta:
             rows = rows[read(f"{path}slot_map")]
-        if self.config.residual_rank[p] and f"{path}{part}_residual_b" in self.tensors.meta:
-            b, a = read(f"{path}{part}_residual_b"), read(f"{path}{part}_residual_a")
+        if f"{name}_residual_b" in self.tensors.meta:
             wide = torch.promote_types(rows.dtype, torch.float32)
-            rows = rows.to(wide).baddbmm_(b.to(wide), a.to(wide)).to(rows.dtype)
+            b, a = read(f"{name}_residual_b").to(wide), read(f"{name}_residual_a").to(wide)
+            rows = rows.to(wide).baddbmm_(b, a).to(rows.dtype)
         return rows
 
 
@@ -150,17 +151,16 @@ def _read_config(source: Source) -> TiedMoeConfig:
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
     """The family's own config; its number of experts is the width that every layer's router has."""
-    family_config = config.to_family()
-    number = getattr(config, config.num_experts_field)
-    layers = expert_layers(family_model(family_config))
-    widths = {}
-    for layer in layers:
-        p = config.group_of(layer)
-        widths[layer] = number if p is None or config.slot_maps[p] else config.pool_num_experts[p]
+    family_config, field = config.to_family(), config.num_experts_field
+    widths = {layer: getattr(config, field) for layer in expert_layers(family_model(family_config))}
+    pools = zip(config.groups, config.pool_num_experts, config.slot_maps)  # type: ignore[arg-type]  # resolved to lists
+    for group, width, has_slot_map in pools:
+        if not has_slot_map:  # the routers of these layers follow the pool
+            widths.update(dict.fromkeys(group, width))
     if len(set(widths.values())) > 1:
         raise ConversionError(
             f"{source.name} has layers of several router widths {widths}, and a {config.family!r} config knows one number "
             "of experts for all layers; such a model cannot be untied: keep using it as tiedmoe"
         )
-    setattr(family_config, config.num_experts_field, next(iter(widths.values())))
+    setattr(family_config, field, next(iter(widths.values())))
     return family_config

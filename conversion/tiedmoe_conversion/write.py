@@ -145,7 +145,10 @@ def write_weights(
             for tensor in tensors:
                 if progress:
                     progress(done, total, tensor.target)
-                written = sum(_write(handle, block, tensor) for block in make(tensor))
+                written = 0
+                for block in make(tensor):
+                    written += _write(handle, block, tensor)
+                    del block  # before the next one is made, or two would be in memory
                 assert written == tensor.num_bytes, f"{tensor.target}: {written} bytes, planned {tensor.num_bytes}"
                 done += written
     if list(files) != [WEIGHTS]:

@@ -18,7 +18,9 @@ from ..errors import ConversionError, did_you_mean
 class LayerExperts(Protocol):
     """The experts of one source layer, read only when asked."""
 
-    index: int
+    @property
+    def index(self) -> int:
+        """The layer's index in the model."""
 
     def read(self, name: str) -> torch.Tensor:
         """The experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new memory."""
