@@ -497,6 +497,17 @@ def test_pools_are_never_split_between_devices():
     assert {"PoolOlmoeExperts", "OlmoeDecoderLayer"} <= tiny_model()._no_split_modules
 
 
+@pytest.mark.parametrize("plan", [{"tp_size": 2}, {"tp_plan": "auto"}])
+def test_tensor_parallelism_is_refused(plan, tmp_path):
+    from transformers.distributed import DistributedConfig
+
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only FSDP2 is supported"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(**plan))
+    with pytest.raises(ValueError, match="only FSDP2 is supported"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=plan)
+
+
 def test_meta_device_and_init_empty_weights():
     from accelerate import init_empty_weights
 

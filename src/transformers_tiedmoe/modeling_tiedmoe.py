@@ -221,10 +221,17 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def init_parallel_plans(self) -> None:
-        """The family's tensor and expert parallel plans name each layer's experts; those would shard nothing here."""
-        super().init_parallel_plans()
-        self._tp_plan, self._ep_plan = {}, {}
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, **kwargs):
+        """FSDP2 only: a family's tensor, expert and pipeline plans name each layer's own experts, which pools are not."""
+        fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
+        for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
+            if fields.get(name) not in (None, False, 1):
+                raise ValueError(
+                    f"{name}={fields[name]!r} on a tied model; only FSDP2 is supported so far, "
+                    "for which leave it out and set fsdp_size"
+                )
+        return super().prepare_distribute_model(distributed_config, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
