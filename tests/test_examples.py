@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +40,12 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.slow
-def test_convert_and_heal(tmp_path, text):
+def test_convert_and_heal(tmp_path, text, monkeypatch, capsys):
     source = save_source(tmp_path / "source", num_hidden_layers=6)
     options = ["--max-steps", "4", "--block-size", "16"]
-    out = run(sys.executable, EXAMPLES / "convert_and_heal.py", source, text, "work", *options, cwd=tmp_path).stdout
+    monkeypatch.setattr(sys, "argv", ["convert_and_heal.py", source, str(text), str(tmp_path / "work"), *options])
+    runpy.run_path(EXAMPLES / "convert_and_heal.py", run_name="__main__")
+    out = capsys.readouterr().out
     assert "layers that keep their own experts: 0, 1, 4, 5" in out
     before, after = perplexities(out)
     assert before != after

@@ -131,7 +131,7 @@ def test_heal_killed_and_started_again_ends_where_an_unbroken_run_does(fixture, 
 def test_heal_process_killed_by_the_system_is_continued_by_the_same_command(tied, data, output):
     code = "from transformers_tiedmoe.cli import main; main()"
     command = [sys.executable, "-c", code, "heal", tied, "--data", data, "--output", output, "--block-size", "16"]
-    command += ["--max-steps", "60", "--save-steps", "5", "--batch-size", "4"]
+    command += ["--max-steps", "60", "--save-steps", "5", "--batch-size", "4", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not Path(output, "checkpoint-10", "trainer_state.json").exists():
@@ -141,8 +141,8 @@ def test_heal_process_killed_by_the_system_is_continued_by_the_same_command(tied
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not Path(output, "config.json").exists()
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
-    report = json.loads(Path(output, "heal.json").read_text())
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    report = json.loads(done.stdout)
     assert report["resumed_from_step"] >= 10
     assert report["steps"] == 60
     AutoModelForCausalLM.from_pretrained(output)

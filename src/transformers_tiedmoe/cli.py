@@ -139,7 +139,7 @@ def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
 class _Run:
     """A command with its config, its progress bar and what to print where."""
 
-    def __init__(self, command: Callable, config_class: type):
+    def __init__(self, command: Callable, config_class: Any):
         self.command = command
         self.config_class = config_class
 

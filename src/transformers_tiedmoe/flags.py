@@ -25,7 +25,10 @@ def with_flags(run: Callable, config_class: type, arguments: tuple[str, ...], is
     """
 
     def callback(context: typer.Context, as_json: bool, recipe: Path | None = None, **flags: Any) -> None:
-        given = {name: value for name, value in flags.items() if context.get_parameter_source(name).name != "DEFAULT"}
+        sources = {name: context.get_parameter_source(name) for name in flags}
+        given = {
+            name: flags[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+        }
         run(given, as_json, recipe)
 
     hints = typing.get_type_hints(config_class)

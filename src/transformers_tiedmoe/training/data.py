@@ -149,7 +149,7 @@ def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, b
 def _local_files(path: Path) -> tuple[str, list[str]]:
     """The `datasets` builder that reads a file or folder, and the files to read in order of name."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and _builder(file))
-    builders = {_builder(file) for file in files} - {None}
+    builders = {builder for file in files if (builder := _builder(file))}
     if len(builders) != 1:
         found = f"files of {len(builders)} kinds ({', '.join(sorted(builders))})" if builders else "no such file"
         raise ValueError(

@@ -236,8 +236,10 @@ def _load_model(config: HealConfig, output: HealOutput) -> tuple[PreTrainedModel
     """The model ready to train, and what its checkpoint said that training changes and `_final_model` restores."""
     # Trainer's own resuming matches the names in the file with those of the modules and skips what differs, but
     # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes do.
-    is_whole = not config.lora and output.checkpoint and any(output.checkpoint.glob("model*.safetensors"))
-    model = _load(output.checkpoint if is_whole else config.model, dtype="auto")
+    path: str | Path = config.model
+    if output.checkpoint and not config.lora and any(output.checkpoint.glob("model*.safetensors")):
+        path = output.checkpoint
+    model = _load(path, dtype="auto")
     origin = {name: output.state[name] for name in ("dtypes", "use_cache") if name in output.state} or {
         "dtypes": {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()},
         "use_cache": getattr(model.config, "use_cache", None),

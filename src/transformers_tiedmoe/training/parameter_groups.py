@@ -7,7 +7,7 @@ of the pools by sqrt(group_size) when it trains a tied model from scratch.
 import math
 import re
 
-from torch import nn
+from transformers import PreTrainedModel
 
 POOL_NAME = re.compile(r"(?:^|\.)expert_pools\.(\d+)\.")
 NO_DECAY = re.compile(r"(?:^|[._])(?:bias|norm|layernorm|rmsnorm|ln)\d*(?:$|[._])", re.IGNORECASE)
@@ -15,7 +15,7 @@ LR_DIVISORS = {"none": lambda group_size: 1.0, "sqrt": math.sqrt}
 
 
 def pool_parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_divisor: str = "sqrt"
+    model: PreTrainedModel, lr: float, weight_decay: float = 0.0, lr_divisor: str = "sqrt"
 ) -> list[dict]:
     """Groups of the trainable parameters for any torch optimizer: `AdamW(pool_parameter_groups(model, 1e-4))`.
 

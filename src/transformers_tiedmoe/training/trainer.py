@@ -27,6 +27,8 @@ class HealTrainer(Trainer):
         self.teacher_weight = teacher_weight
         self.temperature = temperature
 
+    optimizer: torch.optim.Optimizer | None
+
     def create_optimizer(self, model=None):
         """The optimizer that the arguments name, over pool parameter groups."""
         if self.optimizer is None:
