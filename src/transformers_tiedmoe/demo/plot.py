@@ -6,6 +6,8 @@ from pathlib import Path
 COLOURS = {"source": "#0072B2", "control": "#56B4E9", "tied": "#D55E00", "healed": "#009E73"}
 MARKERS = {"source": "o", "control": "s", "tied": "v", "healed": "D"}
 
+SAME_SIZE = {"source": "control", "control": "source", "tied": "healed", "healed": "tied"}
+
 
 def save_plot(report: dict, path: Path) -> None:
     """Draw `report`, what `run_demo` returns, into the PNG file `path`.
@@ -27,27 +29,35 @@ def save_plot(report: dict, path: Path) -> None:
 
 
 def _draw_cost(axes, report: dict) -> None:
-    """Perplexity against bytes on disk, one point a model."""
+    """Perplexity against bytes on disk, one point a model, with tying and healing as arrows between them."""
+    from matplotlib.ticker import LogFormatter
+
     points = {name: (report[name]["checkpoint_bytes"] / 1e6, report[name]["perplexity"]) for name in COLOURS}
-    axes.annotate(
-        "",
-        points["healed"],
-        points["tied"],
-        arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 9, "shrinkB": 9},
-    )
+    for start, end in (("source", "tied"), ("tied", "healed")):
+        style = {"arrowstyle": "->", "color": "0.6", "shrinkA": 7, "shrinkB": 7}
+        axes.annotate("", points[end], points[start], arrowprops=style)
     for name, (size, perplexity) in points.items():
         axes.plot(size, perplexity, MARKERS[name], color=COLOURS[name], markersize=9, linestyle="none")
-        label = f"{name} {perplexity:.3g}"
-        # The control lies below the source, closely: their labels stand on different sides of the point.
-        below = name == "control"
-        axes.annotate(label, (size, perplexity), (0, -16 if below else 9), textcoords="offset points", ha="center")
+        # Two models share a size and may be close: labels stand to the outer side, and away from each other.
+        outwards = -1 if name in ("tied", "healed") else 1
+        upwards = 1 if perplexity >= points[SAME_SIZE[name]][1] else -1
+        axes.annotate(
+            f"{name} {perplexity:.1f}",
+            (size, perplexity),
+            (10 * outwards, 3 * upwards),
+            textcoords="offset points",
+            ha="right" if outwards < 0 else "left",
+            va="bottom" if upwards > 0 else "top",
+        )
     axes.set_yscale("log")
-    axes.margins(x=0.3, y=0.15)
-    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.set_xlim(0, 1.35 * max(size for size, _ in points.values()))
+    axes.margins(y=0.12)
     axes.set_xlabel("weights on disk, MB")
-    axes.set_ylabel("held-out perplexity per token (log)")
-    axes.set_title("What tying saves, and costs")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("held-out perplexity per token, log scale")
+    axes.set_title("What tying saves, and what it costs")
+    axes.grid(alpha=0.3, which="both")
 
 
 def _draw_routing(figure, axes, report: dict) -> None:
