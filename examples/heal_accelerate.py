@@ -84,9 +84,9 @@ def main():
     after = evaluate(model, held_out, accelerator)
     accelerator.print(f"held-out perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}")
 
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    weights = accelerator.get_state_dict(model)  # every process takes part where the weights are sharded
     if accelerator.is_main_process:
-        model.save_pretrained(args.output)
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(args.output, state_dict=weights)
         tokenizer.save_pretrained(args.output)
     accelerator.end_training()
 

@@ -16,6 +16,7 @@ from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
+from transformers_tiedmoe.training.trainer import HealTrainer
 
 QUICK = {"max_steps": 6, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
 
@@ -173,6 +174,20 @@ def test_heal_refuses_a_finished_output_unless_asked_and_other_options_when_unfi
     with pytest.raises(ValueError, match="max_steps was 3 and is 6"):
         heal(HealConfig(tied, data, output, **QUICK))
     assert heal(HealConfig(tied, data, output, **other))["steps"] == 3
+
+
+def test_heal_that_diverges_saves_nothing(tied, data, output):
+    with pytest.raises(ValueError, match=r"diverged: the held-out loss was 5\.\d+ and is nan; nothing was saved"):
+        heal(HealConfig(tied, data, output, **QUICK | {"learning_rate": 1e38}))
+    assert not Path(output, "config.json").exists()
+
+
+def test_heal_refuses_sharded_weights(tied, data, output, monkeypatch):
+    monkeypatch.setattr(
+        HealTrainer, "is_fsdp_enabled", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    with pytest.raises(ValueError, match="heal wants them whole"):
+        heal(HealConfig(tied, data, output, **QUICK))
 
 
 def test_heal_leaves_the_disk_alone_when_the_data_is_missing(tied, output):

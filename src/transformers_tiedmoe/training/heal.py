@@ -114,7 +114,8 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     Raises:
         FileNotFoundError: no such data.
         OSError: no such model or teacher.
-        ValueError: too little text, a teacher with another vocabulary, or an output folder that holds something else.
+        ValueError: too little text, a teacher with another vocabulary, an output folder that holds something else, or
+            a loss that is no longer a number.
         ImportError: `lora` without peft.
     """
     tell = progress or (lambda done, total, what: None)
@@ -146,6 +147,12 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     )
     if progress:
         trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"accelerate was told to shard the weights ({trainer.accelerator.distributed_type}), but heal wants them whole "
+            "in every process; launch with --multi_gpu, with lora where memory is short, or begin with "
+            "examples/heal_accelerate.py"
+        )
 
     if trainer.is_world_process_zero():
         output.begin(origin)
@@ -162,6 +169,11 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
     healed = _final_model(trainer, origin, output)
     after = _held_out(trainer.evaluate())
+    if not math.isfinite(after["loss"]):
+        raise ValueError(
+            f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']}; nothing was saved: "
+            "lower learning_rate"
+        )
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * args.world_size * config.block_size
     report = {
         "before": before,
