@@ -16,7 +16,6 @@ from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
-from transformers_tiedmoe.training.trainer import HealTrainer
 
 QUICK = {"max_steps": 6, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
 
@@ -183,11 +182,10 @@ def test_heal_that_diverges_saves_nothing(tied, data, output):
 
 
 def test_heal_refuses_sharded_weights(tied, data, output, monkeypatch):
-    monkeypatch.setattr(
-        HealTrainer, "is_fsdp_enabled", property(lambda self: True, lambda self, value: None), raising=False
-    )
-    with pytest.raises(ValueError, match="heal wants them whole"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
+    with pytest.raises(ValueError, match=r"shard the weights \(FSDP\), but heal needs them whole"):
         heal(HealConfig(tied, data, output, **QUICK))
+    assert not Path(output).exists()
 
 
 def test_heal_leaves_the_disk_alone_when_the_data_is_missing(tied, output):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -147,12 +148,6 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     )
     if progress:
         trainer.remove_callback(PrinterCallback)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"accelerate was told to shard the weights ({trainer.accelerator.distributed_type}), but heal wants them whole "
-            "in every process; launch with --multi_gpu, with lora where memory is short, or begin with "
-            "examples/heal_accelerate.py"
-        )
 
     if trainer.is_world_process_zero():
         output.begin(origin)
@@ -197,6 +192,12 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
 
 
 def _training_arguments(config: HealConfig, is_resumed: bool, is_quiet: bool) -> TrainingArguments:
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
+            raise ValueError(
+                f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every process; "
+                "launch it with --multi_gpu, with lora where memory is short"
+            )
     bf16 = config.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
