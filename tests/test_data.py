@@ -121,3 +121,20 @@ def test_perplexity_leaves_out_labels_of_minus_100(tokenizer, model):
     short = datasets.Dataset.from_dict({"input_ids": ids[:, :4].tolist(), "labels": ids[:, :4].tolist()})
     assert perplexity(model, row)["tokens"] == 3
     assert perplexity(model, row)["loss"] == pytest.approx(perplexity(model, short)["loss"], rel=1e-5)
+
+
+def test_load_blocks_asks_the_hub_for_what_is_not_here(tokenizer, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": make_text().splitlines()})
+
+    with pytest.raises(FileNotFoundError, match="neither a file or folder here nor a dataset that the hub gives"):
+        load_blocks("someone/nothing", tokenizer)  # the tests run offline
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_blocks("someone/novels", tokenizer, block_size=8)
+    load_blocks("someone/novels:long", tokenizer, block_size=8)
+    assert calls == [(("someone/novels", config), {"split": "train"}) for config in (None, "long")]
