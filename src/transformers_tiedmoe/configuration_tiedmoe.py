@@ -69,10 +69,10 @@ class TiedMoeConfig(PreTrainedConfig):
     group_size: int = 2
     skip_first: int = 2
     skip_last: int = 2
-    groups: list | None = None
-    pool_num_experts: int | list | None = None
-    slot_maps: bool | list = False
-    residual_rank: int | list = 0
+    groups: list[list[int]] | None = None
+    pool_num_experts: int | list[int] | None = None
+    slot_maps: bool | list[bool] = False
+    residual_rank: int | list[int] = 0
     router_z_loss_coef: float = 0.0
 
     def __new__(cls, *args, family: str = "olmoe", **kwargs):
@@ -127,7 +127,7 @@ class TiedMoeConfig(PreTrainedConfig):
 
     def group_of(self, layer: int) -> int | None:
         """The pool that `layer` reads, or None where it is untied."""
-        return next((p for p, group in enumerate(self.groups) if layer in group), None)
+        return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
 
     def _resolve_pools(self) -> None:
         moe_layers = moe_layers_of(self)
@@ -169,13 +169,14 @@ class TiedMoeConfig(PreTrainedConfig):
                 )
 
     def _one_per_pool(self, name: str, value: Any, kind: type, least: int | None = None) -> list:
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * len(self.groups)
-        if len(values) != len(self.groups):
+        num_pools = len(self.groups or [])
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * num_pools
+        if len(values) != num_pools:
             raise ValueError(
-                f"{name} has {len(values)} entries for {len(self.groups)} pools; give one value, or one per pool"
+                f"{name} has {len(values)} entries for {num_pools} pools; give one value, or one per pool"
             )
         for p, entry in enumerate(values):
-            if type(entry) is not kind or (least is not None and entry < least):
+            if type(entry) is not kind or (least is not None and entry < least):  # type: ignore[operator]
                 at_least = "" if least is None else f" of at least {least}"
                 raise ValueError(f"{name} of pool {p} is {entry!r}; expected {kind.__name__}{at_least}")
         return values

@@ -7,9 +7,11 @@ the layers are averaged, which is the recipe of "Tying the Loop" (arXiv 2606.168
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.output_capturing import CompileableContextVar, OutputRecorder
 
 _recorded = CompileableContextVar("tiedmoe_router_logits")
@@ -56,7 +58,7 @@ def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return (values * weight[:, None]).sum(dim=0) / weight.sum().clamp(min=1)
 
 
-def watch_routers(base_model: nn.Module) -> None:
+def watch_routers(base_model: PreTrainedModel) -> None:
     """Let the routers that the family reports `router_logits` of report them to `add_router_losses` too, once."""
     if getattr(base_model, "_routers_are_watched", False):
         return
@@ -71,7 +73,7 @@ def watch_routers(base_model: nn.Module) -> None:
                 module.register_forward_hook(functools.partial(_record, recorder.index))
 
 
-def _record(index: int, router: nn.Module, args: tuple, output: object) -> None:
+def _record(index: int, router: nn.Module, args: tuple, output: Any) -> None:
     recorded = _recorded.get()
     if recorded is not None:
         logits = output[index] if isinstance(output, tuple) else output
