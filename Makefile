@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/installed
 # One thread a process: the models of the tests are too small for more, and xdist runs two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+# pip compiles no file (that takes longer than the rest of the installation): Python compiles what it imports, once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo seeds test style bench gpu-test bench-gpu clean
 
@@ -38,5 +40,5 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
