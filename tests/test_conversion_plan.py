@@ -1,7 +1,10 @@
 import json
 
 import pytest
+import torch
 from conversions import edit_tensors, save_source
+from families import tiny_config
+from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from tiedmoe_conversion import ConversionRecipe, make_plan
 from tiedmoe_conversion.source import Source
@@ -61,6 +64,20 @@ def test_extra_tensors_that_the_family_ignores_are_named(tmp_path):
     assert dict(made.dropped) == {"model.layers.61.mlp.gate.weight": "DeepseekV3ForCausalLM ignores it on loading"}
     assert made.bytes_before < sum(info.num_bytes for info in made.source.opened.tensors.values())
     assert "dropped: 1 tensor(s), such as model.layers.61" in str(made).replace("\n", " ")
+
+
+def test_multimodal_source_becomes_its_language_model(tmp_path):
+    torch.manual_seed(0)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_position_embeddings": 16}
+    config = Qwen3_5MoeConfig(
+        text_config=tiny_config("qwen3_5_moe").to_dict(), vision_config=vision | {"out_hidden_size": 32}
+    )
+    Qwen3_5MoeForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "source")
+    made = plan(tmp_path / "source")
+    assert made.config.family == "qwen3_5_moe_text"
+    assert made.config.dtype == torch.bfloat16
+    assert all(name.startswith("model.visual.") for name, _ in made.dropped)
+    assert len(made.dropped) == sum("visual" in name for name in made.source.opened.tensors) > 0
 
 
 def test_reads_no_tensor(source, monkeypatch):

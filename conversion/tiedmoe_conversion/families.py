@@ -193,7 +193,10 @@ def read_config(source: Source) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source.folder)
     except Exception as error:  # whatever a field of the wrong type makes transformers raise
         raise ConversionError(f"{source.name}: transformers cannot read config.json: {error}") from error
-    return config.get_text_config(decoder=True)
+    text_config = config.get_text_config(decoder=True)
+    if text_config.dtype is None:  # a multimodal config has it at the top
+        text_config.dtype = config.dtype
+    return text_config
 
 
 def family_model(config: PreTrainedConfig) -> PreTrainedModel:

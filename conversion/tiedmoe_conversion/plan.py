@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_tiedmoe import TiedMoeConfig
@@ -125,14 +126,16 @@ class Plan:
         for name, reason in self.dropped:
             reasons.setdefault(reason, []).append(name)
         return Group(
-            f"[bold]{recipe.source}[/] ({self.config.family}) -> [bold]{recipe.output}[/]",
+            Text(f"{recipe.source} ({self.config.family}) -> {recipe.output}", style="bold"),
             pools,
-            f"layers that keep their own experts: {_span(untied) if untied else 'none'}",
+            Text(f"layers that keep their own experts: {_span(untied) if untied else 'none'}"),
             totals,
-            f"{len(self.operations)} tensors in {len({operation.file for operation in self.operations})} weight "
-            f"file(s); at most {decimal(self.peak_memory_bytes)} of tensors in memory at a time",
-            f"files that travel along: {', '.join(self.files) or 'none'}",
-            *(f"dropped: {len(names)} tensor(s), such as {names[0]}: {reason}" for reason, names in reasons.items()),
+            Text(
+                f"{len(self.operations)} tensors in {len({operation.file for operation in self.operations})} weight "
+                f"file(s); at most {decimal(self.peak_memory_bytes)} of tensors in memory at a time\n"
+                f"files that travel along: {', '.join(self.files) or 'none'}"
+            ),
+            *(Text(f"dropped: {len(names)} tensor(s), such as {names[0]}: {why}") for why, names in reasons.items()),
         )
 
     def __str__(self) -> str:
@@ -176,6 +179,7 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
     ignored_bytes = sum(opened.tensors[name].num_bytes for name in source.tensors.dropped)
     bytes_before = sum(info.num_bytes for info in opened.tensors.values()) - ignored_bytes
     peaks = [_peak(operation, groups, source, method) for operation in operations]
+    peaks += [2 * source.tensors.meta[name].nbytes for name in source.tensors.copies]  # the two are compared
     if method.lossless and bytes_before <= MAX_BYTES_FOR_LOGITS:
         peaks.append(sum(operation.num_bytes for operation in operations))  # the verification loads the output
     return Plan(
