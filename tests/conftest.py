@@ -12,6 +12,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the whole
+# session, not test by test: fixtures of a module would run without it, and its kernels differ in the memory they take.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +23,3 @@ def seed():
     """Every test starts from the same random state, alone or in any order."""
     random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def nan_in_uninitialised_memory():
-    """`torch.empty` gives NaN (torch does this only in deterministic mode), so a weight nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
