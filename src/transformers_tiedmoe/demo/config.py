@@ -33,9 +33,9 @@ class DemoConfig:
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": 'the method\'s own options, such as {"layer": "last"}'}
     )
-    heal_steps: int = _option(100, "steps of healing, and extra steps of the control")
-    heal_learning_rate: float = _option(1e-3, "peak learning rate of healing and of the control")
-    distill: bool = _option(False, "heal with the source as the teacher as well as on the text")
+    heal_steps: int = _option(150, "steps of healing, and extra steps of the control")
+    heal_learning_rate: float = _option(5e-4, "peak learning rate of healing and of the control")
+    distill: bool = _option(True, "heal with the source as the teacher as well as on the text")
     source_steps: int = _option(1400, "steps that the source is trained for")
     source_learning_rate: float = _option(8e-3, "peak learning rate of the source's training")
     batch_size: int = _option(8, "sequences in a step")
