@@ -21,6 +21,9 @@ TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "
 TWO_PROCESSES += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
+one_after_the_other = pytest.mark.xdist_group("two_processes")  # each takes the cores of both workers
+
+
 def run(*command, cwd):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     command = [str(word) for word in command]
@@ -53,6 +56,7 @@ def test_convert_and_heal(tmp_path, text, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@one_after_the_other
 def test_heal_accelerate_on_two_processes_does_what_heal_does(tmp_path, text):
     """Two processes at batch 2 against `heal` in one: the same held-out perplexity before, and both learn."""
     tied = save_tied(tmp_path / "tied")
@@ -72,6 +76,7 @@ def test_heal_accelerate_on_two_processes_does_what_heal_does(tmp_path, text):
 
 
 @pytest.mark.slow
+@one_after_the_other
 def test_heal_on_two_processes_under_accelerate_launch(tmp_path):
     """The command line, as its help says: two processes at batch 2 train as one at batch 4, to rounding.
 
