@@ -10,6 +10,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import datasets
+import transformers
+
 from transformers_tiedmoe.demo import DemoConfig, run_demo
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +26,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the summary")
     arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     reports = {seed: run_demo(DemoConfig(output=f"{arguments.output}/{seed}", seed=seed), show) for seed in seeds}
     summary = summarize(reports)

@@ -1,5 +1,6 @@
 """What the demo measures of a checkpoint: how large it is, how well it predicts, where its tokens go."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def peak_training_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> int
         model: is changed by the steps.
         input_ids: int64 `[B, T]`, a batch of the size that was trained with.
     """
+    gc.collect()  # else what others left in reference cycles is freed, and subtracted, while we count
     weights = sum(tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()])
     if input_ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -146,6 +148,7 @@ def _train_two_steps(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for _ in range(2):
+        gc.collect()  # so is what the step before left
         model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,9 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
@@ -31,17 +29,8 @@ from .source import train_source
 
 Progress = Callable[[int, int, str], None]
 SETTINGS = "demo.json"
-MADE = (
-    "untrained",
-    "source",
-    "tied",
-    "healed",
-    "control",
-    "conversion.json",
-    "report.json",
-    "report.md",
-    "report.png",
-)
+FOLDERS = ("source", "tied", "healed", "control")
+FILES = ("conversion.json", "seconds.json", "report.json", "report.md", "report.png")
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -53,15 +42,12 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
 
     Returns:
         What `report.json` holds: for each of `source`, `tied`, `healed` and `control` what `measure` returns; `conversion`,
-        the plan's summary; `training`, by model its steps, tokens and
-        seconds; `seconds` by stage of this run, in which a
-        stage that an earlier run had finished takes none; `settings`, `versions` and `machine`.
+        the plan's summary; `training`, by model its steps, tokens and seconds; `seconds` by stage, those of an earlier
+        run that this one continues included; `settings`, `versions` and `machine`.
 
     Raises:
         ValueError: the output folder holds something else, or what a stage refuses, such as a source without experts.
     """
-    datasets.disable_progress_bars()  # `progress` says what is being done
-    transformers.logging.disable_progress_bar()
     _prepare_output(config)
     run = _Run(config, progress or (lambda done, total, what: None))
     source, source_training = run.stage("source", run.source)
@@ -71,13 +57,13 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
         "healed": run.stage("healed", run.heal, config.path("tied"), str(source) if config.distill else None),
         "control": run.stage("control", run.heal, source),
     }
-    folders = {"source": source, **{name: config.path(name) for name in ("tied", "healed", "control")}}
+    folders = {"source": source, **{name: config.path(name) for name in FOLDERS[1:]}}
     figures = run.stage("figures", run.measure, folders)
     report = {
         **figures,
         "conversion": conversion,
         "training": training,
-        "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 1)},
+        "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 2)},
         "settings": config.settings(),
         "versions": {name: version(name) for name in ("transformers-tiedmoe", "transformers", "torch", "tokenizers")},
         "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
@@ -89,20 +75,24 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
 
 
 class _Run:
-    """The stages of one run. `seconds` says how long each took; each says how far it is."""
+    """The stages of one run; each says how far it is, and `seconds` how long it took."""
 
     def __init__(self, config: DemoConfig, progress: Progress):
         self.config = config
         self.progress = progress
-        self.seconds: dict[str, float] = {}
+        self.record = config.path("seconds.json")
+        self.seconds = json.loads(self.record.read_text()) if self.record.is_file() else {}
+        self.seconds.pop("figures", None)  # always taken anew
         self.current = ""
 
     def stage(self, name: str, run: Callable, *args):
         """`run(*args)`, timed and named."""
         self.current, start = name, time.perf_counter()
-        result = run(*args)
-        self.seconds[name] = round(time.perf_counter() - start, 1)
-        return result
+        try:
+            return run(*args)
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 2)
+            _write_text(self.record, json.dumps(self.seconds) + "\n")
 
     def tell(self, done: int, total: int, what: str) -> None:
         """Report progress within the current stage."""
@@ -182,8 +172,10 @@ def _prepare_output(config: DemoConfig) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not record.is_file())):
         raise ValueError(f"output {folder} holds something that is not a demo; give a new or an empty folder")
     if record.is_file() and config.overwrite:
-        for path in map(config.path, MADE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(config.path(name), ignore_errors=True)
+        for name in FILES:
+            config.path(name).unlink(missing_ok=True)
     elif record.is_file():
         earlier = json.loads(record.read_text())
         different = [
