@@ -13,7 +13,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the whole
-# session, not test by test: fixtures of a module would run without it, and its kernels differ in the memory they take.
+# session, not test by test: fixtures of a module would run without it.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
