@@ -1,12 +1,20 @@
-"""What every test runs under: offline, one thread, seeded, and with NaN in uninitialised memory."""
+"""What every test runs under: offline, one thread, seeded, NaN in uninitialised memory, Triton's interpreter without a GPU."""
 
+import importlib.util
 import os
 import random
 import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="tiedmoe-tests-")  # removed when the process ends
-# Before anything imports huggingface_hub or torch: both read these once.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_CACHE.name, TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# Before anything imports huggingface_hub, transformers or torch: they read these once. transformers would look for kernels
+# of the Hub where the package `kernels` is there, and these tests are about ours.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=_CACHE.name,
+    USE_HUB_KERNELS="NO",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,6 +24,15 @@ torch.set_num_threads(1)
 # session, not test by test: fixtures of a module would run without it.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which `triton.jit` asks for when a kernel's module is imported.
+# bfloat16 is wrong there; triton_interpreter.py repairs it, so that these tests cover it too.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from triton_interpreter import repair_bfloat16
+
+        repair_bfloat16()
 
 
 @pytest.fixture(autouse=True)
