@@ -30,8 +30,4 @@ class Segment(NamedTuple):
     hidden: Tensor  # [N, I] w * act(gate) * up
     order: Tensor  # [N] int32, slot numbers t*K+k by pool row (stable), inactive slots last; token = order // K
     offsets: Tensor  # [E+1] int32, expert e has rows offsets[e]:offsets[e+1]; offsets[E] = number of active slots
-
-    @property
-    def top_k(self) -> int:
-        """K, so that the token of a slot is `order // K`; 1 where there are no tokens."""
-        return self.order.numel() // max(self.hidden_states.size(0), 1) or 1
+    weights: Tensor  # w  [T, K], for the gradient of down's bias
