@@ -1,0 +1,351 @@
+"""The three functions of a backend (`spec.py`) for a CPU, in plain torch: one GEMM per expert in use, none for the rest.
+
+Rows are gathered once, sorted by expert, and every GEMM writes straight into its rows of the output. Everything
+elementwise and every sum over K is in float32 (float64 for float64), whatever the dtype of the GEMMs.
+
+Shape suffixes as in `spec.py`, and n active slots of the N.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import Segment, Spec
+
+_SUM = 0  # torch.embedding_bag's mode
+
+
+def forward(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    slot_map: Tensor | None,
+    spec: Spec,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer's output, and what its backward needs.
+
+    Args:
+        x: `[T, H]`; it, the projections and the biases have one dtype, the compute dtype.
+        index: `[T, K]` int64 in `[0, R]`, R the width of `slot_map`, else E; R is an inactive slot.
+        weights: `[T, K]`, any floating dtype; not read at inactive slots.
+        gate_up: `[E, 2I, H]`, or `[E, H, 2I]` if `spec.is_transposed`.
+        down: `[E, H, I]`, or `[E, I, H]` if `spec.is_transposed`.
+        gate_up_bias: `[E, 2I]` or None.
+        down_bias: `[E, H]` or None.
+        slot_map: `[R]` int64 rows of the pool, or None.
+        spec: activation and layout.
+        save_pre: whether the pre-activation is to be returned.
+
+    Returns:
+        y `[T, H]` as x; pre `[N, 2I]` as x, columns as the weights have them, `[0]` without `save_pre`; order `[N]`
+        int32; offsets `[E + 1]` int32.
+
+    Raises:
+        ValueError: an index out of range.
+    """
+    order, offsets = _sort(index, slot_map, gate_up.size(0))
+    rows = _Rows.of(order, offsets, *index.shape)
+    pre = _pre_activation(x, gate_up, gate_up_bias, rows, spec)
+    gate, up = _halves(_wide(pre[: rows.n]), spec)
+    hidden = _activate(gate, up, spec)[0]
+    weights_n1 = _wide(weights.flatten()[rows.slots])[:, None]
+    out = _matmul(hidden.mul_(weights_n1).to(x.dtype), _right(down, not spec.is_transposed), rows)
+    if down_bias is not None:
+        out = torch.addcmul(_wide(out), weights_n1, _wide(down_bias)[rows.experts()]).to(x.dtype)
+    return rows.sum_per_token(out), pre if save_pre else x.new_empty(0), order, offsets
+
+
+def backward_data(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    spec: Spec,
+    needs_hidden_grad: bool,
+    needs_segment: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every gradient but the weights', and what those need.
+
+    Args:
+        grad_output: dy `[T, H]`, the compute dtype as everything but `weights`.
+        x, weights, gate_up, down, gate_up_bias, down_bias, spec: as in `forward`.
+        pre, order, offsets: from `forward`; a pre of `[0]` is computed again.
+        needs_hidden_grad: whether grad_x is wanted.
+        needs_segment: whether grad_pre and hidden are wanted.
+
+    Returns:
+        grad_x `[T, H]`; grad_weights `[T, K]` as `weights`, 0 at inactive slots; grad_pre `[N, 2I]`; hidden
+        `[N, I]` = w * act(gate) * up. `[0]` for each that is not wanted.
+    """
+    T, K = weights.shape
+    N, n = T * K, int(offsets[-1])
+    rows = _Rows.of(order, offsets, T, K)
+    if not pre.numel():
+        pre = _pre_activation(x, gate_up, gate_up_bias, rows, spec)
+    gate, up = _halves(_wide(pre[:n]), spec)
+    value, grad_gate, grad_up = _activate(gate, up, spec, with_gradient=True)
+
+    grad_rows = grad_output[rows.tokens]
+    grad_unweighted = _wide(_matmul(grad_rows, _right(down, spec.is_transposed), rows))
+    weight_grad_n = torch.linalg.vecdot(grad_unweighted, value)
+    if down_bias is not None:
+        weight_grad_n += torch.linalg.vecdot(_wide(grad_rows), _wide(down_bias)[rows.experts()])
+    grad_weights = weights.new_zeros(N).index_copy_(0, rows.slots, weight_grad_n.to(weights.dtype)).view(T, K)
+    if not (needs_hidden_grad or needs_segment):
+        return x.new_empty(0), grad_weights, x.new_empty(0), x.new_empty(0)
+
+    weights_n1 = _wide(weights.flatten()[rows.slots])[:, None]
+    grad_hidden = grad_unweighted.mul_(weights_n1)
+    grad_pre = x.new_empty(N, 2 * up.size(1))
+    to_gate, to_up = _halves(grad_pre[:n], spec)
+    to_gate.copy_(grad_gate.mul_(grad_hidden))
+    to_up.copy_(grad_up.mul_(grad_hidden))
+    grad_x = x.new_empty(0)
+    if needs_hidden_grad:
+        grad_x = rows.sum_per_token(_matmul(grad_pre[:n], _right(gate_up, spec.is_transposed), rows))
+    if not needs_segment:
+        return grad_x, grad_weights, x.new_empty(0), x.new_empty(0)
+    hidden = x.new_empty(N, up.size(1))
+    hidden[:n].copy_(value.mul_(weights_n1))
+    return grad_x, grad_weights, grad_pre, hidden
+
+
+def backward_weight(
+    segments: Sequence[Segment], spec: Spec, out_dtype: torch.dtype, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of one pool's weights, summed over `segments`: per expert one GEMM over all their rows.
+
+    Args:
+        segments: what the layers that read the pool have left, at least one.
+        spec: as in `forward`.
+        out_dtype: dtype of the gradients; the compute dtype, or float32 to keep what the GEMM accumulates.
+        needs: which of gate_up, down, gate_up_bias, down_bias are wanted.
+
+    Returns:
+        grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, shaped as the weights, 0 at experts not in use;
+        `[0]` for each that is not wanted.
+    """
+    first = segments[0]
+    E, H, I = first.offsets.numel() - 1, first.hidden_states.size(1), first.hidden.size(1)
+    shapes = (E, 2 * I, H), (E, H, I), (E, 2 * I), (E, H)
+    if spec.is_transposed:
+        shapes = (E, H, 2 * I), (E, I, H), (E, 2 * I), (E, H)
+    gradients = [first.hidden.new_empty(s if need else 0, dtype=out_dtype) for s, need in zip(shapes, needs)]
+    gate_up, down, gate_up_bias, down_bias = (g if need else None for g, need in zip(gradients, needs))
+    parts = [_SegmentRows(segment, needs) for segment in segments]
+
+    def of_expert(name: str, e: int) -> Tensor:
+        pieces = [getattr(part, name)[e] for part in parts if part.sizes[e]]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    for e in range(E):
+        if not any(part.sizes[e] for part in parts):
+            for gradient in (gate_up, down, gate_up_bias, down_bias):
+                if gradient is not None:
+                    gradient[e].zero_()
+            continue
+        if gate_up is not None:
+            a, b = of_expert("grad_pre", e), of_expert("x", e)
+            _matmul_over_rows(*((b, a) if spec.is_transposed else (a, b)), gate_up[e])
+        if down is not None:
+            a, b = of_expert("grad_output", e), of_expert("hidden", e)
+            _matmul_over_rows(*((b, a) if spec.is_transposed else (a, b)), down[e])
+        if gate_up_bias is not None:
+            gate_up_bias[e] = _wide(of_expert("grad_pre", e)).sum(0)
+        if down_bias is not None:
+            down_bias[e] = _wide(of_expert("weights", e)) @ _wide(of_expert("grad_output", e))
+    return gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+class _Rows(NamedTuple):
+    """Where the n active slots are, sorted by expert."""
+
+    order: Tensor  # [N] int64
+    slots: Tensor  # [n] int64, order of the active ones
+    tokens: Tensor  # [n] int64
+    sizes: list[int]  # rows per expert, E of them
+    n: int
+    T: int
+    K: int
+
+    @classmethod
+    def of(cls, order: Tensor, offsets: Tensor, T: int, K: int) -> "_Rows":
+        ends = offsets.tolist()
+        order, n = order.long(), ends[-1]
+        slots = order[:n]
+        return cls(order, slots, slots // K, [b - a for a, b in itertools.pairwise(ends)], n, T, K)
+
+    def experts(self) -> Tensor:
+        """The expert of each row, `[n]`."""
+        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+
+    def sum_per_token(self, rows_nH: Tensor) -> Tensor:
+        """`[T, H]`, each token's sum over its active slots' rows."""
+        if self.T == 1:
+            return rows_nH.sum(0, keepdim=True)
+        position = torch.empty_like(self.order)
+        position[self.order] = torch.arange(len(self.order))
+        if self.n == len(self.order):
+            first = torch.arange(0, len(position), self.K)
+        else:
+            is_active = (position < self.n).view(self.T, self.K)
+            first = is_active.sum(1).cumsum(0).roll(1)
+            first[0] = 0
+            position = position[is_active.flatten()]
+        return torch.embedding_bag(rows_nH, position, first, False, _SUM)[0]
+
+
+class _SegmentRows:
+    """A segment's rows expert by expert, lists of E tensors each; gathered only where a gradient needs them."""
+
+    def __init__(self, segment: Segment, needs: tuple[bool, bool, bool, bool]):
+        rows = _Rows.of(segment.order, segment.offsets, *segment.weights.shape)
+        self.sizes = rows.sizes
+        if needs[0] or needs[2]:
+            self.grad_pre = segment.grad_pre[: rows.n].split(rows.sizes)
+        if needs[0]:
+            self.x = segment.hidden_states[rows.tokens].split(rows.sizes)
+        if needs[1] or needs[3]:
+            self.grad_output = segment.grad_output[rows.tokens].split(rows.sizes)
+        if needs[1]:
+            self.hidden = segment.hidden[: rows.n].split(rows.sizes)
+        if needs[3]:
+            self.weights = segment.weights.flatten()[rows.slots].split(rows.sizes)
+
+
+def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tensor]:
+    """Slots by pool row: order `[N]` int32 (stable, inactive last) and offsets `[E + 1]` int32."""
+    R = E if slot_map is None else slot_map.numel()
+    _check_range("top_k_index", index, R, f" ({R} marks an inactive slot)")
+    row = index.flatten()
+    if slot_map is not None:
+        _check_range("slot_map", slot_map, E - 1)
+        row = torch.cat([slot_map, slot_map.new_full((1,), E)])[row]
+    offsets = torch.zeros(E + 1, dtype=torch.int32)
+    torch.cumsum(torch.bincount(row, minlength=E + 1)[:E], 0, out=offsets[1:])
+    return row.argsort(stable=True).int(), offsets
+
+
+def _check_range(name: str, index: Tensor, last: int, remark: str = "") -> None:
+    if not index.numel():
+        return
+    low, high = (bound.item() for bound in index.aminmax())
+    if low < 0 or high > last:
+        raise ValueError(f"{name} must lie in [0, {last}]{remark}; found {low} to {high}")
+
+
+def _pre_activation(x: Tensor, gate_up: Tensor, bias: Tensor | None, rows: _Rows, spec: Spec) -> Tensor:
+    """Gate and up of every active slot, `[N, 2I]`, columns as the weights have them."""
+    right = _right(gate_up, not spec.is_transposed)
+    pre = x.new_empty(len(rows.order), right.size(2))
+    _matmul(x[rows.tokens], right, rows, out=pre[: rows.n])
+    if bias is not None:
+        pre[: rows.n] += bias[rows.experts()]
+    return pre
+
+
+def _right(weight: Tensor, transpose: bool) -> Tensor:
+    return weight.transpose(1, 2) if transpose else weight
+
+
+def _matmul(a: Tensor, weight: Tensor, rows: _Rows, out: Tensor | None = None) -> Tensor:
+    """`a [n, P]` times each row's `weight[e] [P, Q]` -> `[n, Q]`, into `out` if given."""
+    if out is None:
+        out = a.new_empty(a.size(0), weight.size(2))
+    active = [(e, size) for e, size in enumerate(rows.sizes) if size]
+    sizes = [size for _, size in active]
+    narrow = not _has_fast_gemm(a.dtype)
+    for (e, size), piece, into in zip(active, a.split(sizes), out.split(sizes)):
+        if narrow and size > 2:
+            into.copy_(torch.mm(piece.float(), weight[e].float()))
+        else:
+            torch.mm(piece, weight[e], out=into)
+    return out
+
+
+def _matmul_over_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out [P, Q]` = a^T b over the rows of `a [rows, P]` and `b [rows, Q]`, accumulated in float32."""
+    if out.dtype != a.dtype:
+        torch.mm(a.to(out.dtype).T, b.to(out.dtype), out=out)
+    elif _has_fast_gemm(a.dtype):
+        torch.mm(a.T, b, out=out)
+    else:
+        out.copy_(torch.mm(a.float().T, b.float()))
+
+
+@functools.cache
+def _has_fast_gemm(dtype: torch.dtype) -> bool:
+    """Whether this CPU's GEMM for `dtype` beats float32's on the converted operands.
+
+    Without the instructions (AVX-512 or AMX on x86) torch's is a plain loop: from three rows on it is slower, at 64 rows 7 times.
+    """
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _halves(columns: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Gate and up, views of `[n, I]` each."""
+    if spec.is_concatenated:
+        I = columns.size(1) // 2
+        return columns[:, :I], columns[:, I:]
+    return columns[:, ::2], columns[:, 1::2]
+
+
+def _activate(gate: Tensor, up: Tensor, spec: Spec, with_gradient: bool = False) -> tuple[Tensor, ...]:
+    """act(gate) * up `[n, I]`; with its derivatives by gate and by up if `with_gradient`."""
+    is_clamped = spec.activation in ("clamped_swiglu", "clamped_silu")
+    limit = spec.swiglu_limit
+    gate_in, up_in = gate, up
+    if is_clamped:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if spec.activation == "clamped_swiglu":
+        up = up + 1
+        activated = F.silu(gate * spec.swiglu_alpha).div_(spec.swiglu_alpha)
+    elif spec.activation in ("silu", "clamped_silu"):
+        activated = F.silu(gate)
+    elif spec.activation == "relu":
+        activated = F.relu(gate)
+    else:
+        activated = F.gelu(gate, approximate="tanh" if spec.activation == "gelu_pytorch_tanh" else "none")
+    if not with_gradient:
+        return (activated.mul_(up),)
+
+    aten = torch.ops.aten
+    if spec.activation == "clamped_swiglu":
+        grad_gate = aten.silu_backward(up, gate * spec.swiglu_alpha)
+    elif spec.activation in ("silu", "clamped_silu"):
+        grad_gate = aten.silu_backward(up, gate)
+    elif spec.activation == "relu":
+        grad_gate = aten.threshold_backward(up, gate, 0)
+    else:
+        grad_gate = aten.gelu_backward(
+            up, gate, approximate="tanh" if spec.activation == "gelu_pytorch_tanh" else "none"
+        )
+    value, grad_up = activated * up, activated
+    if is_clamped:  # at the limit itself the gradient passes, as torch's clamp has it
+        grad_gate = grad_gate.masked_fill_(gate_in > limit, 0)
+        grad_up = grad_up.masked_fill_(up_in.abs() > limit, 0)
+    return value, grad_gate, grad_up
