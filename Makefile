@@ -1,44 +1,70 @@
 # Every target makes what it needs: .venv on a fresh clone, again when pyproject.toml or constraints.txt change.
+# `make TARGET PY=python3` takes that interpreter as it is, installs nothing and reads the packages from this checkout: for a
+# machine without a network that has torch and transformers.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+ifdef PY
+INSTALLED :=
+TRITON_OLDEST :=
+export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/kernels/torch-ext:$(CURDIR)/conversion$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+# The oldest triton supported, beside the one that is imported: kernels are compiled with both. It has no wheel but for Linux.
+TRITON_OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6/installed)
+endif
 # One thread a process: the models of the tests are too small for more, and xdist runs two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+# Only these files: those that need no GPU may need packages that a GPU machine lacks.
+GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 # pip compiles no file (that takes longer than the rest of the installation): Python compiles what it imports, once.
 unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo seeds test style bench gpu-test bench-gpu clean
+.PHONY: demo seeds test style bench gpu-test bench-gpu tune compile-table clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
-	$(BIN)/tiedmoe demo --output demo
+	$(PY) -m transformers_tiedmoe.cli demo --output demo
 
 seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
-	$(BIN)/python benchmarks/demo_seeds.py --output seeds --seeds 0,1,2
+	$(PY) benchmarks/demo_seeds.py --output seeds --seeds 0,1,2
 
-test: $(INSTALLED)  ## every test that needs no GPU
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
+test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
+	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
 
 style: $(INSTALLED)  ## lint, format, types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 gpu-test: $(INSTALLED)  ## the tests marked gpu
-	@$(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
+	@$(PY) -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
 		|| { echo "gpu-test: torch finds no GPU here; nothing was tested" >&2; exit 1; }
-	@$(BIN)/python -m pytest -q -m gpu $(ARGS); status=$$?; \
-		if [ $$status -eq 5 ]; then echo "gpu-test: no test is marked gpu yet: the Triton kernels are not written" >&2; fi; \
-		exit $$status
+	$(PY) -m pytest -q -m gpu $(ARGS) $(GPU_TESTS)
 
-bench bench-gpu:  ## nothing to time yet
-	@echo "$@: there are no kernels to time yet (kernels/README.md). The demo's figures come from 'make demo' and 'make seeds'." >&2; exit 1
+bench: $(INSTALLED)  ## the experts on this CPU against transformers' own
+	$(PY) benchmarks/experts_cpu.py --output benchmarks/results/experts_cpu $(ARGS)
+
+bench-gpu: $(INSTALLED)  ## the kernels on this GPU against transformers' own and other libraries'
+	$(PY) benchmarks/experts_gpu.py --output benchmarks/results/experts_gpu $(ARGS)
+
+tune: $(INSTALLED)  ## search launch parameters for this GPU: configs/*.json of the kernels
+	$(PY) -m tiedmoe_kernels.tune $(ARGS)
+
+compile-table: $(INSTALLED) $(TRITON_OLDEST)  ## every shipped config, compiled without a GPU: spills, shared memory
+	$(PY) benchmarks/compile_table.py $(ARGS)
+	$(if $(TRITON_OLDEST),PYTHONPATH=$(CURDIR)/$(dir $(TRITON_OLDEST)) $(PY) benchmarks/compile_table.py $(ARGS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/triton-3.6/installed: | $(VENV)/installed
+	rm -rf $(@D)
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --target $(@D) triton==3.6.0
 	touch $@
