@@ -52,9 +52,11 @@ bench-gpu: $(INSTALLED)  ## the kernels on this GPU against transformers' own an
 tune: $(INSTALLED)  ## search launch parameters for this GPU: configs/*.json of the kernels
 	$(PY) -m tiedmoe_kernels.tune $(ARGS)
 
-compile-table: $(INSTALLED) $(TRITON_OLDEST)  ## every shipped config, compiled without a GPU: spills, shared memory
-	$(PY) benchmarks/compile_table.py $(ARGS)
-	$(if $(TRITON_OLDEST),PYTHONPATH=$(CURDIR)/$(dir $(TRITON_OLDEST)) $(PY) benchmarks/compile_table.py $(ARGS))
+COMPILED := benchmarks/results/compile
+compile-table: $(INSTALLED) $(TRITON_OLDEST)  ## every shipped config, compiled without a GPU by both tritons: spills, shared memory
+	$(PY) benchmarks/compile_table.py --output $(COMPILED)_newest.json
+	$(if $(TRITON_OLDEST),PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6 $(PY) benchmarks/compile_table.py --output $(COMPILED)_oldest.json)
+	$(PY) benchmarks/compile_table.py --table $(if $(TRITON_OLDEST),$(COMPILED)_oldest.json) $(COMPILED)_newest.json --output $(COMPILED).md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -82,6 +82,7 @@ def test_wheel_holds_every_file_of_the_three_roots_and_nothing_else(wheel):
     for package in ROOTS:
         assert f"{package}/py.typed" in found
     assert any(name.startswith("tiedmoe_conversion/recipes/") for name in found)
+    assert any(name.startswith("tiedmoe_kernels/configs/") for name in found)
     assert "transformers_tiedmoe/data/austen.txt.xz" in found
 
 
@@ -96,8 +97,50 @@ for name in {list(ROOTS)}:
     assert run(fresh_python, "-I", "-c", code, cwd=tmp_path).split() == list(ROOTS)
 
 
-def test_importing_the_package_imports_neither_triton_nor_the_conversion(fresh_python, tmp_path):
-    code = "import sys, transformers_tiedmoe; print(*({'triton', 'tiedmoe_conversion'} & set(sys.modules)))"
+# Whoever asks for triton or the conversion is told that they are absent; the packages that ask are printed.
+BLOCKED = """
+import importlib.abc, sys
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("triton", "tiedmoe_conversion"):
+            frame = sys._getframe(1)
+            while frame.f_globals["__name__"].startswith("importlib"):
+                frame = frame.f_back
+            print(name, "wanted by", frame.f_globals["__name__"])
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.mark.parametrize("package", ["tiedmoe_kernels", "transformers_tiedmoe"])
+def test_importing_a_package_needs_neither_triton_nor_the_conversion(package, fresh_python, tmp_path):
+    """torch and transformers may look for triton; our packages import it in the functions that use it."""
+    out = run(fresh_python, "-I", "-c", f"{BLOCKED}\nimport {package}\nprint('imported')", cwd=tmp_path)
+    *wanted, last = out.splitlines()
+    assert last == "imported"
+    assert not [line for line in wanted if line.rpartition(" ")[2].startswith(("tiedmoe_", "transformers_tiedmoe"))]
+
+
+def test_kernels_compute_on_a_cpu_without_triton(fresh_python, tmp_path):
+    code = f"""{BLOCKED}
+import torch, tiedmoe_kernels
+
+x, weights = torch.randn(3, 8, requires_grad=True), torch.rand(3, 2)
+y = tiedmoe_kernels.experts_forward(x, torch.randint(0, 4, (3, 2)), weights, torch.randn(4, 12, 8), torch.randn(4, 8, 6))
+y.sum().backward()
+print(x.grad.isfinite().all().item())
+"""
+    assert run(fresh_python, "-I", "-c", code, cwd=tmp_path).splitlines()[-1] == "True"
+
+
+def test_kernels_import_torch_and_nothing_else_of_ours_or_transformers(fresh_python, tmp_path):
+    code = (
+        "import sys, tiedmoe_kernels; print(*({'transformers', 'transformers_tiedmoe', 'triton'} & set(sys.modules)))"
+    )
     assert run(fresh_python, "-I", "-c", code, cwd=tmp_path).strip() == ""
 
 
@@ -125,9 +168,8 @@ def test_imports_go_one_way():
     files = {package: sorted((root / package).rglob("*.py")) for package, root in ROOTS.items()}
     assert all(files.values())
     for path in files["tiedmoe_kernels"]:
-        assert imported(path, everywhere=True) <= {*sys.stdlib_module_names, "torch", "triton", "tiedmoe_kernels"}, (
-            path
-        )
+        # No absolute import of itself either: a Hub build is imported under another name.
+        assert imported(path, everywhere=True) <= {*sys.stdlib_module_names, "torch", "triton"}, path
     for path in files["transformers_tiedmoe"]:
         assert not imported(path, everywhere=False) & {"tiedmoe_conversion", "triton"}, path
     for path in files["tiedmoe_conversion"]:
