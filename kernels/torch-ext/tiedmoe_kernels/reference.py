@@ -18,6 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+ACTIVATIONS = (*_ACTIVATIONS, "clamped_silu", "clamped_swiglu")  # every name that `activation` may have
 
 
 def experts_forward_reference(
@@ -46,10 +47,11 @@ def experts_forward_reference(
         top_k_weights: `[T, K]`, floating point.
         gate_up_proj: `[E, 2I, H]`, or `[E, H, 2I]` if `is_transposed`.
         down_proj: `[E, H, I]`, or `[E, I, H]` if `is_transposed`.
-        activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu" on the gate; or "clamped_swiglu", gpt-oss's
+        activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu" on the gate; "clamped_silu", DeepSeek-V4's
+            silu(min(gate, limit)) * clamp(up, -limit, limit); or "clamped_swiglu", gpt-oss's
             min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + 1).
         swiglu_alpha: alpha of "clamped_swiglu".
-        swiglu_limit: limit of "clamped_swiglu".
+        swiglu_limit: limit of the two clamped ones.
         gate_up_proj_bias: `[E, 2I]`, default none.
         down_proj_bias: `[E, H]`, default none.
         is_transposed: the projections are stored `[E, in, out]`.
@@ -86,9 +88,12 @@ def experts_forward_reference(
             gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
         else:
             gate_NI, up_NI = gate_up_N2I[:, ::2], gate_up_N2I[:, 1::2]
+        if activation.startswith("clamped"):
+            gate_NI, up_NI = gate_NI.clamp(max=swiglu_limit), up_NI.clamp(-swiglu_limit, swiglu_limit)
         if activation == "clamped_swiglu":
-            gate_NI = gate_NI.clamp(max=swiglu_limit)
-            h_NI = gate_NI * torch.sigmoid(swiglu_alpha * gate_NI) * (up_NI.clamp(-swiglu_limit, swiglu_limit) + 1)
+            h_NI = gate_NI * torch.sigmoid(swiglu_alpha * gate_NI) * (up_NI + 1)
+        elif activation == "clamped_silu":
+            h_NI = F.silu(gate_NI) * up_NI
         else:
             h_NI = _ACTIVATIONS[activation](gate_NI) * up_NI
         out_NH = F.linear(h_NI, down_w, down_bias)
@@ -107,9 +112,8 @@ def _check(
     activation: str,
 ) -> None:
     """Raise ValueError for what a caller can get wrong; reads the indices, so it waits for the device."""
-    if activation not in _ACTIVATIONS and activation != "clamped_swiglu":
-        known = ", ".join([*_ACTIVATIONS, "clamped_swiglu"])
-        raise ValueError(f"unknown activation {activation!r}; choose one of {known}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ValueError(
             f"gate_up_proj and down_proj must be 3-D, one matrix per expert; found {tuple(gate_up_proj.shape)} "
