@@ -1,4 +1,4 @@
-# `nix run ./kernels#build-and-copy` builds every variant of the kernel into kernels/build: see CONTRIBUTING.md.
+# `kernel-builder build-and-copy kernels` builds a variant per backend into kernels/build, with nix.
 {
   description = "tiedmoe-kernels: Mixture-of-Experts kernels that know layers are tied";
 

@@ -137,10 +137,8 @@ print(x.grad.isfinite().all().item())
     assert run(fresh_python, "-I", "-c", code, cwd=tmp_path).splitlines()[-1] == "True"
 
 
-def test_kernels_import_torch_and_nothing_else_of_ours_or_transformers(fresh_python, tmp_path):
-    code = (
-        "import sys, tiedmoe_kernels; print(*({'transformers', 'transformers_tiedmoe', 'triton'} & set(sys.modules)))"
-    )
+def test_kernels_import_no_transformers(fresh_python, tmp_path):
+    code = "import sys, tiedmoe_kernels; print(*({'transformers', 'transformers_tiedmoe'} & set(sys.modules)))"
     assert run(fresh_python, "-I", "-c", code, cwd=tmp_path).strip() == ""
 
 
