@@ -1,0 +1,138 @@
+"""The backward kernels: through the activation to the pre-activation, and the weight gradients of a whole group.
+
+The products with down and gate_up are `rows_kernel`, the sum over a token's slots is `combine_kernel` (`forward.py`).
+Every sum is in a fixed order, so two runs are equal bit by bit.
+
+Shapes as in `reference.py`, `metadata.py` and `spec.py`; buffers of sorted rows are `[N, ...]`.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import gate
+from .forward import tile_of
+
+
+@triton.jit
+def gate_backward_kernel(
+    pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, order, offsets, num_slots, H, I, E, alpha, limit,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One sorted row, whose hidden holds a = dy[token] @ down: hidden becomes w h, grad_pre w a dh/d(pre).
+
+    grad_weights `[N]` by slot: <dy, down h + bias> = <a, h> + <dy, bias>; 0 where the slot is inactive.
+    """
+    row = tl.program_id(0)
+    slot = tl.load(order + row)
+    if row >= tl.load(offsets + E):
+        tl.store(grad_weights + slot, 0.0)
+        return
+    weight = tl.load(weights + slot).to(tl.float32)
+    hidden += row.to(tl.int64) * I
+    pre += row.to(tl.int64) * (2 * I)
+    grad_pre += row.to(tl.int64) * (2 * I)
+
+    products = tl.zeros((BLOCK_I,), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        gate_i = i
+        up_i = i + I
+        if INTERLEAVED:
+            gate_i = 2 * i
+            up_i = 2 * i + 1
+        mask = i < I
+        a = tl.load(hidden + i, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(pre + gate_i, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(pre + up_i, mask=mask, other=0.0).to(tl.float32)
+        h, dh_dg, dh_du = gate(g, u, alpha, limit, ACTIVATION)
+        products += a * h
+        grad_h = a * weight
+        tl.store(grad_pre + gate_i, (grad_h * dh_dg).to(grad_pre.dtype.element_ty), mask=mask)
+        tl.store(grad_pre + up_i, (grad_h * dh_du).to(grad_pre.dtype.element_ty), mask=mask)
+        tl.store(hidden + i, (weight * h).to(hidden.dtype.element_ty), mask=mask)
+    grad_weight = tl.sum(products, axis=0)
+
+    if HAS_BIAS:
+        expert = tl.arange(0, BLOCK_E)
+        e = tl.sum((tl.load(offsets + 1 + expert, mask=expert < E, other=num_slots + 1) <= row).to(tl.int32), axis=0)
+        bias += e.to(tl.int64) * H
+        grad_output += (slot // K).to(tl.int64) * H
+        shares = tl.zeros((BLOCK_H,), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            column = start + tl.arange(0, BLOCK_H)
+            dy = tl.load(grad_output + column, mask=column < H, other=0.0).to(tl.float32)
+            shares += dy * tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)
+        grad_weight += tl.sum(shares, axis=0)
+    tl.store(grad_weights + slot, grad_weight.to(grad_weights.dtype.element_ty))
+
+
+@triton.jit
+def weight_grad_kernel(
+    a_segments, b_segments, orders, offsets, out, P, Q, E,
+    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32, written once.
+
+    A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token where gathered.
+    """
+    tiles_p = tl.cdiv(P, BLOCK_M)
+    tiles_q = tl.cdiv(Q, BLOCK_N)
+    e = tl.program_id(0) // (tiles_p * tiles_q)
+    tile_p, tile_q = tile_of(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, GROUP_M)
+    p = tile_p * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = tile_q * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for s in tl.static_range(len(a_segments)):
+        start = tl.load(offsets[s] + e)
+        end = tl.load(offsets[s] + e + 1)
+        for r0 in range(start, end, BLOCK_K):
+            row = r0 + tl.arange(0, BLOCK_K)
+            mask = row < end
+            a_row = row.to(tl.int64)
+            b_row = a_row
+            if GATHER_A or GATHER_B:
+                token = (tl.load(orders[s] + row, mask=mask, other=0) // K).to(tl.int64)
+                if GATHER_A:
+                    a_row = token
+                if GATHER_B:
+                    b_row = token
+            mask_a = mask[:, None]
+            mask_b = mask[:, None]
+            if not EVEN:
+                mask_a = mask_a & (p < P)[None, :]
+                mask_b = mask_b & (q < Q)[None, :]
+            a = tl.load(a_segments[s] + a_row[:, None] * P + p[None, :], mask=mask_a, other=0.0)
+            b = tl.load(b_segments[s] + b_row[:, None] * Q + q[None, :], mask=mask_b, other=0.0)
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+
+    pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+
+
+@triton.jit
+def bias_grad_kernel(
+    a_segments, weights, orders, offsets, out, P,
+    K: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out `[E, P]`: per expert the sum of A's rows over all segments; gathered rows count with their slot's weight."""
+    e = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for s in tl.static_range(len(a_segments)):
+        start = tl.load(offsets[s] + e)
+        end = tl.load(offsets[s] + e + 1)
+        for r0 in range(start, end, BLOCK_M):
+            row = r0 + tl.arange(0, BLOCK_M)
+            a_row = row.to(tl.int64)
+            if GATHER:
+                slot = tl.load(orders[s] + row, mask=row < end, other=0)
+                a_row = (slot // K).to(tl.int64)
+            mask = (row < end)[:, None] & (column < P)[None, :]
+            a = tl.load(a_segments[s] + a_row[:, None] * P + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            if GATHER:
+                a *= tl.load(weights[s] + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
+            acc += tl.sum(a, axis=0)
+    tl.store(out + e.to(tl.int64) * P + column, acc.to(out.dtype.element_ty), mask=column < P)

@@ -1,0 +1,139 @@
+"""Few tokens: every active expert's weights are read once, and nothing is sorted.
+
+A program owns one expert and one tile of columns. It looks at all N slots itself (some KB, in L2), takes those of its
+expert in chunks of BLOCK_M rows, and stores by slot. Where N < E a program is given a slot instead and returns unless that slot
+is its expert's first, so that the grid is never larger than it must be.
+
+Shapes as in `reference.py`; buffers are `[N, ...]` by slot, not sorted.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import gate
+from .forward import load_weight
+from .metadata import pool_row
+
+
+@triton.jit
+def _expert_of(row, slots, E, BY_SLOT: tl.constexpr):
+    """The expert of program (., pid), E if there is nothing to do; row `[BLOCK_S]` holds the slots' pool rows."""
+    pid = tl.program_id(1)
+    if BY_SLOT:
+        e = tl.sum(tl.where(slots == pid, row, 0), axis=0)
+        repeats = tl.sum(((row == e) & (slots < pid)).to(tl.int32), axis=0)
+        return tl.where(repeats == 0, e, E)
+    else:
+        return pid
+
+
+@triton.jit
+def _slots_of(mine, rank, slots, first, BLOCK_M: tl.constexpr):
+    """`[BLOCK_M]` slots of rank first, first + 1, ... among those that are mine, -1 past the last."""
+    wanted = first + tl.arange(0, BLOCK_M)
+    hit = mine[None, :] & (rank[None, :] == wanted[:, None])
+    return tl.max(tl.where(hit, slots[None, :], -1), axis=1)
+
+
+@triton.jit
+def decode_gate_up_kernel(
+    x, w, bias, hidden, index, slot_map, num_slots, H, I, R, E, stride_we, stride_wk, stride_wn, alpha, limit,
+    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden `[N, I]` by slot = act(gate) * up of x[token]."""
+    slots = tl.arange(0, BLOCK_S)
+    row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
+    e = _expert_of(row, slots, E, BY_SLOT)
+    if e >= E:
+        return
+    mine = row == e
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    count = tl.sum(mine.to(tl.int32), axis=0)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_n = n
+    to_up = tl.zeros((), tl.int64) + I
+    if INTERLEAVED:
+        gate_n = 2 * n
+        to_up = tl.full((), 1, tl.int64)
+    for first in range(0, count, BLOCK_M):
+        slot = _slots_of(mine, rank, slots, first, BLOCK_M)
+        token = (tl.maximum(slot, 0) // K).to(tl.int64)
+        acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, H, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            a = tl.load(x + token[:, None] * H + k[None, :], mask=(slot >= 0)[:, None] & (k < H)[None, :], other=0.0)
+            b_gate = load_weight(
+                w, e, k0, 0, k, gate_n, n < I, 0 * to_up, H, 2 * I, stride_we, stride_wk, stride_wn,
+                False, K_CONTIGUOUS, EVEN_K, EVEN_N,
+            )  # fmt: skip
+            b_up = load_weight(
+                w, e, k0, 0, k, gate_n, n < I, to_up, H, 2 * I, stride_we, stride_wk, stride_wn,
+                False, K_CONTIGUOUS, EVEN_K, EVEN_N,
+            )  # fmt: skip
+            acc_gate = tl.dot(a, b_gate, acc_gate, input_precision=PRECISION)
+            acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
+            acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
+                None, :
+            ]
+        h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
+        mask = (slot >= 0)[:, None] & (n < I)[None, :]
+        tl.store(hidden + slot.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_down_kernel(
+    hidden, w, bias, weights, out, index, slot_map, num_slots, I, H, R, E, stride_we, stride_wk, stride_wn,
+    HAS_SLOT_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[N, H]` float32 by slot = (hidden @ down + bias) * weight of the slot."""
+    slots = tl.arange(0, BLOCK_S)
+    row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
+    e = _expert_of(row, slots, E, BY_SLOT)
+    if e >= E:
+        return
+    mine = row == e
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    count = tl.sum(mine.to(tl.int32), axis=0)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for first in range(0, count, BLOCK_M):
+        slot = _slots_of(mine, rank, slots, first, BLOCK_M)
+        a_row = tl.maximum(slot, 0).to(tl.int64)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, I, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            a = tl.load(
+                hidden + a_row[:, None] * I + k[None, :], mask=(slot >= 0)[:, None] & (k < I)[None, :], other=0.0
+            )
+            b = load_weight(
+                w, e, k0, 0, k, n, n < H, tl.zeros((), tl.int64), I, H, stride_we, stride_wk, stride_wn,
+                False, K_CONTIGUOUS, EVEN_K, EVEN_N,
+            )  # fmt: skip
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc += tl.load(bias + e.to(tl.int64) * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(weights + a_row).to(tl.float32)[:, None]
+        mask = (slot >= 0)[:, None] & (n < H)[None, :]
+        tl.store(out + a_row[:, None] * H + n[None, :], acc, mask=mask)
+
+
+@triton.jit
+def decode_combine_kernel(
+    rows, index, slot_map, out, num_slots, H, R, E,
+    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out `[T, H]`: the sum of each token's active rows `[N, H]` in the order of k, in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        width = tl.where(pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP) < E, H, 0)
+        acc += tl.load(rows + slot * H + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

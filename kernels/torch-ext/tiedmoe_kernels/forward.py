@@ -1,0 +1,164 @@
+"""The forward kernels: gather + gate_up + activation, down + weighting, and the sum over each token's K slots.
+
+A program computes one tile of rows of one expert (`metadata.Tiles`). Rows past an expert's last are computed on its last
+row and never stored, so that the loop over the contraction needs no row mask.
+
+Shapes as in `reference.py`; `order`, `offsets`, `position` and tiles as in `metadata.py`. Sorted buffers are `[N, ...]`.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import gate
+
+
+@triton.jit
+def tile_of(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
+    """Tiles in groups of GROUP_M rows, so that neighbouring programs share weights and rows in L2."""
+    per_group = GROUP_M * num_tiles_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = tl.minimum(num_tiles_m - first_m, GROUP_M)
+    inside = pid % per_group
+    return first_m + inside % rows, inside // rows
+
+
+@triton.jit
+def load_weight(
+    w, e, k0, n0, k, n, n_mask, shift, K_SIZE, N_SIZE, stride_e, stride_k, stride_n,
+    TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK_K, BLOCK_N]` of expert e's matrix `[K_SIZE, N_SIZE]`, 0 where k or the mask is out of range.
+
+    The elements are (k, n + shift) with an int64 shift, (k0, n0 + shift) the first of them; a descriptor lies over `[E * rows, columns]`.
+    """
+    if TMA:
+        if K_CONTIGUOUS:
+            return tl.trans(w.load([e * N_SIZE + (n0 + shift).to(tl.int32), k0]))
+        else:
+            return w.load([e * K_SIZE + k0, (n0 + shift).to(tl.int32)])
+    else:
+        offsets = k.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
+        pointers = (w + e.to(tl.int64) * stride_e + shift * stride_n) + offsets
+        if EVEN_K and EVEN_N:
+            return tl.load(pointers)
+        elif EVEN_N:
+            return tl.load(pointers, mask=(k < K_SIZE)[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=(k < K_SIZE)[:, None] & n_mask[None, :], other=0.0)
+
+
+@triton.jit
+def gate_up_kernel(
+    x, w, bias, pre, hidden, order, offsets, tile_expert, tile_row,
+    num_tiles_m, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """pre `[N, 2I]` = x[token] @ gate_up^T + bias, in the weights' column order; hidden `[N, I]` = act(gate) * up."""
+    m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(I, BLOCK_N), GROUP_M)
+    e = tl.load(tile_expert + m)
+    if e < 0:
+        return
+    row = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
+    last_row = tl.load(offsets + e + 1) - 1
+    token = (tl.load(order + tl.minimum(row, last_row)) // K).to(tl.int64)
+    n0 = tile_n * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+    gate_n = n
+    to_up = tl.zeros((), tl.int64) + I
+    if INTERLEAVED:
+        gate_n = 2 * n
+        to_up = tl.full((), 1, tl.int64)
+
+    acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, H, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        pointers = x + token[:, None] * H + k[None, :]
+        if EVEN_K:
+            a = tl.load(pointers)
+        else:
+            a = tl.load(pointers, mask=(k < H)[None, :], other=0.0)
+        b_gate = load_weight(
+            w, e, k0, n0, k, gate_n, n < I, 0 * to_up, H, 2 * I, stride_we, stride_wk, stride_wn,
+            TMA, K_CONTIGUOUS, EVEN_K, EVEN_N,
+        )  # fmt: skip
+        b_up = load_weight(
+            w, e, k0, n0, k, gate_n, n < I, to_up, H, 2 * I, stride_we, stride_wk, stride_wn,
+            TMA, K_CONTIGUOUS, EVEN_K, EVEN_N,
+        )  # fmt: skip
+        acc_gate = tl.dot(a, b_gate, acc_gate, input_precision=PRECISION)
+        acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+
+    if HAS_BIAS:
+        acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
+        acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    mask = (row <= last_row)[:, None] & (n < I)[None, :]
+    if SAVE_PRE:
+        pre_row = pre + row.to(tl.int64)[:, None] * (2 * I)
+        tl.store(pre_row + gate_n[None, :], acc_gate.to(pre.dtype.element_ty), mask=mask)
+        tl.store(pre_row + to_up + gate_n[None, :], acc_up.to(pre.dtype.element_ty), mask=mask)
+    if SAVE_HIDDEN:
+        h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
+        tl.store(hidden + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rows_kernel(
+    a, w, bias, weights, out, order, offsets, tile_expert, tile_row,
+    num_tiles_m, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
+    K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[N, N_SIZE]` = (a @ expert's matrix + bias) * weight of the slot; a `[N, K_SIZE]`, or `[T, K_SIZE]` gathered."""
+    m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(N_SIZE, BLOCK_N), GROUP_M)
+    e = tl.load(tile_expert + m)
+    if e < 0:
+        return
+    row = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
+    last_row = tl.load(offsets + e + 1) - 1
+    a_row = tl.minimum(row, last_row)
+    if GATHER:
+        a_row = tl.load(order + a_row) // K
+    a_row = a_row.to(tl.int64)
+    n0 = tile_n * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K_SIZE, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        pointers = a + a_row[:, None] * K_SIZE + k[None, :]
+        if EVEN_K:
+            block = tl.load(pointers)
+        else:
+            block = tl.load(pointers, mask=(k < K_SIZE)[None, :], other=0.0)
+        b = load_weight(
+            w, e, k0, n0, k, n, n < N_SIZE, tl.zeros((), tl.int64), K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
+            TMA, K_CONTIGUOUS, EVEN_K, EVEN_N,
+        )  # fmt: skip
+        acc = tl.dot(block, b, acc, input_precision=PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias + e.to(tl.int64) * N_SIZE + n, mask=n < N_SIZE, other=0.0).to(tl.float32)[None, :]
+    if WEIGHTED:
+        acc *= tl.load(weights + tl.load(order + tl.minimum(row, last_row))).to(tl.float32)[:, None]
+    mask = (row <= last_row)[:, None] & (n < N_SIZE)[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def combine_kernel(rows, position, out, H, K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """out `[T, H]`: the sum of each token's active rows in the order of k, in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(position + token * K + k).to(tl.int64)
+        width = tl.where(place >= 0, H, 0)
+        acc += tl.load(rows + place * H + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

@@ -1,0 +1,329 @@
+"""The three functions of a backend (`spec.py`) on a GPU: what is launched, on which grid, with which tiles.
+
+Nothing here reads a tensor, so nothing waits for the device. A result is the same bit by bit at every run.
+
+Shape suffixes as in `spec.py`.
+"""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import backward as bwd
+from . import decode, metadata, tuning
+from . import forward as fwd
+from .spec import Segment, Spec
+
+MAX_DECODE_SLOTS = 256  # beyond this, sorting once costs less than every program's look at all slots
+_SEGMENTS_PER_LAUNCH = 8  # more unrolled loops make no faster kernel, only a longer one
+_COMBINE_COLUMNS = 1024
+
+
+class _Matrices:
+    """The experts' matrices `[K_SIZE, N_SIZE]` of one projection as a kernel reads them: pointer or descriptor, strides."""
+
+    def __init__(self, weight: Tensor, k_is_last: bool):
+        self.weight, self.k_is_last = weight, k_is_last
+        self.num_experts = weight.size(0)
+        self.n_size, self.k_size = weight.shape[1:] if k_is_last else reversed(weight.shape[1:])
+
+    def can_use_tma(self) -> bool:
+        """Whether a tensor descriptor can lie over the storage."""
+        row_bytes = self.weight.size(2) * self.weight.element_size()
+        return self.weight.is_contiguous() and row_bytes % 16 == 0 and self.weight.data_ptr() % 16 == 0
+
+    def arguments(self, config: tuning.Config, n_size: int) -> tuple[object, dict]:
+        """The kernel's argument `w` and its flags; `n_size` columns are tiled (I, where gate and up are two halves)."""
+        flags = {
+            "K_CONTIGUOUS": self.k_is_last,
+            "EVEN_K": self.k_size % config.block_k == 0,
+            "EVEN_N": n_size % config.block_n == 0,
+        }
+        if not config.tma:
+            return self.weight, flags
+        block = [config.block_n, config.block_k] if self.k_is_last else [config.block_k, config.block_n]
+        return TensorDescriptor.from_tensor(self.weight.flatten(0, 1), block), flags
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of the expert, of k and of n, in elements."""
+        e, first, last = self.weight.stride()
+        return (e, last, first) if self.k_is_last else (e, first, last)
+
+
+class _Rows:
+    """The sorted rows of one call, and the tile maps that its kernels share."""
+
+    def __init__(self, order: Tensor, offsets: Tensor, top_k: int):
+        self.order, self.offsets, self.top_k = order, offsets, top_k
+        self.N, self.E = order.numel(), offsets.numel() - 1
+        self._tiles: dict[int, metadata.Tiles] = {}
+
+    def tiles(self, block_m: int) -> metadata.Tiles:
+        if block_m not in self._tiles:
+            self._tiles[block_m] = metadata.make_tiles(self.offsets, self.N, block_m)
+        return self._tiles[block_m]
+
+    def num_tiles(self, block_m: int) -> int:
+        return metadata.num_row_tiles(self.N, self.E, block_m)
+
+
+def forward(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    slot_map: Tensor | None,
+    spec: Spec,
+    save_pre: bool,
+    save_routing: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `spec.py`.
+
+    Where neither pre nor the routing is to be saved, order and offsets are undefined, and up to `MAX_DECODE_SLOTS` slots are
+    computed without sorting them.
+    """
+    x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
+    (T, K), E, H = index.shape, gate_up.size(0), x.size(1)
+    with _on_device_of(x):
+        if not (save_pre or save_routing) and 0 < T * K <= MAX_DECODE_SLOTS:
+            y = _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec)
+            return (
+                y,
+                x.new_empty(0),
+                index.new_empty(T * K, dtype=torch.int32),
+                index.new_empty(E + 1, dtype=torch.int32),
+            )
+        order, offsets, position = metadata.sort_slots(index, slot_map, E)
+        rows = _Rows(order, offsets, K)
+        pre, hidden = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre, save_hidden=True)
+        out = _rows(hidden, _Matrices(down, not spec.is_transposed), down_bias, weights, rows)
+        return _combine(out, position, (T, K, H)), pre, order, offsets
+
+
+def backward_data(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    spec: Spec,
+    needs_hidden_grad: bool,
+    needs_segment: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`; see `spec.py`.
+
+    An empty pre is computed again. The last two are returned in any case: the others are made from them.
+    """
+    x, grad_output, weights = x.contiguous(), grad_output.contiguous(), weights.contiguous()
+    (T, K), H, (N, two_i) = weights.shape, x.size(1), (order.numel(), _two_i(gate_up, spec))
+    if N == 0:
+        grad_x = torch.zeros_like(x) if needs_hidden_grad else x.new_empty(0)
+        return grad_x, torch.empty_like(weights), x.new_empty(N, two_i), x.new_empty(N, two_i // 2)
+    with _on_device_of(x):
+        rows = _Rows(order, offsets, K)
+        if pre.numel() == 0:
+            pre, _ = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre=True, save_hidden=False)
+        hidden = _rows(grad_output, _Matrices(down, k_is_last=spec.is_transposed), None, None, rows, gather=True)
+        grad_weights, grad_pre = _gate_backward(grad_output, down_bias, weights, pre, hidden, rows, spec)
+        if not needs_hidden_grad:
+            return x.new_empty(0), grad_weights, grad_pre, hidden
+        out = _rows(grad_pre, _Matrices(gate_up, k_is_last=spec.is_transposed), None, None, rows)
+        return _combine(out, metadata.invert(order, offsets), (T, K, H)), grad_weights, grad_pre, hidden
+
+
+def backward_weight(
+    segments: list[Segment], spec: Spec, out_dtype: torch.dtype, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of gate_up, down and their biases over all segments, `[0]` where not needed; see `spec.py`."""
+    parts = [segments[i : i + _SEGMENTS_PER_LAUNCH] for i in range(0, len(segments), _SEGMENTS_PER_LAUNCH)]
+    if len(parts) > 1:
+        sums = [backward_weight(part, spec, torch.float32, needs) for part in parts]
+        return tuple(torch.stack(same).sum(0).to(out_dtype) for same in zip(*sums))
+    segments = [
+        s._replace(hidden_states=s.hidden_states.contiguous(), grad_output=s.grad_output.contiguous())
+        for s in segments
+    ]
+    orders, offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
+    token_rows = {"x": tuple(s.hidden_states for s in segments), "dy": tuple(s.grad_output for s in segments)}
+    sorted_rows = {"pre": tuple(s.grad_pre for s in segments), "hidden": tuple(s.hidden for s in segments)}
+    K = segments[0].weights.size(1)
+    empty = segments[0].hidden_states.new_empty(0, dtype=out_dtype)
+    with _on_device_of(empty):
+        grads = [
+            _weight_grad(token_rows["x"], sorted_rows["pre"], orders, offsets, K, spec.is_transposed, out_dtype)
+            if needs[0]
+            else empty,
+            _weight_grad(
+                token_rows["dy"], sorted_rows["hidden"], orders, offsets, K, not spec.is_transposed, out_dtype
+            )
+            if needs[1]
+            else empty,
+            _bias_grad(sorted_rows["pre"], None, orders, offsets, K, out_dtype) if needs[2] else empty,
+            _bias_grad(token_rows["dy"], tuple(s.weights for s in segments), orders, offsets, K, out_dtype)
+            if needs[3]
+            else empty,
+        ]
+    return tuple(grads)
+
+
+def _on_device_of(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _two_i(gate_up: Tensor, spec: Spec) -> int:
+    return gate_up.size(2 if spec.is_transposed else 1)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """As torch's own matmul: full float32 unless `torch.set_float32_matmul_precision` allows less."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def _choose(kernel: str, like: Tensor, N: int, E: int, n_size: int, k_size: int, tma: bool = False) -> tuning.Config:
+    rows_per_expert = triton.next_power_of_2(triton.cdiv(N, min(N, E)))  # rounded: fewer entries in the cache
+    index = like.device.index if like.is_cuda else None
+    return tuning.choose(kernel, like.element_size(), rows_per_expert, n_size, k_size, tma, index)
+
+
+def _options(config: tuning.Config, dtype: torch.dtype) -> dict:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PRECISION": _precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _gate_up(x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hidden: bool) -> tuple[Tensor, Tensor]:
+    """pre `[N, 2I]` and hidden `[N, I]`, `[0]` where not saved."""
+    matrices, I = _Matrices(gate_up, k_is_last=not spec.is_transposed), _two_i(gate_up, spec) // 2
+    pre = x.new_empty((rows.N, 2 * I) if save_pre else 0)
+    hidden = x.new_empty((rows.N, I) if save_hidden else 0)
+    if rows.N == 0:
+        return pre, hidden
+    config = _choose("gate_up", x, rows.N, rows.E, I, x.size(1), spec.is_concatenated and matrices.can_use_tma())
+    w, flags = matrices.arguments(config, I)
+    num_tiles = rows.num_tiles(config.block_m)
+    fwd.gate_up_kernel[(num_tiles * triton.cdiv(I, config.block_n),)](
+        x, w, bias, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
+        num_tiles, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
+        K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
+        SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, x.dtype),
+    )  # fmt: skip
+    return pre, hidden
+
+
+def _rows(
+    a: Tensor, matrices: _Matrices, bias: Tensor | None, weights: Tensor | None, rows: _Rows, gather=False
+) -> Tensor:
+    """`[N, N_SIZE]`: the rows a `[N, K_SIZE]`, or gathered from `[T, K_SIZE]`, through their expert's matrix."""
+    out = a.new_empty(rows.N, matrices.n_size)
+    if rows.N == 0:
+        return out
+    config = _choose("rows", a, rows.N, rows.E, matrices.n_size, matrices.k_size, matrices.can_use_tma())
+    w, flags = matrices.arguments(config, matrices.n_size)
+    num_tiles = rows.num_tiles(config.block_m)
+    fwd.rows_kernel[(num_tiles * triton.cdiv(matrices.n_size, config.block_n),)](
+        a, w, bias, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
+        num_tiles, matrices.k_size, matrices.n_size, *matrices.strides,
+        K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a.dtype),
+    )  # fmt: skip
+    return out
+
+
+def _combine(out: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """`[T, H]` in the dtype of the sorted rows `out [N, H]`."""
+    T, K, H = shape
+    y = out.new_empty(T, H)
+    if T:
+        block = min(_COMBINE_COLUMNS, triton.next_power_of_2(H))
+        fwd.combine_kernel[(T, triton.cdiv(H, block))](out, position, y, H, K=K, BLOCK_H=block)
+    return y
+
+
+def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: Spec) -> tuple[Tensor, Tensor]:
+    """grad_weights `[T, K]` and grad_pre `[N, 2I]`; hidden `[N, I]`, which holds dy @ down, becomes w h in place."""
+    H, I = grad_output.size(1), hidden.size(1)
+    grad_weights, grad_pre = torch.empty_like(weights), torch.empty_like(pre)
+    bwd.gate_backward_kernel[(rows.N,)](
+        pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, rows.order, rows.offsets,
+        rows.N, H, I, rows.E, spec.swiglu_alpha, spec.swiglu_limit,
+        K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
+        BLOCK_I=min(_COMBINE_COLUMNS, triton.next_power_of_2(I)), BLOCK_H=min(_COMBINE_COLUMNS, triton.next_power_of_2(H)),
+        BLOCK_E=triton.next_power_of_2(rows.E),
+    )  # fmt: skip
+    return grad_weights, grad_pre
+
+
+def _weight_grad(by_token, by_row, orders, offsets, top_k: int, token_first: bool, out_dtype: torch.dtype) -> Tensor:
+    """`[E, P, Q]`: A^T B per expert, where A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse."""
+    a, b = (by_token, by_row) if token_first else (by_row, by_token)
+    E, P, Q = offsets[0].numel() - 1, a[0].size(1), b[0].size(1)
+    out = a[0].new_empty(E, P, Q, dtype=out_dtype)
+    N = max(1, sum(order.numel() for order in orders))
+    config = _choose("weight_grad", a[0], N, E, Q, N)
+    config = config._replace(block_m=min(config.block_m, max(16, triton.next_power_of_2(P))))
+    bwd.weight_grad_kernel[(E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
+        a, b, orders, offsets, out, P, Q, E,
+        K=top_k, GATHER_A=token_first, GATHER_B=not token_first,
+        EVEN=P % config.block_m == 0 and Q % config.block_n == 0, GROUP_M=config.group_m, **_options(config, a[0].dtype),
+    )  # fmt: skip
+    return out
+
+
+def _bias_grad(rows, weights, orders, offsets, top_k: int, out_dtype: torch.dtype) -> Tensor:
+    """`[E, P]`: the sums of each expert's rows; rows by token count with their slot's weight."""
+    E, P = offsets[0].numel() - 1, rows[0].size(1)
+    out = rows[0].new_empty(E, P, dtype=out_dtype)
+    block = min(128, triton.next_power_of_2(P))
+    bwd.bias_grad_kernel[(E, triton.cdiv(P, block))](
+        rows, weights, orders, offsets, out, P, K=top_k, GATHER=weights is not None, BLOCK_M=32, BLOCK_N=block
+    )  # fmt: skip
+    return out
+
+
+def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec: Spec) -> Tensor:
+    """y `[T, H]` for few slots, by programs that find their slots themselves."""
+    (T, K), H, E, I = index.shape, x.size(1), gate_up.size(0), _two_i(gate_up, spec) // 2
+    N, R = T * K, E if slot_map is None else slot_map.numel()
+    by_slot, has_map = N < E, slot_map is not None
+    programs = N if by_slot else E
+    common = {"HAS_SLOT_MAP": has_map, "BY_SLOT": by_slot, "BLOCK_S": max(16, triton.next_power_of_2(N))}
+    hidden, out, y = x.new_empty(N, I), x.new_empty(N, H, dtype=torch.float32), torch.empty_like(x)
+
+    up = _Matrices(gate_up, k_is_last=not spec.is_transposed)
+    config = _choose("decode_gate_up", x, N, E, I, H)
+    w, flags = up.arguments(config, I)
+    decode.decode_gate_up_kernel[(triton.cdiv(I, config.block_n), programs)](
+        x, w, gate_up_bias, hidden, index, slot_map, N, H, I, R, E, *up.strides, spec.swiglu_alpha, spec.swiglu_limit,
+        K=K, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=gate_up_bias is not None,
+        **flags, **common, **_options(config, x.dtype),
+    )  # fmt: skip
+    to_h = _Matrices(down, k_is_last=not spec.is_transposed)
+    config = _choose("decode_down", x, N, E, H, I)
+    w, flags = to_h.arguments(config, H)
+    decode.decode_down_kernel[(triton.cdiv(H, config.block_n), programs)](
+        hidden, w, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides,
+        HAS_BIAS=down_bias is not None, **flags, **common, **_options(config, x.dtype),
+    )  # fmt: skip
+    block = min(_COMBINE_COLUMNS, triton.next_power_of_2(H))
+    decode.decode_combine_kernel[(T, triton.cdiv(H, block))](
+        out, index, slot_map, y, N, H, R, E, HAS_SLOT_MAP=has_map, K=K, BLOCK_H=block
+    )  # fmt: skip
+    return y
