@@ -1,8 +1,10 @@
 """Expert tying for Mixture-of-Experts language models in Hugging Face transformers."""
 
 from transformers import AutoConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_tiedmoe import TiedMoeConfig
+from .experts import tiedmoe_experts_forward
 from .modeling_tiedmoe import (
     TiedMoeForCausalLM,
     TiedMoeForSequenceClassification,
@@ -14,6 +16,7 @@ from .pools import tie_groups
 __version__ = "0.1.0"
 
 AutoConfig.register("tiedmoe", TiedMoeConfig)  # the models register family by family, in `register_heads`
+ALL_EXPERTS_FUNCTIONS.register("tiedmoe", tiedmoe_experts_forward)
 
 __all__ = [
     "TiedMoeConfig",

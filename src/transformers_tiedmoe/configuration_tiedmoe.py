@@ -25,6 +25,7 @@ TYING_FIELDS = (
     "slot_maps",
     "residual_rank",
     "router_z_loss_coef",
+    "recompute_experts",
 )
 
 
@@ -50,6 +51,9 @@ class TiedMoeConfig(PreTrainedConfig):
             Rank of the low-rank residual that each layer adds to its pool's weights, one or one per pool; 0 is none.
         router_z_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5) in the training loss.
+        recompute_experts (`bool`, *optional*, defaults to `False`):
+            With `experts_implementation="tiedmoe"`: keep only the experts' input for the backward pass and compute
+            their pre-activation `[T * K, 2I]` again there. Less memory, one more GEMM of three per layer.
         family_fields:
             Every field of the family's own config, at top level.
 
@@ -74,6 +78,7 @@ class TiedMoeConfig(PreTrainedConfig):
     slot_maps: bool | list[bool] = False
     residual_rank: int | list[int] = 0
     router_z_loss_coef: float = 0.0
+    recompute_experts: bool = False
 
     def __new__(cls, *args, family: str = "olmoe", **kwargs):
         return super().__new__(family_config_class(family) if cls is TiedMoeConfig else cls)

@@ -32,10 +32,14 @@ from transformers import (
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from .configuration_tiedmoe import TiedMoeConfig, family_config_class
+from .experts import defer_weight_gradients, is_default_for
 from .losses import add_router_losses, watch_routers
 from .pools import default_slot_map
+
+logger = logging.get_logger(__name__)
 
 
 class Residual(NamedTuple):
@@ -76,6 +80,11 @@ class ExpertPool(nn.Module):
 
     def _forward_with_residual(self, hidden_states, top_k_index, top_k_weights, residual):
         """One loop over the slots in use; the pool's rows are read in place, never summed with the residual."""
+        if self.config._experts_implementation == "tiedmoe":
+            logger.warning_once(
+                "experts_implementation='tiedmoe' has no kernel for the residuals of a tied layer: the pools with "
+                f"residual_rank={self.config.residual_rank} above 0 run as a loop over experts in plain torch."
+            )
         output = torch.zeros_like(hidden_states)
         up_name = "gate_up_proj" if self.has_gate else "up_proj"
         num_slots = residual.factors["down_proj"][0].shape[0]
@@ -262,6 +271,18 @@ class TiedMoePreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # diff with transformers: on a GPU our own kernels are the default, where they know the family's experts
+        if requested_experts is None and self._runs_on_our_kernels():
+            requested_experts = "tiedmoe"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def _runs_on_our_kernels(self) -> bool:
+        if not torch.cuda.is_available() or getattr(self.config, "quantization_config", None) is not None:
+            return False
+        skeleton = family_skeleton(self.config)
+        return all(is_default_for(skeleton.get_submodule(path)) for path in expert_layers(skeleton).values())
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return cls._family_class._can_set_attn_implementation()
@@ -366,6 +387,8 @@ def family_model_class(
     }
     if head is TiedMoeForCausalLM:
         namespace["forward"] = add_router_losses(parent.forward)
+    elif head is TiedMoeModel:
+        namespace["forward"] = defer_weight_gradients(parent.forward)
     model_class = type(f"TiedMoe{parent.__name__}", (head, parent), namespace)
     if head is TiedMoeModel:
         # transformers looks renamings up by class name: the untied layers of a checkpoint may have the old keys

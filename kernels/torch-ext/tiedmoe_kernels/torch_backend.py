@@ -193,16 +193,18 @@ class _Rows(NamedTuple):
 
     def experts(self) -> Tensor:
         """The expert of each row, `[n]`."""
-        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        device = self.order.device  # spelt out everywhere here: torch.set_default_device may say something else
+        sizes = torch.tensor(self.sizes, device=device)
+        return torch.arange(len(self.sizes), device=device).repeat_interleave(sizes)
 
     def sum_per_token(self, rows_nH: Tensor) -> Tensor:
         """`[T, H]`, each token's sum over its active slots' rows."""
         if self.T == 1:
             return rows_nH.sum(0, keepdim=True)
         position = torch.empty_like(self.order)
-        position[self.order] = torch.arange(len(self.order))
+        position[self.order] = torch.arange(len(self.order), device=self.order.device)
         if self.n == len(self.order):
-            first = torch.arange(0, len(position), self.K)
+            first = torch.arange(0, len(position), self.K, device=position.device)
         else:
             is_active = (position < self.n).view(self.T, self.K)
             first = is_active.sum(1).cumsum(0).roll(1)
@@ -237,7 +239,7 @@ def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tenso
     if slot_map is not None:
         _check_range("slot_map", slot_map, E - 1)
         row = torch.cat([slot_map, slot_map.new_full((1,), E)])[row]
-    offsets = torch.zeros(E + 1, dtype=torch.int32)
+    offsets = torch.zeros(E + 1, dtype=torch.int32, device=index.device)
     torch.cumsum(torch.bincount(row, minlength=E + 1)[:E], 0, out=offsets[1:])
     return row.argsort(stable=True).int(), offsets
 
