@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Activation(NamedTuple):
 
 
 def tiedmoe_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts' contract of transformers, as `grouped_mm_experts_forward`, on `tiedmoe_kernels.experts_forward`.
 
@@ -83,7 +83,7 @@ def _find_activation(experts: nn.Module) -> tuple[str, float, float]:
 
 
 @torch.no_grad()
-def _try_activations(experts: nn.Module) -> Activation:
+def _try_activations(experts: Any) -> Activation:
     name, instead = type(experts).__name__, 'use experts_implementation="grouped_mm"'
     if not experts.has_gate:
         raise ValueError(f"{name} has experts without a gate, which experts_implementation='tiedmoe' needs; {instead}")

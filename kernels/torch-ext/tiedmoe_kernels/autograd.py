@@ -74,18 +74,18 @@ def experts_forward(
     weights: Weights = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias)
     _check(hidden_states, top_k_index, top_k_weights, weights, slot_map, spec)
     device = hidden_states.device.type
+    backend = None if torch.compiler.is_compiling() else _backend(device)
     dtype = gate_up_proj.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     is_trained = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *weights)
     )
-    if torch.compiler.is_compiling():
+    if backend is None:
         return _traced(
             hidden_states, top_k_index, top_k_weights, weights, slot_map, spec, dtype, is_trained, recompute
         )
 
-    backend = _backend(device)
     if not is_trained:
         x, inputs = _contiguous(hidden_states, top_k_index, top_k_weights, weights, slot_map, dtype)
         with _no_autocast(device):

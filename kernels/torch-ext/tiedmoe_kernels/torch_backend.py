@@ -58,7 +58,7 @@ def forward(
     pre = _pre_activation(x, gate_up, gate_up_bias, rows, spec)
     gate, up = _halves(_wide(pre[: rows.n]), spec)
     hidden = _activate(gate, up, spec)[0]
-    weights_n1 = _wide(weights.flatten()[rows.slots])[:, None]
+    weights_n1 = rows.weights(weights, gate.dtype)[:, None]
     out = _matmul(hidden.mul_(weights_n1).to(x.dtype), _right(down, not spec.is_transposed), rows)
     if down_bias is not None:
         out = torch.addcmul(_wide(out), weights_n1, _wide(down_bias)[rows.experts()]).to(x.dtype)
@@ -110,7 +110,7 @@ def backward_data(
     if not (needs_hidden_grad or needs_segment):
         return x.new_empty(0), grad_weights, x.new_empty(0), x.new_empty(0)
 
-    weights_n1 = _wide(weights.flatten()[rows.slots])[:, None]
+    weights_n1 = rows.weights(weights, gate.dtype)[:, None]
     grad_hidden = grad_unweighted.mul_(weights_n1)
     grad_pre = x.new_empty(N, 2 * up.size(1))
     to_gate, to_up = _halves(grad_pre[:n], spec)
@@ -169,7 +169,7 @@ def backward_weight(
         if gate_up_bias is not None:
             gate_up_bias[e] = _wide(of_expert("grad_pre", e)).sum(0)
         if down_bias is not None:
-            down_bias[e] = _wide(of_expert("weights", e)) @ _wide(of_expert("grad_output", e))
+            down_bias[e] = of_expert("weights", e) @ _wide(of_expert("grad_output", e))
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
@@ -190,6 +190,10 @@ class _Rows(NamedTuple):
         order, n = order.long(), ends[-1]
         slots = order[:n]
         return cls(order, slots, slots // K, [b - a for a, b in itertools.pairwise(ends)], n, T, K)
+
+    def weights(self, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """The routing weight of each row, `[n]`."""
+        return weights_TK.flatten()[self.slots].to(dtype)
 
     def experts(self) -> Tensor:
         """The expert of each row, `[n]`."""
@@ -228,7 +232,7 @@ class _SegmentRows:
         if needs[1]:
             self.hidden = segment.hidden[: rows.n].split(rows.sizes)
         if needs[3]:
-            self.weights = segment.weights.flatten()[rows.slots].split(rows.sizes)
+            self.weights = rows.weights(segment.weights, _wide(segment.hidden[:0]).dtype).split(rows.sizes)
 
 
 def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tensor]:
