@@ -1,5 +1,9 @@
-"""Run by test_distributed.py in two processes: a tied model under FSDP2 has the gradients of one process."""
+"""Run by test_distributed.py in two processes: a tied model under FSDP2 or DDP has the gradients of one process.
 
+torchrun --standalone --nproc-per-node=2 fsdp2_worker.py
+"""
+
+import contextlib
 import sys
 
 import torch
@@ -7,29 +11,85 @@ import torch.distributed as dist
 from families import tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+
+ONCE_PER_POOL = [1, 1, 2, 2]  # two untied layers, two pools of two layers: how many layers each computation is of
+
+# wrapper, experts implementation, checkpointing, what is frozen -> the weight gradients computed by our kernels
+CASES = {
+    ("fsdp2", "grouped_mm", None, ""): [],
+    ("fsdp2", "tiedmoe", None, ""): ONCE_PER_POOL,
+    ("fsdp2", "tiedmoe", False, ""): ONCE_PER_POOL,
+    ("fsdp2", "tiedmoe", None, "all but experts"): ONCE_PER_POOL,  # no input of the first experts has a gradient
+    ("ddp", "tiedmoe", None, ""): ONCE_PER_POOL,
+    ("ddp", "tiedmoe", False, ""): ONCE_PER_POOL,
+}
+
+
+def tied_model(implementation: str, frozen: str) -> TiedMoeForCausalLM:
+    config = TiedMoeConfig.from_family(tiny_config("olmoe"), group_size=2, skip_first=1, skip_last=1)
+    torch.manual_seed(0)
+    model = TiedMoeForCausalLM(config).train()
+    model.set_experts_implementation(implementation)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or "expert" in name)
+    return model
+
+
+def spread(model: TiedMoeForCausalLM, wrapper: str, mesh) -> torch.nn.Module:
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    for unit in (*model.expert_pools, *model.model.layers):
+        fully_shard(unit, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
+    wrapper, implementation, use_reentrant, frozen = case
+    alone, mine = tied_model("grouped_mm", frozen), tied_model(implementation, frozen)
+    if use_reentrant is not None:
+        mine.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        mine.enable_input_require_grads()
+    mine = spread(mine, wrapper, mesh)
+    batches = [torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    computed.clear()
+    for i, tokens in enumerate(batches):  # two microbatches, the gradient reduced at the second
+        alone(tokens, labels=tokens).loss.backward()
+        my_tokens = tokens.chunk(2)[dist.get_rank()]
+        if wrapper == "fsdp2":
+            mine.set_requires_gradient_sync(i == 1)
+        with mine.no_sync() if wrapper == "ddp" and i == 0 else contextlib.nullcontext():
+            mine(my_tokens, labels=my_tokens).loss.backward()
+    assert sorted(computed) == sorted(2 * expected), (case, computed)
+    got, want = gradients(mine), gradients(alone)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=f"{case} {name}")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
-    config = TiedMoeConfig.from_family(tiny_config("olmoe"), group_size=2, skip_first=1, skip_last=1)
-    torch.manual_seed(0)
-    alone, sharded = TiedMoeForCausalLM(config), TiedMoeForCausalLM(config)
-    sharded.load_state_dict(alone.state_dict())
-    for unit in (*sharded.expert_pools, *sharded.model.layers):
-        fully_shard(unit, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    tokens = torch.randint(3, 90, (4, 12))
-    alone(tokens, labels=tokens).loss.backward()
-    mine = tokens.chunk(2)[dist.get_rank()]
-    loss = sharded(mine, labels=mine).loss
-    loss.backward()
-    for (name, parameter), reference in zip(sharded.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad, rtol=1e-4, atol=1e-6, msg=name)
-    if dist.get_rank() == 0:
-        print("equal gradients", len(list(sharded.parameters())))
+    computed: list[int] = []
+    original = torch_backend.backward_weight
+
+    def counted(segments, *args):
+        computed.append(len(segments))
+        return original(segments, *args)
+
+    torch_backend.backward_weight = counted
+    for case, expected in CASES.items():
+        check(case, expected, computed, mesh)
+        if dist.get_rank() == 0:
+            print("equal gradients", *case, flush=True)
     dist.destroy_process_group()
 
 

@@ -5,13 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsdp2_worker import CASES
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_fsdp2_has_the_gradients_of_one_process():
-    """Pools and layers are FSDP2 units of their own; a pool's gradient is that of all layers that read it."""
+@pytest.mark.xdist_group("two_processes")
+def test_fsdp2_and_ddp_have_the_gradients_of_one_process():
+    """Pools and layers are FSDP2 units of their own; a pool's gradient is that of all layers that read it.
+
+    One process runs transformers' own experts; the two run them, or ours, which compute it once per pool.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "fsdp2_worker.py"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert "equal gradients" in done.stdout, done.stderr[-3000:]
+    assert done.stdout.count("equal gradients") == len(CASES), done.stdout + done.stderr[-3000:]

@@ -5,7 +5,8 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import GptOssConfig, OlmoeConfig, OpenAIPrivacyFilterConfig
+from transformers import DeepseekV4Config, GptOssConfig, OlmoeConfig, OpenAIPrivacyFilterConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
@@ -35,12 +36,21 @@ def privacy_filter():
     return OpenAIPrivacyFilterExperts(config), {"activation": "clamped_swiglu", "is_transposed": True}
 
 
+def deepseek_v4():
+    config = DeepseekV4Config(
+        hidden_size=H, moe_intermediate_size=I, n_routed_experts=E, num_experts_per_tok=K, swiglu_limit=3.0
+    )
+    config._experts_implementation = "eager"
+    return DeepseekV4Experts(config), {"activation": "clamped_silu", "swiglu_limit": 3.0}
+
+
 FAMILIES = {
     "olmoe": olmoe,  # the layout of nearly all families
     "olmoe-gelu": lambda: olmoe("gelu"),
     "olmoe-gelu-tanh": lambda: olmoe("gelu_pytorch_tanh"),
     "olmoe-relu": lambda: olmoe("relu"),
     "gpt_oss": gpt_oss,  # transposed, interleaved, biased, clamped
+    "deepseek_v4": deepseek_v4,  # clamped, then silu
     "privacy_filter": privacy_filter,  # transposed, concatenated, biased, clamped
 }
 
