@@ -1,0 +1,99 @@
+"""What the benchmarks time: expert layers of published models, their routing, and the work a layer cannot do without.
+
+Shape letters: T tokens, H hidden size, I expert intermediate size, E experts in the pool, K top-k, g group_size.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOKENS = (1, 8, 32, 64, 512, 2048, 8192, 32768)
+GROUP_SIZES = (1, 2, 4)
+ROUTINGS = ("uniform", "zipf")
+DECODE_TOKENS = (1, 8, 32, 64)
+
+
+class Shape(NamedTuple):
+    name: str
+    E: int
+    H: int
+    I: int
+    K: int
+
+    @property
+    def expert_numbers(self) -> int:
+        """Numbers in one expert: gate, up and down."""
+        return 3 * self.H * self.I
+
+    def pool_bytes(self, itemsize: int) -> int:
+        return self.E * self.expert_numbers * itemsize
+
+
+def _widths(name: str, E: int, H: int, I: int, K: int) -> tuple[Shape, ...]:
+    """The pool as published and with 2 and 4 times its experts, as wide as a tied group's pool may be made."""
+    return tuple(Shape(name if n == 1 else f"{name} {n}x", n * E, H, I, K) for n in (1, 2, 4))
+
+
+OLMOE = Shape("OLMoE", 64, 2048, 1024, 8)
+SHAPES = (
+    OLMOE,
+    *_widths("Qwen", 60, 1536, 768, 4),
+    *_widths("DeepSeek", 64, 2048, 1024, 6),
+    Shape("Qwen3-30B", 128, 2048, 768, 8),
+    Shape("Mixtral", 8, 4096, 14336, 2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to time. `kind`: "forward" of one layer, "step" of a tied group, "decode" of one layer."""
+
+    kind: str
+    shape: Shape
+    T: int
+    g: int = 1
+    routing: str = "uniform"
+    dtype: torch.dtype = torch.bfloat16
+    microbatches: int = 2  # of a step: forwards and backwards whose gradients are accumulated
+
+    @property
+    def key(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind} {self.shape.name} T={self.T} g={self.g} {self.routing} {dtype}"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products, 2 per multiply-add; a backward is two forwards."""
+        forward = 2 * self.T * self.shape.K * self.shape.expert_numbers
+        return forward * 3 * self.g * self.microbatches if self.kind == "step" else forward
+
+    def decode_bytes(self, active_experts: float) -> float:
+        """Bytes one layer must move: the experts that some token chose, once, the tokens in and out."""
+        return (active_experts * self.shape.expert_numbers + 2 * self.T * self.shape.H) * self.dtype.itemsize
+
+    def weight_copies_bytes(self) -> int:
+        """Bytes of `batched_mm`'s copies of the weights, one per slot; a backward keeps them and makes their gradients."""
+        copies = self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
+        return copies * (self.g + 1) if self.kind == "step" else copies
+
+    def activation_bytes(self) -> tuple[int, int]:
+        """What one layer must keep for its backward: the input and the pre-activation, or the input alone."""
+        inputs = self.T * self.shape.H * self.dtype.itemsize
+        return inputs + self.T * self.shape.K * 2 * self.shape.I * self.dtype.itemsize, inputs
+
+
+def route(T: int, shape: Shape, routing: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return `top_k_index [T, K]` int64 with K different experts a token and `top_k_weights [T, K]` float32, on the CPU.
+
+    "uniform": every expert equally likely. "zipf": the r-th most popular expert has a probability proportional to 1/r,
+    drawn without replacement (Gumbel top-k); which expert is popular is drawn too.
+    """
+    gumbel = -torch.empty(T, shape.E).exponential_(generator=generator).log()
+    if routing == "zipf":
+        gumbel -= (torch.randperm(shape.E, generator=generator) + 1.0).log()
+    elif routing != "uniform":
+        raise ValueError(f"unknown routing {routing!r}; choose one of {', '.join(ROUTINGS)}")
+    index = gumbel.topk(shape.K, dim=-1).indices
+    return index, torch.randn(T, shape.K, generator=generator).softmax(-1)
