@@ -1,7 +1,6 @@
 """`tiedmoe_kernels.experts_forward` on a CPU against the reference, and `experts_implementation="tiedmoe"` on every family."""
 
 import copy
-import importlib.util
 import logging
 import pickle
 import sys
@@ -386,7 +385,7 @@ def test_recompute_experts_is_a_config_field_and_changes_no_result(tmp_path):
 @pytest.mark.parametrize("gpu", [True, False])
 def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert importlib.util.find_spec("triton")
+    monkeypatch.setattr(experts, "has_triton", lambda: True)
     model = TiedMoeForCausalLM(tied_config())
     assert model.config._experts_implementation == ("tiedmoe" if gpu else "grouped_mm")
     model.save_pretrained(tmp_path)
@@ -400,9 +399,10 @@ def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
 
 def test_the_default_is_not_ours_where_the_kernels_cannot_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(experts, "has_triton", lambda: True)
     model = TiedMoeForCausalLM(tied_config(hidden_act="tanh"))
     assert model.config._experts_implementation == "grouped_mm"
-    monkeypatch.setattr(experts.importlib.util, "find_spec", lambda name: None)  # no triton
+    monkeypatch.setattr(experts, "has_triton", lambda: False)
     assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "grouped_mm"
 
 

@@ -136,13 +136,18 @@ def _number(experts: nn.Module, *names: str) -> float | None:
 
 def is_default_for(experts: nn.Module) -> bool:
     """Whether a model with such `experts` runs on our kernels unless told otherwise: on a GPU, where they can."""
-    if not (torch.cuda.is_available() and importlib.util.find_spec("triton")):
+    if not (torch.cuda.is_available() and has_triton()):
         return False
     try:
         activation_of(experts)
     except ValueError:
         return False
     return True
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported; it is not."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def defer_weight_gradients(family_forward: Callable) -> Callable:
