@@ -21,7 +21,7 @@ from transformers_tiedmoe.configuration_tiedmoe import canonical_family
 from transformers_tiedmoe.experts import activation_of
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
-T, H, I, E, K = 7, 6, 4, 5, 3
+T, H, I, E, K = 7, 8, 4, 5, 3  # rows of 16 bytes in float32, for which the CPU backend has a path of its own
 
 LAYOUTS = {
     "plain": {},
@@ -144,11 +144,11 @@ def test_a_default_device_does_not_matter():
     ("change", "message"),
     [
         ({"activation": "tanh"}, "unknown activation 'tanh'; choose one of silu"),
-        ({"down_proj": torch.zeros(E, I, H)}, r"down_proj of \(5, 6, 4\); found down_proj \(5, 4, 6\)"),
+        ({"down_proj": torch.zeros(E, I, H)}, r"down_proj of \(5, 8, 4\); found down_proj \(5, 4, 8\)"),
         ({"down_proj": torch.zeros(H, I)}, "must be 3-D"),
         ({"gate_up_proj_bias": torch.zeros(E, I)}, r"gate_up_proj_bias must be \(5, 8\) to fit the pool"),
-        ({"down_proj_bias": torch.zeros(H)}, r"down_proj_bias must be \(5, 6\) to fit the pool; found \(6,\)"),
-        ({"hidden_states": torch.zeros(T, H + 1)}, r"must be \[T, 6\]"),
+        ({"down_proj_bias": torch.zeros(H)}, r"down_proj_bias must be \(5, 8\) to fit the pool; found \(8,\)"),
+        ({"hidden_states": torch.zeros(T, H + 1)}, r"must be \[T, 8\]"),
         ({"top_k_weights": torch.zeros(T, K + 1)}, r"must both be \[T, K\] with T=7"),
         ({"top_k_index": torch.zeros(T, K, dtype=torch.int32)}, "must be int64; found torch.int32"),
         ({"top_k_index": torch.full((T, K), E + 1)}, r"lie in \[0, 5\] \(5 marks an inactive slot\); found 6 to 6"),

@@ -142,35 +142,35 @@ def backward_weight(
         `[0]` for each that is not wanted.
     """
     first = segments[0]
-    E, H, I = first.offsets.numel() - 1, first.hidden_states.size(1), first.hidden.size(1)
-    shapes = (E, 2 * I, H), (E, H, I), (E, 2 * I), (E, H)
-    if spec.is_transposed:
-        shapes = (E, H, 2 * I), (E, I, H), (E, 2 * I), (E, H)
-    gradients = [first.hidden.new_empty(s if need else 0, dtype=out_dtype) for s, need in zip(shapes, needs)]
-    gate_up, down, gate_up_bias, down_bias = (g if need else None for g, need in zip(gradients, needs))
-    parts = [_SegmentRows(segment, needs) for segment in segments]
+    H, I = first.hidden_states.size(1), first.hidden.size(1)
+    none, wide = first.hidden.new_empty(0, dtype=out_dtype), _wide(first.hidden[:0]).dtype
+    all_rows = [_Rows.of(s.order, s.offsets, *s.weights.shape) for s in segments]
+    rows = _Rows.merged(all_rows)
 
-    def of_expert(name: str, e: int) -> Tensor:
-        pieces = [getattr(part, name)[e] for part in parts if part.sizes[e]]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    def of_slots(name: str) -> Tensor:
+        pieces = [getattr(s, name)[: r.n] for s, r in zip(segments, all_rows)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[rows.slots]
 
-    for e in range(E):
-        if not any(part.sizes[e] for part in parts):
-            for gradient in (gate_up, down, gate_up_bias, down_bias):
-                if gradient is not None:
-                    gradient[e].zero_()
-            continue
-        if gate_up is not None:
-            a, b = of_expert("grad_pre", e), of_expert("x", e)
-            _matmul_over_rows(*((b, a) if spec.is_transposed else (a, b)), gate_up[e])
-        if down is not None:
-            a, b = of_expert("grad_output", e), of_expert("hidden", e)
-            _matmul_over_rows(*((b, a) if spec.is_transposed else (a, b)), down[e])
-        if gate_up_bias is not None:
-            gate_up_bias[e] = _wide(of_expert("grad_pre", e)).sum(0)
-        if down_bias is not None:
-            down_bias[e] = of_expert("weights", e) @ _wide(of_expert("grad_output", e))
-    return gradients[0], gradients[1], gradients[2], gradients[3]
+    def of_tokens(name: str) -> Tensor:
+        pieces = [getattr(s, name) for s in segments]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[rows.tokens]
+
+    def product(slot_rows: Tensor, token_rows: Tensor, slots_first: bool) -> Tensor:
+        a, b = (slot_rows, token_rows) if slots_first else (token_rows, slot_rows)
+        return _matmul_over_rows(a, b, rows, out_dtype)
+
+    grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
+    if needs[0]:
+        grad_gate_up = product(of_slots("grad_pre"), of_tokens("hidden_states"), not spec.is_transposed)
+    if needs[1]:
+        grad_down = product(of_slots("hidden"), of_tokens("grad_output"), spec.is_transposed)
+    if needs[2]:
+        grad_gate_up_bias = rows.sum_per_expert(_wide(of_slots("grad_pre")), 2 * I).to(out_dtype)
+    if needs[3]:
+        weights = torch.cat([r.weights(s.weights, wide) for s, r in zip(segments, all_rows)])
+        weights = weights if len(segments) == 1 else weights[rows.slots]
+        grad_down_bias = rows.sum_per_expert(_wide(of_tokens("grad_output")) * weights[:, None], H).to(out_dtype)
+    return grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 
 class _Rows(NamedTuple):
@@ -195,6 +195,28 @@ class _Rows(NamedTuple):
         """The routing weight of each row, `[n]`."""
         return weights_TK.flatten()[self.slots].to(dtype)
 
+    @classmethod
+    def merged(cls, parts: "Sequence[_Rows]") -> "_Rows":
+        """The rows of several layers sorted by expert; slots number the layers' active rows, tokens all their tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([part.experts() for part in parts]).argsort(stable=True)
+        first_tokens = itertools.accumulate((part.T for part in parts[:-1]), initial=0)
+        tokens = torch.cat([part.tokens + first for part, first in zip(parts, first_tokens)])[order]
+        sizes = [sum(expert) for expert in zip(*(part.sizes for part in parts))]
+        return cls(order, order, tokens, sizes, len(order), sum(part.T for part in parts), 1)
+
+    def offsets(self) -> Tensor:
+        """Where each expert's rows end, `[E]` int32."""
+        ends = list(itertools.accumulate(self.sizes))
+        return torch.tensor(ends, dtype=torch.int32, device=self.order.device)
+
+    def sum_per_expert(self, rows_nC: Tensor, columns: int) -> Tensor:
+        """`[E, columns]`, each expert's sum over its rows."""
+        if not self.n:
+            return rows_nC.new_zeros(len(self.sizes), columns)
+        return torch.stack([piece.sum(0) for piece in rows_nC.split(self.sizes)])
+
     def experts(self) -> Tensor:
         """The expert of each row, `[n]`."""
         device = self.order.device  # spelt out everywhere here: torch.set_default_device may say something else
@@ -215,24 +237,6 @@ class _Rows(NamedTuple):
             first[0] = 0
             position = position[is_active.flatten()]
         return torch.embedding_bag(rows_nH, position, first, False, _SUM)[0]
-
-
-class _SegmentRows:
-    """A segment's rows expert by expert, lists of E tensors each; gathered only where a gradient needs them."""
-
-    def __init__(self, segment: Segment, needs: tuple[bool, bool, bool, bool]):
-        rows = _Rows.of(segment.order, segment.offsets, *segment.weights.shape)
-        self.sizes = rows.sizes
-        if needs[0] or needs[2]:
-            self.grad_pre = segment.grad_pre[: rows.n].split(rows.sizes)
-        if needs[0]:
-            self.x = segment.hidden_states[rows.tokens].split(rows.sizes)
-        if needs[1] or needs[3]:
-            self.grad_output = segment.grad_output[rows.tokens].split(rows.sizes)
-        if needs[1]:
-            self.hidden = segment.hidden[: rows.n].split(rows.sizes)
-        if needs[3]:
-            self.weights = rows.weights(segment.weights, _wide(segment.hidden[:0]).dtype).split(rows.sizes)
 
 
 def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tensor]:
@@ -259,24 +263,24 @@ def _check_range(name: str, index: Tensor, last: int, remark: str = "") -> None:
 def _pre_activation(x: Tensor, gate_up: Tensor, bias: Tensor | None, rows: _Rows, spec: Spec) -> Tensor:
     """Gate and up of every active slot, `[N, 2I]`, columns as the weights have them."""
     right = _right(gate_up, not spec.is_transposed)
-    pre = x.new_empty(len(rows.order), right.size(2))
-    _matmul(x[rows.tokens], right, rows, out=pre[: rows.n])
+    pre = _matmul(x[rows.tokens], right, rows)
     if bias is not None:
-        pre[: rows.n] += bias[rows.experts()]
-    return pre
+        pre += bias[rows.experts()]
+    return F.pad(pre, (0, 0, 0, len(rows.order) - rows.n)) if rows.n < len(rows.order) else pre
 
 
 def _right(weight: Tensor, transpose: bool) -> Tensor:
     return weight.transpose(1, 2) if transpose else weight
 
 
-def _matmul(a: Tensor, weight: Tensor, rows: _Rows, out: Tensor | None = None) -> Tensor:
-    """`a [n, P]` times each row's `weight[e] [P, Q]` -> `[n, Q]`, into `out` if given."""
-    if out is None:
-        out = a.new_empty(a.size(0), weight.size(2))
+def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
+    """`a [n, P]` times each row's `weight[e] [P, Q]` -> `[n, Q]`."""
+    if rows.n >= len(rows.sizes) and _grouped_mm_serves(a, weight):
+        return F.grouped_mm(a, weight, offs=rows.offsets())
+    out = a.new_empty(a.size(0), weight.size(2))
+    narrow = not _has_fast_gemm(a.dtype)
     active = [(e, size) for e, size in enumerate(rows.sizes) if size]
     sizes = [size for _, size in active]
-    narrow = not _has_fast_gemm(a.dtype)
     for (e, size), piece, into in zip(active, a.split(sizes), out.split(sizes)):
         if narrow and size > 2:
             into.copy_(torch.mm(piece.float(), weight[e].float()))
@@ -285,14 +289,29 @@ def _matmul(a: Tensor, weight: Tensor, rows: _Rows, out: Tensor | None = None) -
     return out
 
 
-def _matmul_over_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out [P, Q]` = a^T b over the rows of `a [rows, P]` and `b [rows, Q]`, accumulated in float32."""
-    if out.dtype != a.dtype:
-        torch.mm(a.to(out.dtype).T, b.to(out.dtype), out=out)
-    elif _has_fast_gemm(a.dtype):
-        torch.mm(a.T, b, out=out)
-    else:
-        out.copy_(torch.mm(a.float().T, b.float()))
+def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
+    """Per expert a^T b over its rows of `a [n, P]` and `b [n, Q]` -> `[E, P, Q]` in `dtype`, accumulated in float32."""
+    if dtype == a.dtype and rows.n and _grouped_mm_serves(a, b):
+        return F.grouped_mm(a.T, b, offs=rows.offsets())
+    out = a.new_empty(len(rows.sizes), a.size(1), b.size(1), dtype=dtype)
+    gemm = a.dtype if a.dtype == dtype and _has_fast_gemm(dtype) else torch.promote_types(dtype, torch.float32)
+    for e, (a_e, b_e) in enumerate(zip(a.split(rows.sizes), b.split(rows.sizes))):
+        if not a_e.size(0):
+            out[e].zero_()
+        elif gemm == dtype:
+            torch.mm(a_e.to(gemm).T, b_e.to(gemm), out=out[e])
+        else:
+            out[e].copy_(torch.mm(a_e.to(gemm).T, b_e.to(gemm)))
+    return out
+
+
+def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
+    """torch's loop over the experts in C++: 4 % of a GEMM over 4 rows an expert less than ours; it wants 16-byte rows."""
+    if a.dtype not in (torch.float32, torch.bfloat16) or not _has_fast_gemm(a.dtype):
+        return False
+    return all(t.data_ptr() % 16 == 0 and max(t.stride()) * t.element_size() % 16 == 0 for t in (a, b)) and all(
+        stride == 1 or stride * t.element_size() % 16 == 0 for t in (a, b) for stride in t.stride()
+    )
 
 
 @functools.cache
