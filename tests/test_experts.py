@@ -189,6 +189,7 @@ def test_a_gpu_without_triton_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("tiedmoe_kernels.triton_backend")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("tiedmoe_kernels.triton_backend", raising=False)
+    autograd._backend.cache_clear()  # another test may have been on a GPU
     with pytest.raises(ImportError, match=r"needs triton>=3.6, which is not installed; install the torch wheel"):
         autograd._backend("cuda")
 
@@ -348,12 +349,13 @@ def test_a_first_call_compiles_without_a_graph_break():
 
 
 def tied_config(**fields):
-    own = {name: fields.pop(name) for name in list(fields) if name in ("hidden_act", "num_hidden_layers")}
+    own = {name: fields.pop(name) for name in list(fields) if name == "hidden_act"}
     return TiedMoeConfig.from_family(tiny_config("olmoe", **own), group_size=2, skip_first=1, skip_last=1, **fields)
 
 
 def test_a_tied_model_compiles_without_a_graph_break():
-    model = TiedMoeForCausalLM(tied_config(num_hidden_layers=4)).train()
+    config = TiedMoeConfig.from_family(tiny_config("olmoe", num_hidden_layers=2), groups=[[0, 1]])
+    model = TiedMoeForCausalLM(config).train()
     model.set_experts_implementation("tiedmoe")
     tokens = torch.randint(3, 90, (1, 5))
     want = model(tokens, use_cache=False).logits
@@ -431,6 +433,26 @@ def test_gradient_checkpointing_of_a_tied_model(use_reentrant, calls):
     model.enable_input_require_grads()
     assert_same(outputs_and_gradients(model, "tiedmoe", tokens), want)
     assert sorted(calls) == ([1] * 6 if use_reentrant else [1, 1, 2, 2])
+
+
+def test_lora_on_pools_computes_layer_by_layer(calls):
+    peft = pytest.importorskip("peft")
+    model = TiedMoeForCausalLM(tied_config()).train()
+    targets = ["expert_pools.0.gate_up_proj", "expert_pools.1.down_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    tokens = torch.randint(3, 90, (1, 5))
+    got, want = (outputs_and_gradients_of_adapters(lora, name, tokens) for name in ("tiedmoe", "eager"))
+    assert len(got) == 5
+    assert_same(got, want)
+    assert calls == [1, 1, 1, 1]
+
+
+def outputs_and_gradients_of_adapters(lora, implementation, tokens):
+    found = outputs_and_gradients(lora.base_model.model, implementation, tokens)
+    return {name: t for name, t in found.items() if name == "logits" or "lora_" in name}
 
 
 def test_slot_maps_and_wide_pools(calls):

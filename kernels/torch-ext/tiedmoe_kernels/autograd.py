@@ -399,7 +399,9 @@ def _backward_weight_op(
     spec = Spec(activation, alpha, limit, is_transposed, is_concatenated)
     segment = Segment(x, grad_output, grad_pre, hidden, order, offsets, weights)
     with _no_autocast(x.device.type):
-        return _backend(x.device.type).backward_weight([segment], spec, x.dtype, tuple(needs))
+        gradients = _backend(x.device.type).backward_weight([segment], spec, x.dtype, tuple(needs))
+    # An operator's outputs must not share memory, not even none.
+    return tuple(g if need else x.new_empty(0) for g, need in zip(gradients, needs))
 
 
 @_backward_weight_op.register_fake

@@ -281,7 +281,7 @@ def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
     narrow = not _has_fast_gemm(a.dtype)
     active = [(e, size) for e, size in enumerate(rows.sizes) if size]
     sizes = [size for _, size in active]
-    for (e, size), piece, into in zip(active, a.split(sizes), out.split(sizes)):
+    for (e, size), piece, into in zip(active, torch.split_with_sizes(a, sizes), torch.split_with_sizes(out, sizes)):
         if narrow and size > 2:
             into.copy_(torch.mm(piece.float(), weight[e].float()))
         else:
