@@ -237,12 +237,17 @@ def tasks(cases: list[Case], limits: Limits) -> list[tuple[str, tuple[Case, ...]
     for case in cases:
         by_shape.setdefault(case.shape, {})[dataclasses.replace(case, g=1, routing="uniform")] = None
     found = [(TIEDMOE, tuple(own), 0, 1) for own in by_shape.values()]
-    for own in map(tuple, by_shape.values()):
-        left_out = slow_left_out(own[0], limits)
+    for own in by_shape.values():
+        left_out = slow_left_out(next(iter(own)), limits)
         for peer in PEERS:
-            parts = 6 if peer.name == "liger" else 1  # it has some 240 configurations to try at every H and I
-            if peer.slow_to_prepare and peer.name not in left_out:
-                found += [(peer.name, own, part, parts) for part in range(parts)]
+            if not peer.slow_to_prepare or peer.name in left_out:
+                continue
+            if peer.name == "liger":  # its code depends on H and I alone, and has some 240 configurations
+                steps = [case for case in own if case.kind == "step"] or list(own)
+                smallest = min(steps, key=lambda case: case.T)
+                found += [(peer.name, (smallest,), part, 6) for part in range(6)]
+            else:  # several processes share the device's memory
+                found.append((peer.name, tuple(case for case in own if case.T <= 8192), 0, 1))
     return found
 
 
@@ -286,9 +291,7 @@ def restrict_liger(part: int, parts: int) -> bool:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="the JSON file; the Markdown table goes beside it"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write, .json and .md")
     parser.add_argument("--full", action="store_true", help="every case and every peer at every shape; no time limit")
     parser.add_argument(
         "--minutes", type=float, help=f"start no case later; default {QUICK_MINUTES}, with --full none"
@@ -340,13 +343,14 @@ def main(arguments: list[str] | None = None) -> None:
             "cases": results,
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         options.output.with_suffix(".md").write_text(markdown(report))
         return report
 
     results, left_out = run_plan(cases, execute, start + minutes * 60 - time.monotonic(), done=write)
     worker.finish()
-    print(markdown(write(results, left_out)))
+    short, *rest = markdown(write(results, left_out)).partition("## Every peer")
+    print(short + "".join(rest).partition("## Not measured")[2])
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def spread(values: list[float]) -> dict:
 
 
 def paired_ratio(values: list[float], base: list[float]) -> dict:
-    """Spread of values[r] / base[r] over the rounds r: above 1, `base` is the faster one."""
-    return spread([value / reference for value, reference in zip(values, base, strict=True)])
+    """Spread of values[r] / base[r] over the rounds r that both took part in: above 1, `base` is the faster one."""
+    return spread([value / reference for value, reference in zip(values, base)])
 
 
 class WallClock:
@@ -71,12 +71,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(calls: dict[str, Call], clock, *, seconds: float, least: int, most: int) -> dict[str, list[float]]:
-    """Time every call once a round, in an order that rotates, until `seconds` are over; `least` to `most` rounds."""
+    """Time every call once a round, in an order that rotates, until `seconds` are over; `least` to `most` rounds.
+
+    A call that has used up half of the time after its `least` rounds drops out; the others, two at least, go on.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    start = time.perf_counter()
+    start, dropped = time.perf_counter(), 0.0
     for number in range(most if calls else 0):
-        if number >= least and time.perf_counter() - start > seconds:
+        if number == least:
+            names = [name for name in names if sum(times[name]) <= seconds / 2]
+            dropped = sum(sum(times[name]) for name in calls if name not in names)
+            if len(names) < min(2, len(calls)):
+                break
+        if number >= least and time.perf_counter() - start > seconds + dropped:
             break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:

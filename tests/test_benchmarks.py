@@ -134,6 +134,7 @@ def test_tasks_to_compile_ahead():
     assert {cases[0].shape for peer, cases, *_ in tasks if peer == "tiedmoe"} == set(SHAPES)
     assert {cases[0].shape for peer, cases, *_ in tasks if peer != "tiedmoe"} == {OLMOE}
     assert sorted(part for peer, _, part, parts in tasks if peer == "liger") == list(range(6))
+    assert {cases for peer, cases, *_ in tasks if peer == "liger"} == {(Case("step", OLMOE, 512),)}
     assert all(case.g == 1 for _, cases, *_ in tasks for case in cases)
 
 
@@ -166,7 +167,7 @@ def test_ratios_are_taken_inside_a_round():
         def time(self, call, number):
             return call(number) * 2.0**number
 
-    times = timing.interleave({"a": lambda _: 3.0, "b": lambda _: 1.5}, Slowing(), seconds=0, least=6, most=9)
+    times = timing.interleave({"a": lambda _: 3.0, "b": lambda _: 1.5}, Slowing(), seconds=9e9, least=2, most=6)
     assert times["a"] == [3.0 * 2**number for number in range(6)]
     assert timing.paired_ratio(times["a"], times["b"]) == {"median": 2.0, "p20": 2.0, "p80": 2.0, "n": 6}
 
@@ -177,6 +178,24 @@ def test_interleave_rotates_the_order():
     timing.interleave(calls, timing.WallClock(), seconds=0, least=3, most=3)
     assert "".join(name for _, name in order) == "abcbcacab"
     assert timing.interleave({}, timing.WallClock(), seconds=0, least=3, most=3) == {}
+
+
+def test_a_slow_call_drops_out_and_the_others_go_on(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds):
+        return lambda number: now.__setitem__(0, now[0] + seconds)
+
+    calls = {"a": takes(0.25), "slow": takes(8.0), "b": takes(0.5)}
+    times = timing.interleave(calls, timing.WallClock(), seconds=6.0, least=2, most=99)
+    assert times["slow"] == [8.0, 8.0]
+    assert len(times["a"]) == len(times["b"]) > 6
+    assert timing.paired_ratio(times["slow"], times["a"]) == {"median": 32.0, "p20": 32.0, "p80": 32.0, "n": 2}
+    alone = timing.interleave(
+        {"a": takes(0.25), "slow": takes(8.0)}, timing.WallClock(), seconds=6.0, least=2, most=99
+    )
+    assert [len(each) for each in alone.values()] == [2, 2]
 
 
 def test_spread():
@@ -557,15 +576,15 @@ def test_experts_cpu_from_end_to_end(tmp_path, monkeypatch):
     kept = tuple(peer for peer in peers.PEERS if peer.name in ("tiedmoe", "grouped_mm"))  # a process each for memory
     monkeypatch.setattr(experts_cpu, "PEERS_HERE", kept)
     output = tmp_path / "results" / "cpu.json"
-    experts_cpu.main(["--tiny", "--output", str(output)])
+    experts_cpu.main(["--tiny", "--output", str(output.with_suffix(""))])  # as the Makefile names it
     found = json.loads(output.read_text())
     assert [result["key"].split()[0] for result in found["cases"]] == ["step", "decode"]
     for result in found["cases"]:
         ours, other = result["peers"]["tiedmoe"], result["peers"]["grouped_mm"]
         assert ours["status"] == other["status"] == "measured"
-        ratios = [a / b for a, b in zip(other["rounds_ms"], ours["rounds_ms"], strict=True)]
+        ratios = [a / b for a, b in zip(other["rounds_ms"], ours["rounds_ms"])]
         assert other["time_over_tiedmoe"] == pytest.approx(timing.spread(ratios))
-        assert ours["ms"]["n"] == len(ratios) >= 3
+        assert other["time_over_tiedmoe"]["n"] == len(ratios) >= 3
     for entry in found["peak_memory"][0]["peers"].values():
         assert entry["status"] == "measured", entry
         assert 0 <= entry["peak_bytes"] < 1 << 28
@@ -589,7 +608,7 @@ def test_experts_cpu_says_when_a_peer_disagrees_or_fails():
         patch.setattr(experts_cpu, "PEERS_HERE", (Peer("failing", failing), Peer("wrong", wrong), EAGER))
         entries = experts_cpu.time_case(case, experts_cpu.make_cpu_pool(TINY, torch.float32), 0.0)["peers"]
     assert entries["wrong"]["status"] == "wrong"
-    assert entries["wrong"]["difference_from_eager"] == pytest.approx(0.01, rel=1e-2)
+    assert entries["wrong"]["difference"] == pytest.approx(0.01, rel=1e-2)
     assert entries["failing"] == {"status": "failed", "reason": "RuntimeError: no"}
     assert entries["eager"]["status"] == "measured"
 
