@@ -20,19 +20,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-# `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the whole
-# session, not test by test: fixtures of a module would run without it.
-torch.use_deterministic_algorithms(True, warn_only=True)
-torch.utils.deterministic.fill_uninitialized_memory = True
-
-# Without a GPU the Triton kernels run in Triton's interpreter, which `triton.jit` asks for when a kernel's module is imported.
-# bfloat16 is wrong there; triton_interpreter.py repairs it, so that these tests cover it too.
+# Without a GPU the Triton kernels run in Triton's interpreter, which `triton.jit` asks for when a module is imported, triton's
+# own too: so this comes before anything imports triton, as the calls of torch below do. bfloat16 is wrong there;
+# triton_interpreter.py repairs it, so that these tests cover it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         from triton_interpreter import repair_bfloat16
 
         repair_bfloat16()
+
+# `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the whole
+# session, not test by test: fixtures of a module would run without it.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(autouse=True)

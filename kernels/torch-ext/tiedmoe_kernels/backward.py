@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activations import gate
-from .forward import tile_of
+from .forward import first_column, tile_of
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def weight_grad_kernel(
     tiles_q = tl.cdiv(Q, BLOCK_N)
     e = tl.program_id(0) // (tiles_p * tiles_q)
     tile_p, tile_q = tile_of(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, GROUP_M)
-    p = tile_p * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tile_q * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = first_column(tile_p, P, BLOCK_M, EVEN) + tl.arange(0, BLOCK_M)
+    q = first_column(tile_q, Q, BLOCK_N, EVEN) + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for s in tl.static_range(len(a_segments)):
@@ -109,7 +109,10 @@ def weight_grad_kernel(
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+    if EVEN:
+        tl.store(pointers, acc.to(out.dtype.element_ty))
+    else:
+        tl.store(pointers, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
 
 
 @triton.jit

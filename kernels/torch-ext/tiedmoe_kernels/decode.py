@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import gate
-from .forward import load_weight
+from .forward import first_column, load_weight
 from .metadata import pool_row
 
 
@@ -51,7 +51,7 @@ def decode_gate_up_kernel(
     mine = row == e
     rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
     count = tl.sum(mine.to(tl.int32), axis=0)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_column(tl.program_id(0), I, BLOCK_N, EVEN_N) + tl.arange(0, BLOCK_N)
     gate_n = n
     to_up = tl.zeros((), tl.int64) + I
     if INTERLEAVED:
@@ -101,7 +101,7 @@ def decode_down_kernel(
     mine = row == e
     rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
     count = tl.sum(mine.to(tl.int32), axis=0)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_column(tl.program_id(0), H, BLOCK_N, EVEN_N) + tl.arange(0, BLOCK_N)
     for first in range(0, count, BLOCK_M):
         slot = _slots_of(mine, rank, slots, first, BLOCK_M)
         a_row = tl.maximum(slot, 0).to(tl.int64)

@@ -23,6 +23,15 @@ def tile_of(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def first_column(tile, N_SIZE, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """A tile's first column. The last tile ends where the matrix ends: it repeats columns instead of masking them."""
+    if EVEN:
+        return tl.minimum(tile * BLOCK, N_SIZE - BLOCK)
+    else:  # a matrix smaller than a block
+        return tile * BLOCK
+
+
+@triton.jit
 def load_weight(
     w, e, k0, n0, k, n, n_mask, shift, K_SIZE, N_SIZE, stride_e, stride_k, stride_n,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
@@ -64,7 +73,7 @@ def gate_up_kernel(
     row = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
     last_row = tl.load(offsets + e + 1) - 1
     token = (tl.load(order + tl.minimum(row, last_row)) // K).to(tl.int64)
-    n0 = tile_n * BLOCK_N
+    n0 = first_column(tile_n, I, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
     gate_n = n
     to_up = tl.zeros((), tl.int64) + I
@@ -97,7 +106,9 @@ def gate_up_kernel(
         acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
             None, :
         ]
-    mask = (row <= last_row)[:, None] & (n < I)[None, :]
+    mask = (row <= last_row)[:, None]
+    if not EVEN_N:
+        mask = mask & (n < I)[None, :]
     if SAVE_PRE:
         pre_row = pre + row.to(tl.int64)[:, None] * (2 * I)
         tl.store(pre_row + gate_n[None, :], acc_gate.to(pre.dtype.element_ty), mask=mask)
@@ -126,7 +137,7 @@ def rows_kernel(
     if GATHER:
         a_row = tl.load(order + a_row) // K
     a_row = a_row.to(tl.int64)
-    n0 = tile_n * BLOCK_N
+    n0 = first_column(tile_n, N_SIZE, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -147,7 +158,9 @@ def rows_kernel(
         acc += tl.load(bias + e.to(tl.int64) * N_SIZE + n, mask=n < N_SIZE, other=0.0).to(tl.float32)[None, :]
     if WEIGHTED:
         acc *= tl.load(weights + tl.load(order + tl.minimum(row, last_row))).to(tl.float32)[:, None]
-    mask = (row <= last_row)[:, None] & (n < N_SIZE)[None, :]
+    mask = (row <= last_row)[:, None]
+    if not EVEN_N:
+        mask = mask & (n < N_SIZE)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 

@@ -40,7 +40,7 @@ class _Matrices:
         flags = {
             "K_CONTIGUOUS": self.k_is_last,
             "EVEN_K": self.k_size % config.block_k == 0,
-            "EVEN_N": n_size % config.block_n == 0,
+            "EVEN_N": n_size >= config.block_n,
         }
         if not config.tma:
             return self.weight, flags
@@ -82,17 +82,15 @@ def forward(
     slot_map: Tensor | None,
     spec: Spec,
     save_pre: bool,
-    save_routing: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `spec.py`.
 
-    Where neither pre nor the routing is to be saved, order and offsets are undefined, and up to `MAX_DECODE_SLOTS` slots are
-    computed without sorting them.
+    Without `save_pre`, up to `MAX_DECODE_SLOTS` slots are computed without sorting them; order and offsets are then undefined.
     """
     x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
     (T, K), E, H = index.shape, gate_up.size(0), x.size(1)
     with _on_device_of(x):
-        if not (save_pre or save_routing) and 0 < T * K <= MAX_DECODE_SLOTS:
+        if not save_pre and 0 < T * K <= MAX_DECODE_SLOTS:
             y = _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec)
             return (
                 y,
@@ -278,11 +276,11 @@ def _weight_grad(by_token, by_row, orders, offsets, top_k: int, token_first: boo
     out = a[0].new_empty(E, P, Q, dtype=out_dtype)
     N = max(1, sum(order.numel() for order in orders))
     config = _choose("weight_grad", a[0], N, E, Q, N)
-    config = config._replace(block_m=min(config.block_m, max(16, triton.next_power_of_2(P))))
+    config = config._replace(block_m=tuning.at_most(config.block_m, P))
     bwd.weight_grad_kernel[(E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
         a, b, orders, offsets, out, P, Q, E,
         K=top_k, GATHER_A=token_first, GATHER_B=not token_first,
-        EVEN=P % config.block_m == 0 and Q % config.block_n == 0, GROUP_M=config.group_m, **_options(config, a[0].dtype),
+        EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0].dtype),
     )  # fmt: skip
     return out
 

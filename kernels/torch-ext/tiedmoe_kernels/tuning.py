@@ -89,15 +89,18 @@ def choose(
         if entry["max_rows"] is not None and rows_per_expert > entry["max_rows"]:
             continue
         config = Config(*(entry.get(field, unset) for field, unset in _FIELDS.items()))
-        # A descriptor knows the bounds of the storage, not of an expert: its tiles must fit exactly.
-        if config.tma and not (tma and n_size % config.block_n == 0 and k_size % config.block_k == 0):
-            continue
-        # 16 is the least that `tl.dot` takes.
-        n, k = (max(16, triton.next_power_of_2(size)) for size in (n_size, k_size))
-        return config._replace(block_n=min(config.block_n, n), block_k=min(config.block_k, k))
+        config = config._replace(block_n=at_most(config.block_n, n_size), block_k=at_most(config.block_k, k_size))
+        # A descriptor knows the bounds of the storage, not of an expert: no block may reach past them.
+        if not config.tma or (tma and config.block_n <= n_size and k_size % config.block_k == 0):
+            return config
     raise LookupError(
         f"configs/default.json has no entry for kernel {kernel!r} of {element_size}-byte elements on {arch}; add one"
     )
+
+
+def at_most(block: int, size: int) -> int:
+    """The block, or the largest power of two within the size; 16 is the least that `tl.dot` takes."""
+    return min(block, max(16, 1 << (max(size, 1).bit_length() - 1)))
 
 
 _FIELDS = {field: Config._field_defaults.get(field) for field in Config._fields}

@@ -1,0 +1,289 @@
+"""Compile what the backend launches for chips that are not here, and write down what each kernel takes of them.
+
+    python benchmarks/compile_table.py --output benchmarks/results/compile.json   # the triton that is installed
+    python benchmarks/compile_table.py --table A.json B.json --output benchmarks/results/compile.md
+
+The launches are the backend's own, made with tensors on the meta device under a driver that names another chip, so a kernel
+is compiled from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel, counts registers and stack
+(a stack above 0 bytes is spilled registers); for AMD both are in the assembly's notes.
+"""
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tiedmoe_kernels import triton_backend, tuning
+from tiedmoe_kernels.spec import Segment, Spec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory of one block, bytes: CUDA C++ programming guide, "compute capabilities"; LDS of a CDNA3 compute unit.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+class Shape(NamedTuple):
+    """One layer: sizes, activation and layout as the family has them."""
+
+    E: int
+    H: int
+    I: int
+    K: int
+    spec: Spec
+    has_bias: bool
+
+
+OLMOE = Shape(64, 2048, 1024, 8, Spec("silu", 1.702, 7.0, is_transposed=False, is_concatenated=True), False)
+# Transposed, interleaved, biased, clamped.
+GPT_OSS = Shape(32, 2880, 2880, 4, Spec("clamped_swiglu", 1.702, 7.0, is_transposed=True, is_concatenated=False), True)
+# No family's: sizes that no block divides, so that the masks are compiled, too.
+ODD = Shape(64, 1000, 1000, 2, Spec("gelu", 1.702, 7.0, is_transposed=False, is_concatenated=True), True)
+
+
+class Case(NamedTuple):
+    """A forward pass without gradients, or a training step whose weight gradient has some segments."""
+
+    shape: Shape
+    dtype: torch.dtype
+    tokens: int
+    num_segments: int = 1
+
+
+# Every entry of configs/default.json is used by one of these at least; the test compiles these.
+QUICK_CASES = (
+    Case(OLMOE, torch.bfloat16, 1, num_segments=0),
+    Case(OLMOE, torch.bfloat16, 64, num_segments=0),
+    Case(OLMOE, torch.bfloat16, 512, num_segments=0),
+    Case(OLMOE, torch.bfloat16, 8192),
+    Case(ODD, torch.bfloat16, 8192, num_segments=0),
+    Case(ODD, torch.float32, 1, num_segments=0),
+    Case(ODD, torch.float32, 8192, num_segments=1),
+)
+CASES = (
+    *QUICK_CASES,
+    Case(OLMOE, torch.bfloat16, 64),
+    Case(OLMOE, torch.bfloat16, 512),
+    Case(OLMOE, torch.bfloat16, 8192, num_segments=4),
+    Case(GPT_OSS, torch.bfloat16, 1, num_segments=0),
+    Case(GPT_OSS, torch.bfloat16, 8192),
+    Case(ODD, torch.bfloat16, 8192),
+)
+
+
+class _Driver:
+    """What `JITFunction` asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+        # `JITFunction` keeps what it has compiled by device: every target is a device of its own.
+        self.device = list(TARGETS.values()).index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches(case: Case) -> None:
+    """Make every launch of the case, on the meta device."""
+    (E, H, I, K, spec, has_bias), dtype, tokens = case.shape, case.dtype, case.tokens
+    empty = functools.partial(torch.empty, device="meta", dtype=dtype)
+    x, index, weights = empty(tokens, H), empty(tokens, K, dtype=torch.int64), empty(tokens, K)
+    gate_up, down = (
+        (empty(E, H, 2 * I), empty(E, I, H)) if spec.is_transposed else (empty(E, 2 * I, H), empty(E, H, I))
+    )
+    biases = (empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)
+    if not case.num_segments:
+        triton_backend.forward(x, index, weights, gate_up, down, *biases, None, spec, save_pre=False)
+        return
+    _, pre, order, offsets = triton_backend.forward(
+        x, index, weights, gate_up, down, *biases, None, spec, save_pre=True
+    )
+    _, _, grad_pre, hidden = triton_backend.backward_data(
+        x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, needs_hidden_grad=True, needs_segment=True
+    )
+    segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
+    triton_backend.backward_weight([segment] * case.num_segments, spec, dtype, (True, True, has_bias, has_bias))
+
+
+def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, object]]:
+    """Every kernel with tile sizes that the cases launch, compiled for the target: what it is, and triton's kernel."""
+    kernels: dict[str, tuple[dict, object]] = {}
+
+    def compile_instead(self, grid):
+        def launch(*args, **options):
+            kernel = self.warmup(*args, grid=grid, **options)
+            if "PRECISION" in options:  # the others sort and sum: there are no tile sizes to choose
+                facts = {name.lower(): options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options}
+                facts |= {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
+                facts["tma"] = options.get("TMA", False)
+                kernels.setdefault(
+                    kernel.hash, ({"kernel": self.fn.__name__.removesuffix("_kernel"), **facts}, kernel)
+                )
+
+        return launch
+
+    getitem = JITFunction.__getitem__
+    triton.runtime.driver.set_active(_Driver(target))
+    tuning.choose.cache_clear()
+    JITFunction.__getitem__ = compile_instead
+    try:
+        for case in cases:
+            known = set(kernels)
+            launches(case)
+            for key in kernels.keys() - known:
+                kernels[key][0].update(
+                    H=case.shape.H, dtype=str(case.dtype).removeprefix("torch."), tokens=case.tokens
+                )
+    finally:
+        JITFunction.__getitem__ = getitem
+        tuning.choose.cache_clear()
+    return iter(kernels.values())
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers a thread, stack (or scratch) bytes a thread, shared memory bytes a block."""
+    if "cubin" in kernel.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    else:
+        text = kernel.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)[1]
+        stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]
+    return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
+
+
+def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
+    """One row per kernel and configuration on a chip, under the installed triton."""
+    return [
+        {"architecture": architecture, "triton": triton.__version__, **facts, **resources(kernel)}
+        for facts, kernel in compiled(TARGETS[architecture], cases)
+    ]
+
+
+def faults(row: dict) -> list[str]:
+    """What is wrong with a row: spilled registers, too much shared memory."""
+    found, limit = [], SHARED_LIMIT[row["architecture"]]
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of stack a thread; expected 0: smaller blocks or more warps")
+    if row["shared"] > limit:
+        found.append(
+            f"{row['shared']} bytes of shared memory a block; {row['architecture']} has {limit}: fewer stages"
+        )
+    return found
+
+
+def unused_entries(found: list[dict]) -> list[dict]:
+    """The entries of `configs/default.json`, for the architectures of these rows, that no row was compiled with."""
+    used = {
+        (r["architecture"], r["kernel"], r["dtype"], *(r[f] for f in tuning.Config._fields if f in r)) for r in found
+    }
+    unused = []
+    for architecture in {row["architecture"] for row in found}:
+        for entry in json.loads((tuning.CONFIGS / "default.json").read_text())["architectures"][architecture]:
+            dtype = {2: "bfloat16", 4: "float32"}[entry["element_size"]]
+            fields = (entry.get(f, False) for f in tuning.Config._fields if f != "group_m")
+            if (architecture, entry["kernel"], dtype, *fields) not in used:
+                unused.append({"architecture": architecture, **entry})
+    return unused
+
+
+def markdown(found: list[dict]) -> str:
+    """The table of all rows, one line per kernel and configuration, a column pair per triton."""
+    versions = sorted({row["triton"] for row in found})
+    columns = (
+        "architecture",
+        "kernel",
+        "dtype",
+        "H",
+        "tokens",
+        "block_m",
+        "block_n",
+        "block_k",
+        "num_warps",
+        "num_stages",
+        "tma",
+    )
+    lines: dict[tuple, dict[str, list[dict]]] = {}
+    for row in found:
+        lines.setdefault(tuple(row[c] for c in columns), {}).setdefault(row["triton"], []).append(row)
+    head = [*columns, *(f"{what}, triton {v}" for v in versions for what in ("registers", "stack", "shared"))]
+    text = [
+        "# What each kernel takes of a chip, compiled ahead of time",
+        "",
+        "`make compile-table` writes this table. Registers and stack (bytes; above 0: registers spilled) are of one thread, shared",
+        "memory is in bytes of one block; where one kernel serves several products, the most that any takes. Limits of a block: "
+        + ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items() if name in TARGETS)
+        + ".",
+        "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1000 none (sizes that no block divides).",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+    ]
+    for key, by_version in lines.items():
+        cells = [str(c) for c in key]
+        for version in versions:
+            same = by_version.get(version, [])
+            cells += [str(max(r[what] for r in same)) if same else "-" for what in ("registers", "stack", "shared")]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--quick", action="store_true", help="each entry of configs/default.json once, not each of its uses"
+    )
+    parser.add_argument(
+        "--table", nargs="+", type=Path, help="make a Markdown table of these JSON files, compile nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.table:
+        found = [row for path in arguments.table for row in json.loads(path.read_text())]
+        arguments.output.write_text(markdown(found))
+    else:
+        found = [
+            row
+            for architecture in arguments.architectures
+            for row in rows(architecture, QUICK_CASES if arguments.quick else CASES)
+        ]
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    wrong = [f"{row}: {fault}" for row in found for fault in faults(row)]
+    wrong += [f"{e['architecture']}: no case compiles the entry {e}" for e in unused_entries(found)]
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every shipped tile configuration, compiled for chips that are not here (`benchmarks/compile_table.py`, `make compile-table`)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRITONS = {"installed": None, "3.6": Path(sys.prefix) / "triton-3.6"}  # the second is put there by the Makefile
+
+
+def compile_table(triton: Path | None, *arguments: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [*([str(triton)] if triton else []), str(ROOT / "kernels" / "torch-ext"), env.get("PYTHONPATH", "")]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "compile_table.py"), *arguments]
+    return subprocess.run(
+        command, env=env | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architectures", [["sm_80", "gfx942"], ["sm_90"], ["sm_100"]], ids="+".join)
+@pytest.mark.parametrize("triton", TRITONS)
+def test_compiles_without_spills_and_within_shared_memory(triton, architectures, tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if triton == "3.6" and not TRITONS[triton].exists():
+        pytest.skip(f"no triton 3.6 in {TRITONS[triton]}; `make test` puts it there")
+    output = tmp_path / "rows.json"
+    run = compile_table(TRITONS[triton], "--quick", "--output", str(output), "--architectures", *architectures)
+    assert run.returncode == 0, run.stderr[
+        -4000:
+    ]  # names every fault, and every entry of default.json that nothing used
+    rows = json.loads(output.read_text())
+    assert {row["architecture"] for row in rows} == set(architectures)
+    assert triton == "installed" or {row["triton"] for row in rows} == {"3.6.0"}
+    assert all(row["registers"] > 0 for row in rows)
+
+
+def test_a_spill_too_much_shared_memory_and_an_unused_entry_are_faults(tmp_path):
+    pytest.importorskip("triton")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "compile_newest.json").read_text())
+    rows = [row for row in rows if row["architecture"] == "sm_90" and row["kernel"] != "weight_grad"]
+    rows[0]["stack"], rows[1]["shared"] = 8, 2**20
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run = compile_table(None, "--table", str(tmp_path / "rows.json"), "--output", str(tmp_path / "table.md"))
+    assert run.returncode == 1
+    for fault in (
+        "8 bytes of stack a thread; expected 0",
+        f"{2**20} bytes of shared memory a block; sm_90 has 232448",
+        "no case compiles the entry",
+    ):
+        assert fault in run.stderr
+    assert "| sm_90 | " in (tmp_path / "table.md").read_text()

@@ -1,0 +1,397 @@
+"""The Triton kernels against `experts_forward_reference` in float64: outputs and all gradients.
+
+Without a GPU they run in Triton's interpreter on CPU tensors, with blocks of 16 so that small shapes have several tiles, full
+and partly filled; `make gpu-test` runs the same tests on the device with the blocks that are shipped. Uninitialised memory is NaN.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+from tiedmoe_kernels import (
+    autograd,
+    deferred_weight_gradients,
+    experts_forward,
+    experts_forward_reference,
+    metadata,
+    triton_backend,
+    tuning,
+)
+
+DEVICES = [
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# Of a result, relative to its norm: what the issue of the kernels asks for.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+class Case(NamedTuple):
+    """A layer and its routing; `index` makes `[T, K]` from (T, R, K)."""
+
+    T: int = 6
+    H: int = 32
+    I: int = 16
+    E: int = 4
+    K: int = 2
+    index: str = "uniform"
+    flags: Mapping[str, object] = MappingProxyType({})
+    has_bias: bool = False
+    slot_map: list[int] | None = None
+
+
+CASES = {
+    "several tiles of rows, columns and k": Case(T=20, H=48, I=40, E=2),
+    "sizes that no block divides, E not a power of two": Case(T=7, H=40, I=24, E=3, K=3),
+    "smaller than a block": Case(T=3, H=10, I=6, E=2, K=1),
+    "one token": Case(T=1),
+    "no token": Case(T=0),
+    "K=1": Case(K=1),
+    "all tokens to one expert, the others empty": Case(T=20, E=4, index="one expert"),
+    "a token twice to one expert": Case(index="twice"),
+    "inactive slots, a token without any expert": Case(index="half inactive"),
+    "nothing active": Case(index="nothing active"),
+    "slot map: nine router indices, five pool rows, one unused": Case(E=5, slot_map=[0, 0, 1, 3, 3, 3, 4, 1, 0]),
+    "slot map with inactive slots": Case(E=5, slot_map=[2, 0, 4], index="half inactive"),
+    "gpt-oss: transposed, interleaved, biased, clamped": Case(
+        H=40,
+        I=24,
+        E=3,
+        index="half inactive",
+        flags={"activation": "clamped_swiglu", "swiglu_limit": 1.0, "is_transposed": True, "is_concatenated": False},
+        has_bias=True,
+    ),
+    "transposed": Case(flags={"is_transposed": True}),
+    "biased": Case(has_bias=True),
+    "gelu": Case(T=4, flags={"activation": "gelu"}),
+    "gelu_pytorch_tanh": Case(T=4, flags={"activation": "gelu_pytorch_tanh"}),
+    "relu": Case(T=4, flags={"activation": "relu"}),
+    "clamped_silu": Case(T=4, flags={"activation": "clamped_silu", "swiglu_limit": 0.7}),
+}
+
+
+def routing(case: Case) -> Tensor:
+    R = case.E if case.slot_map is None else len(case.slot_map)
+    index = torch.rand(case.T, max(R, case.K)).argsort(dim=1)[:, : case.K] % R
+    if case.index == "one expert":
+        index = torch.full_like(index, 2)
+    elif case.index == "twice":
+        index[:, 1] = index[:, 0]
+    elif case.index == "half inactive":
+        index[torch.rand(index.shape) < 0.5] = R
+        index[0] = R
+    elif case.index == "nothing active":
+        index = torch.full_like(index, R)
+    return index
+
+
+class Layer(NamedTuple):
+    """The tensors of one call, in the order that gradients are compared in."""
+
+    x: Tensor
+    index: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    slot_map: Tensor | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, self.weights, *self[3:7]) if t is not None]
+
+
+def layer(case: Case, dtype: torch.dtype, device: str) -> Layer:
+    T, H, I, E, K = case[:5]
+    gate_up, down = torch.randn(E, 2 * I, H) * 2 * H**-0.5, torch.randn(E, H, I) * I**-0.5
+    if case.flags.get("is_transposed"):
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    bias = (torch.randn(E, 2 * I), torch.randn(E, H)) if case.has_bias else (None, None)
+    floats = [
+        t if t is None else t.to(device, dtype).requires_grad_()
+        for t in (torch.randn(T, H), torch.rand(T, K), gate_up, down, *bias)
+    ]
+    slot_map = None if case.slot_map is None else torch.tensor(case.slot_map, device=device)
+    return Layer(floats[0], routing(case).to(device), *floats[1:], slot_map)
+
+
+def forward(function, layer: Layer, case: Case, **more) -> Tensor:
+    arguments = {
+        "gate_up_proj_bias": layer.gate_up_bias,
+        "down_proj_bias": layer.down_bias,
+        "slot_map": layer.slot_map,
+    }
+    return function(*layer[:5], **arguments, **case.flags, **more)
+
+
+def in_float64(layer: Layer) -> Layer:
+    """The same numbers on the CPU, inactive weights NaN: the reference must not read them either."""
+    return Layer(
+        *(
+            t if t is None else t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu()
+            for t in layer
+        )
+    )
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    error, norm = (got.detach().cpu().double() - expected).norm().item(), expected.norm().item()
+    return error / norm if norm else error
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The Triton backend for CPU tensors, too, and blocks of 16 in the interpreter."""
+    device = request.getfixturevalue("device")
+    if device == "cpu":
+        blocks = dict.fromkeys(tuning.KERNELS, tuning.Config(16, 16, 16, group_m=2, num_warps=4, num_stages=2))
+        monkeypatch.setattr(autograd, "_backend", lambda device_type: triton_backend)
+        monkeypatch.setattr(tuning, "choose", lambda kernel, *_: blocks[kernel])
+        return blocks
+    return None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CASES),
+        *(
+            (name, dtype)
+            for name in ("biased", "slot map with inactive slots")
+            for dtype in (torch.float16, torch.bfloat16)
+        ),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_outputs_and_gradients(name, dtype, device, backend):
+    case = CASES[name]
+    mine = layer(case, dtype, device)
+    reference = in_float64(mine)
+    expected = forward(experts_forward_reference, reference, case)
+    grad_y = torch.randn(expected.shape)
+    expected_gradients = torch.autograd.grad(expected, reference.leaves, grad_y.double())
+
+    y = forward(experts_forward, mine, case)
+    gradients = torch.autograd.grad(y, mine.leaves, grad_y.to(device, dtype))
+    with torch.no_grad():  # few slots without a gradient: the decode path
+        decoded = forward(experts_forward, mine, case)
+
+    assert y.dtype == dtype
+    for got, want in zip([y, decoded, *gradients], [expected, expected, *expected_gradients]):
+        assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_inactive_slots_are_not_read(device, backend):
+    case = CASES["inactive slots, a token without any expert"]
+    mine = layer(case, torch.float32, device)
+    with torch.no_grad():
+        mine.weights[mine.index == case.E] = torch.nan
+    for is_trained in (True, False):
+        with torch.set_grad_enabled(is_trained):
+            y = forward(experts_forward, mine, case)
+        assert y.isfinite().all()
+        assert not y[0].any()
+    gradients = torch.autograd.grad(forward(experts_forward, mine, case).sum(), mine.leaves)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", [-1, 7, 2**40])
+def test_an_index_out_of_range_is_inactive_and_reads_no_memory(index, device, backend):
+    case = Case(T=4, E=6)
+    mine = layer(case, torch.float32, device)
+    mine.index[1, 0] = index
+    same = mine._replace(index=mine.index.masked_fill(mine.index == index, case.E))
+    torch.testing.assert_close(forward(experts_forward, mine, case), forward(experts_forward, same, case))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_recompute_saves_the_input_only_and_changes_no_bit(device, backend, monkeypatch):
+    monkeypatch.setattr(triton_backend, "MAX_DECODE_SLOTS", 0)
+    case = CASES["biased"]
+    mine = layer(case, torch.float32, device)
+    results = {}
+    for recompute in (False, True):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = forward(experts_forward, mine, case, recompute=recompute)
+        own = [
+            t for t in saved if t.is_floating_point() and all(t.data_ptr() != leaf.data_ptr() for leaf in mine.leaves)
+        ]
+        results[recompute] = (y, *torch.autograd.grad(y.square().sum(), mine.leaves))
+        assert sum(t.numel() for t in own) == (0 if recompute else case.T * case.K * 2 * case.I)
+    for kept, recomputed in zip(results[False], results[True]):
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_descriptors_read_the_same_weights(device, backend, monkeypatch):
+    """Weights through tensor descriptors (TMA on a GPU) or through pointers, in both layouts."""
+    chosen = []
+    for flags in ({}, {"is_transposed": True}):
+        case = Case(T=4, H=32, I=48, E=2, flags=flags)  # 48: the last tile of 32 columns begins at 16
+        mine, results = layer(case, torch.float32, device), []
+        for tma in (False, True):
+            config = tuning.Config(16, 32, 16, group_m=2, num_warps=4, num_stages=2, tma=tma)
+
+            def choose(kernel, *_, config=config):
+                chosen.append(config.tma)
+                return config
+
+            monkeypatch.setattr(tuning, "choose", choose)
+            y = forward(experts_forward, mine, case)
+            results.append((y, *torch.autograd.grad(y.square().sum(), mine.leaves)))
+        for by_pointer, by_descriptor in zip(*results):
+            torch.testing.assert_close(by_pointer, by_descriptor)
+    assert True in chosen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segments_per_launch", [8, 2])
+def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, backend, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_SEGMENTS_PER_LAUNCH", segments_per_launch)
+    case, calls = Case(T=4, E=3, has_bias=True), []
+    real = triton_backend.backward_weight
+    monkeypatch.setattr(triton_backend, "backward_weight", lambda s, *a: calls.append(len(s)) or real(s, *a))
+    pool = layer(case, torch.float32, device)
+    layers = [
+        layer(case, torch.float32, device)._replace(**{n: getattr(pool, n) for n in Layer._fields[3:7]})
+        for _ in range(3)
+    ]
+    reference_pool = in_float64(pool)
+    references = [
+        in_float64(one)._replace(**{n: getattr(reference_pool, n) for n in Layer._fields[3:7]}) for one in layers
+    ]
+
+    with deferred_weight_gradients():
+        total = sum(forward(experts_forward, one, case).square().sum() for one in layers)
+    gradients = torch.autograd.grad(total, pool.leaves[2:])
+
+    expected = sum(forward(experts_forward_reference, one, case).square().sum() for one in references)
+    for got, want in zip(gradients, torch.autograd.grad(expected, reference_pool.leaves[2:])):
+        assert relative_error(got, want) < 1e-5
+    assert calls[0] == 3  # one call for the three layers; it may split its launches
+    assert len(calls) == (1 if segments_per_launch == 8 else 3)
+
+
+class TestMetadata:
+    """The sort and the tiles for any routing."""
+
+    routings = st.integers(1, 40).flatmap(
+        lambda E: st.tuples(
+            st.just(E), st.lists(st.lists(st.integers(-2, E + 2), min_size=3, max_size=3), max_size=70)
+        )
+    )
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(routing=routings)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_sorts_stably_and_tiles_every_row_once(self, routing, device):
+        E, index = routing
+        index = torch.tensor(index, dtype=torch.int64).reshape(-1, 3)
+        row = torch.where((index >= 0) & (index < E), index, E).flatten()
+
+        order, offsets, position = (t.cpu() for t in metadata.sort_slots(index.to(device), None, E))
+        assert order.tolist() == row.argsort(stable=True).tolist()
+        assert offsets.tolist() == [0, *row.bincount(minlength=E + 1).cumsum(0)[:E].tolist()]
+        places = torch.empty_like(order).scatter_(0, order.long(), torch.arange(len(order), dtype=torch.int32))
+        assert position.tolist() == places.masked_fill(row == E, -1).tolist()
+        assert metadata.invert(order.to(device), offsets.to(device)).tolist() == position.tolist()
+
+        tiles = metadata.make_tiles(offsets.to(device), len(order), block_m=16)
+        rows = [
+            (e, r) for e, first in zip(*(t.tolist() for t in tiles)) if e >= 0
+            for r in range(first, min(first + 16, offsets[e + 1].item()))
+        ]  # fmt: skip
+        assert rows == [(e, r) for e in range(E) for r in range(offsets[e].item(), offsets[e + 1].item())]
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_more_blocks_of_slots_than_one_scan_takes(self, device):
+        row = torch.randint(3, (1030 * metadata._BLOCK_SLOTS // 4, 4))
+        if device == "cpu":
+            row = row[: 5 * metadata._BLOCK_SLOTS]
+        order, offsets, _ = metadata.sort_slots(row.to(device), None, 3)
+        assert torch.equal(order.cpu().long(), row.flatten().argsort(stable=True))
+        assert offsets[-1] == row.numel()
+
+    def test_too_many_slots_are_refused(self):
+        with pytest.raises(ValueError, match=f"{2**31} slots.*at most {2**31 - 1}"):
+            metadata.sort_slots(torch.empty(2**28, 8, dtype=torch.int64, device="meta"), None, 4)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_routing_decodes_as_it_trains(data, device, backend):
+    E, K, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    R = data.draw(st.one_of(st.none(), st.integers(1, 12)))
+    case = Case(T=T, H=16, I=16, E=E, K=K, slot_map=None if R is None else [i * 7 % E for i in range(R)])
+    mine = layer(case, torch.float32, device)
+    width = E if R is None else R
+    index = data.draw(st.lists(st.integers(0, width), min_size=T * K, max_size=T * K))
+    mine = mine._replace(index=torch.tensor(index, device=device).reshape(T, K))
+    expected = forward(experts_forward_reference, in_float64(mine), case)
+    with torch.no_grad():
+        decoded = forward(experts_forward, mine, case)
+    assert relative_error(decoded, expected) < 1e-5
+    assert relative_error(forward(experts_forward, mine, case), expected) < 1e-5
+
+
+class TestConfigurations:
+    """The files of tile sizes; whether they compile is `test_compile.py`'s."""
+
+    @pytest.mark.parametrize("path", sorted(tuning.CONFIGS.glob("*.json")), ids=lambda path: path.name)
+    def test_every_entry_is_well_formed(self, path):
+        content = tuning._read(path)
+        entries = content.get("entries") or [e for entries in content["architectures"].values() for e in entries]
+        for entry in entries:
+            assert entry.keys() - {"tma"} == {"kernel", "element_size", "max_rows", *tuning.Config._fields} - {"tma"}
+            assert entry["kernel"] in tuning.KERNELS
+            assert entry["element_size"] in (2, 4)
+            for block in ("block_m", "block_n", "block_k"):
+                assert entry[block] >= 16
+                assert math.log2(entry[block]).is_integer()
+
+    @pytest.mark.parametrize(
+        "arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a", "gfx942", "gfx950"]
+    )
+    def test_every_architecture_has_every_kernel(self, arch, monkeypatch):
+        monkeypatch.setattr(tuning, "architecture", lambda: arch)
+        monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", False)
+        choose = tuning.choose.__wrapped__
+        for kernel in tuning.KERNELS:
+            for element_size in (2, 4):
+                for rows in (1, 64, 4096):
+                    config = choose(kernel, element_size, rows, 2048, 40, True, None)
+                    assert config.block_k <= 32  # cut to k = 40
+                    assert not config.tma  # 32 does not divide 40
+
+    def test_a_file_of_the_very_gpu_comes_first(self, monkeypatch, tmp_path):
+        default = (tuning.CONFIGS / "default.json").read_text()
+        (tmp_path / "default.json").write_text(default)
+        (tmp_path / "some_gpu_80gb.json").write_text(
+            '{"entries": [{"kernel": "rows", "element_size": 2, "max_rows": 64, "block_m": 32, "block_n": 16,'
+            ' "block_k": 16, "group_m": 1, "num_warps": 2, "num_stages": 7}]}'
+        )
+        monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+        monkeypatch.setattr(tuning, "_device_name", lambda index: "Some GPU (80GB)")
+        monkeypatch.setattr(tuning, "architecture", lambda: "sm_90")
+        tuned = tuning.choose.__wrapped__("rows", 2, 64, 256, 256, True, 0)
+        assert (tuned.block_m, tuned.num_stages) == (32, 7)
+        assert tuning.choose.__wrapped__("rows", 2, 65, 256, 256, True, 0).num_stages != 7
+
+    def test_a_missing_entry_is_named(self, monkeypatch):
+        with pytest.raises(LookupError, match="no entry for kernel 'rows' of 8-byte elements"):
+            tuning.choose.__wrapped__("rows", 8, 1, 16, 16, False, None)
