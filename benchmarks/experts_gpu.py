@@ -31,8 +31,8 @@ from measure import (
     training_step,
 )
 from peers import PEERS, TIEDMOE, reason_to_leave_out
-from report import bar, markdown
-from shapes import DECODE_TOKENS, GROUP_SIZES, OLMOE, ROUTINGS, SHAPES, TOKENS, Case, Shape
+from report import LIGER_RELEASED, bar, markdown
+from shapes import DECODE_TOKENS, GROUP_SIZES, OLMOE, QWEN3, ROUTINGS, SHAPES, TOKENS, Case, Shape
 from timing import machine, machine_rates, synchronize, versions
 
 RESULTS = Path(__file__).parent / "results" / "experts_gpu.json"
@@ -52,6 +52,7 @@ def quick_cases() -> list[Case]:
         *(Case("decode", OLMOE, T) for T in (1, 8, 32)),
     ]
     bars += [Case("step", OLMOE, 8192, 1), Case("step", OLMOE, 8192, 2)]
+    released = [Case(kind, QWEN3, T) for kind, T, _ in LIGER_RELEASED]  # which Liger publishes
     others = [shape for shape in SHAPES if shape != OLMOE]
     shapes = [Case("forward", shape, 8192) for shape in others] + [Case("decode", shape, 8) for shape in others]
     shapes += [Case("step", shape, 2048, 4) for shape in others]
@@ -60,7 +61,7 @@ def quick_cases() -> list[Case]:
     ]
     tokens = [Case("decode", OLMOE, 64), *(Case("forward", OLMOE, T) for T in (512, 2048, 32768))]
     tokens += [Case("step", OLMOE, T, 4) for T in (512, 2048, 32768)]
-    return bars + shapes + zipf + tokens
+    return list(dict.fromkeys(bars + released + shapes + zipf + tokens))
 
 
 def full_cases() -> list[Case]:

@@ -37,11 +37,12 @@ def _widths(name: str, E: int, H: int, I: int, K: int) -> tuple[Shape, ...]:
 
 
 OLMOE = Shape("OLMoE", 64, 2048, 1024, 8)
+QWEN3 = Shape("Qwen3-30B", 128, 2048, 768, 8)
 SHAPES = (
     OLMOE,
     *_widths("Qwen", 60, 1536, 768, 4),
     *_widths("DeepSeek", 64, 2048, 1024, 6),
-    Shape("Qwen3-30B", 128, 2048, 768, 8),
+    QWEN3,
     Shape("Mixtral", 8, 4096, 14336, 2),
 )
 

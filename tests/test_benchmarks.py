@@ -22,7 +22,7 @@ import report
 import timing
 from measure import Limits, float64_layer, measure_case
 from peers import Peer
-from shapes import GROUP_SIZES, OLMOE, ROUTINGS, SHAPES, TOKENS, Case, Shape, route
+from shapes import GROUP_SIZES, OLMOE, QWEN3, ROUTINGS, SHAPES, TOKENS, Case, Shape, route
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 8, 32, 16, 2)
@@ -526,6 +526,16 @@ def test_bar_passes_fails_and_says_what_was_not_measured():
     (never_slower,) = (line for line in bad if line.startswith("never slower"))
     assert bad[never_slower] == "fail"
     assert "closest: forward OLMoE T=8192 g=1 uniform bfloat16, eager" in never_slower
+
+
+def test_bar_has_liger_at_the_shape_it_publishes():
+    # 2.0957 ms for 618.5 GFLOP and 28.2246 ms for 7421.7 GFLOP
+    assert Case("forward", QWEN3, 8192).flops / 2.0957e-3 / 1e12 == pytest.approx(295, abs=0.5)
+    assert Case("step", QWEN3, 32768, microbatches=1).flops / 28.2246e-3 / 1e12 == pytest.approx(263, abs=0.5)
+    found = [result_of(Case("step", QWEN3, 32768), tiedmoe=entry_of(tflops=262.0, fraction_of_matmul=0.3))]
+    lines = verdicts(found)
+    assert lines["Liger's released figure, step, Qwen3-30B T=32768"] == "fail"
+    assert lines["Liger's released figure, forward, Qwen3-30B T=8192"] == "not measured"
 
 
 def test_bar_of_speed_is_set_for_one_device():
