@@ -23,6 +23,7 @@ from tiedmoe_kernels import (
     experts_forward_reference,
     metadata,
     triton_backend,
+    tune,
     tuning,
 )
 
@@ -357,7 +358,12 @@ class TestConfigurations:
         content = tuning._read(path)
         entries = content.get("entries") or [e for entries in content["architectures"].values() for e in entries]
         for entry in entries:
-            assert entry.keys() - {"tma"} == {"kernel", "element_size", "max_rows", *tuning.Config._fields} - {"tma"}
+            assert entry.keys() - {"tma", "milliseconds"} == {
+                "kernel",
+                "element_size",
+                "max_rows",
+                *tuning.Config._fields,
+            } - {"tma"}
             assert entry["kernel"] in tuning.KERNELS
             assert entry["element_size"] in (2, 4)
             for block in ("block_m", "block_n", "block_k"):
@@ -391,6 +397,25 @@ class TestConfigurations:
         tuned = tuning.choose.__wrapped__("rows", 2, 64, 256, 256, True, 0)
         assert (tuned.block_m, tuned.num_stages) == (32, 7)
         assert tuning.choose.__wrapped__("rows", 2, 65, 256, 256, True, 0).num_stages != 7
+
+    def test_tune_keeps_the_fastest_and_leaves_out_what_fails(self, capsys):
+        slow, fast, broken = (tuning.Config(16, 16, block_k, 1, 4, 2) for block_k in (16, 32, 64))
+
+        def timer(run):
+            (config,) = tuning.FORCED.values()
+            if config == broken:
+                raise RuntimeError("too large")
+            run()
+            return 2.0 if config == slow else 1.0
+
+        shape, classes = tune.Shape(E=2, H=32, I=32, K=1), {32: 2, None: 3}
+        entries = tune.tune("cpu", shape, classes, timer, lambda *_: [slow, broken, fast])
+        assert {entry["kernel"] for entry in entries} == set(tuning.KERNELS)
+        assert all((entry["block_k"], entry["milliseconds"]) == (32, 1.0) for entry in entries)
+        assert "left out, does not compile: too large" in capsys.readouterr().out
+        assert not tuning.FORCED
+        with pytest.raises(RuntimeError, match="no configuration of gate_up runs"):
+            tune.tune("cpu", shape, classes, timer, lambda *_: [broken])
 
     def test_a_missing_entry_is_named(self, monkeypatch):
         with pytest.raises(LookupError, match="no entry for kernel 'rows' of 8-byte elements"):

@@ -401,7 +401,8 @@ def _backward_weight_op(
     with _no_autocast(x.device.type):
         gradients = _backend(x.device.type).backward_weight([segment], spec, x.dtype, tuple(needs))
     # An operator's outputs must not share memory, not even none.
-    return tuple(g if need else x.new_empty(0) for g, need in zip(gradients, needs))
+    a, b, c, d = (g if need else x.new_empty(0) for g, need in zip(gradients, needs))
+    return a, b, c, d
 
 
 @_backward_weight_op.register_fake

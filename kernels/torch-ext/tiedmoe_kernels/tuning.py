@@ -30,6 +30,9 @@ class Config(NamedTuple):
     tma: bool = False
 
 
+FORCED: dict[str, Config] = {}  # what `tune.py` is timing, by kernel
+
+
 def architecture() -> str:
     """`"sm_90"` or `"gfx942"` of the current device, from triton's active driver."""
     target = triton.runtime.driver.active.get_current_target()
@@ -80,6 +83,8 @@ def choose(
     Raises:
         LookupError: no entry fits.
     """
+    if kernel in FORCED:
+        return _cut(FORCED[kernel], n_size, k_size)
     tuned = {} if device_index is None else _read(CONFIGS / file_name(_device_name(device_index)))
     default = _read(CONFIGS / "default.json")["architectures"]
     arch = _INTERPRETED_AS if device_index is None and triton.knobs.runtime.interpret else architecture()
@@ -88,14 +93,17 @@ def choose(
             continue
         if entry["max_rows"] is not None and rows_per_expert > entry["max_rows"]:
             continue
-        config = Config(*(entry.get(field, unset) for field, unset in _FIELDS.items()))
-        config = config._replace(block_n=at_most(config.block_n, n_size), block_k=at_most(config.block_k, k_size))
+        config = _cut(Config(*(entry.get(field, unset) for field, unset in _FIELDS.items())), n_size, k_size)
         # A descriptor knows the bounds of the storage, not of an expert: no block may reach past them.
         if not config.tma or (tma and config.block_n <= n_size and k_size % config.block_k == 0):
             return config
     raise LookupError(
         f"configs/default.json has no entry for kernel {kernel!r} of {element_size}-byte elements on {arch}; add one"
     )
+
+
+def _cut(config: Config, n_size: int, k_size: int) -> Config:
+    return config._replace(block_n=at_most(config.block_n, n_size), block_k=at_most(config.block_k, k_size))
 
 
 def at_most(block: int, size: int) -> int:
