@@ -388,7 +388,7 @@ def family_model_class(
     if head is TiedMoeForCausalLM:
         namespace["forward"] = add_router_losses(parent.forward)
     elif head is TiedMoeModel:
-        namespace["forward"] = defer_weight_gradients(parent.forward)
+        namespace["forward"] = refuse_reentrant_fsdp2(defer_weight_gradients(parent.forward))
     model_class = type(f"TiedMoe{parent.__name__}", (head, parent), namespace)
     if head is TiedMoeModel:
         # transformers looks renamings up by class name: the untied layers of a checkpoint may have the old keys
@@ -396,6 +396,30 @@ def family_model_class(
         if mapping is not None:
             register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
     return model_class
+
+
+def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
+    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient when each layer has a backward pass of its own."""
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        if self.training and any(map(_is_fsdp2_unit, self.expert_pools)):
+            for module in self.modules():
+                checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
+                    if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+                        raise ValueError(
+                            "reentrant gradient checkpointing under FSDP2 gives pools a wrong gradient; call "
+                            'gradient_checkpointing_enable({"use_reentrant": False})'
+                        )
+                    break  # one function for all layers
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
+def _is_fsdp2_unit(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it takes over a second
 
 
 def heads_of(family: str) -> list[type[TiedMoePreTrainedModel]]:
