@@ -80,9 +80,10 @@ def liger_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
 def sonicmoe_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
     """SonicMoE's general routing with the concatenated layout, called as transformers' integration calls it.
 
-    sonic-moe 0.1.2.post1 installs on Python >= 3.12 and pins torch <= 2.9.1 and nvidia-cutlass-dsl 4.4.2: beside another
-    torch only with `pip install --no-deps`, and then quack-kernels, nvidia-cutlass-dsl, apache-tvm-ffi, torch-c-dlpack-ext
-    and einops by hand. It fetches nothing at first use, but compiles; Hopper or newer.
+    sonic-moe 0.1.2.post1, the newest wheel, installs on Python >= 3.12 and pins torch <= 2.9.1 and nvidia-cutlass-dsl 4.4.2;
+    its repository takes torch 2.11 since June 2026 (pull request 62). Beside another torch: `pip install --no-deps`, and by
+    hand quack-kernels 0.3.11, nvidia-cutlass-dsl 4.4.2 with its libs-base (74 MB), apache-tvm-ffi, torch-c-dlpack-ext, einops.
+    It fetches nothing at first use, but compiles and tunes; Hopper or newer. Not tried on a GPU yet.
     """
     from sonicmoe import moe_general_routing_inputs
     from sonicmoe.enums import ActivationType
@@ -116,7 +117,8 @@ def deepgemm_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
     """Forward with DeepGEMM's m-grouped bf16 products; it has no autograd, so no training.
 
     deep-gemm 1.0.0 on PyPI is an early upload with FP8 alone. sgl-deep-gemm 0.2.5 brings `deep_gemm` with bf16, linked
-    with CUDA 13 and torch's C++ library; it compiles at first use with nvcc >= 12.9. Hopper and Blackwell.
+    with CUDA 13 and torch's C++ library (another torch build than its own may not load it: DeepGEMM issue 330); it compiles
+    at first use with nvcc >= 12.9. Hopper and Blackwell. Not tried on a GPU yet.
     """
     import deep_gemm
 
