@@ -148,7 +148,8 @@ def backward_weight(
     parts = [segments[i : i + _SEGMENTS_PER_LAUNCH] for i in range(0, len(segments), _SEGMENTS_PER_LAUNCH)]
     if len(parts) > 1:
         sums = [backward_weight(part, spec, torch.float32, needs) for part in parts]
-        return tuple(torch.stack(same).sum(0).to(out_dtype) for same in zip(*sums))
+        grads = [torch.stack(same).sum(0).to(out_dtype) for same in zip(*sums)]
+        return grads[0], grads[1], grads[2], grads[3]
     segments = [
         s._replace(hidden_states=s.hidden_states.contiguous(), grad_output=s.grad_output.contiguous())
         for s in segments
@@ -173,7 +174,7 @@ def backward_weight(
             if needs[3]
             else empty,
         ]
-    return tuple(grads)
+    return grads[0], grads[1], grads[2], grads[3]
 
 
 def _on_device_of(tensor: Tensor):

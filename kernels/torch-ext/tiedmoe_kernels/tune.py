@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,33 +63,32 @@ def milliseconds(run: Callable[[], object]) -> float:
 def launches(kernel: str, tokens: Iterable[int], shape: Shape, device: str) -> Callable[[], object]:
     """A function that runs `kernel` as the backend does, once for each number of tokens and each of its uses."""
     E, H, I, K = shape
-    normal = lambda *size: torch.randn(size, device=device).to(torch.bfloat16)  # noqa: E731
-    gate_up, down = normal(E, 2 * I, H) * H**-0.5, normal(E, H, I) * I**-0.5
+    backend = triton_backend
+    gate_up, down = _normal(E, 2 * I, H, device=device) * H**-0.5, _normal(E, H, I, device=device) * I**-0.5
     runs: list[Callable[[], object]] = []
     for T in tokens:
-        x, weights = normal(T, H), normal(T, K)
+        x, weights = _normal(T, H, device=device), _normal(T, K, device=device)
         index = torch.rand(T, E, device=device).argsort(dim=1)[:, :K].contiguous()
         if kernel.startswith("decode"):
-            runs.append(
-                lambda x=x, i=index, w=weights: triton_backend.forward(
-                    x, i, w, gate_up, down, None, None, None, SPEC, False
-                )
-            )
+            runs += [partial(backend.forward, x, index, weights, gate_up, down, None, None, None, SPEC, False)]
             continue
         order, offsets, _ = metadata.sort_slots(index, None, E)
-        rows = triton_backend._Rows(order, offsets, K)
-        pre, hidden = normal(T * K, 2 * I), normal(T * K, I)
+        rows = backend._Rows(order, offsets, K)
+        pre, hidden = _normal(T * K, 2 * I, device=device), _normal(T * K, I, device=device)
         if kernel == "gate_up":
-            runs.append(lambda x=x, r=rows: triton_backend._gate_up(x, gate_up, None, r, SPEC, True, True))
+            runs += [partial(backend._gate_up, x, gate_up, None, rows, SPEC, save_pre=True, save_hidden=True)]
         elif kernel == "rows":
-            to_h, from_h = triton_backend._Matrices(down, True), triton_backend._Matrices(gate_up, False)
-            runs.append(lambda h=hidden, w=weights, r=rows, m=to_h: triton_backend._rows(h, m, None, w, r))
-            runs.append(lambda p=pre, r=rows, m=from_h: triton_backend._rows(p, m, None, None, r))
+            runs += [partial(backend._rows, hidden, backend._Matrices(down, True), None, weights, rows)]
+            runs += [partial(backend._rows, pre, backend._Matrices(gate_up, False), None, None, rows)]
         else:
-            arguments = ((order,), (offsets,), K)
-            runs.append(lambda x=x, p=pre, a=arguments: triton_backend._weight_grad((x,), (p,), *a, False, x.dtype))
-            runs.append(lambda x=x, h=hidden, a=arguments: triton_backend._weight_grad((x,), (h,), *a, True, x.dtype))
+            routing = ((order,), (offsets,), K)
+            runs += [partial(backend._weight_grad, (x,), (pre,), *routing, token_first=False, out_dtype=x.dtype)]
+            runs += [partial(backend._weight_grad, (x,), (hidden,), *routing, token_first=True, out_dtype=x.dtype)]
     return lambda: [run() for run in runs]
+
+
+def _normal(*size: int, device: str) -> torch.Tensor:
+    return torch.randn(size, device=device).to(torch.bfloat16)
 
 
 def fastest(
