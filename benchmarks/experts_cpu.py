@@ -45,7 +45,7 @@ def timed_cases() -> list[Case]:
     """What says most first: the clock may cut the end off."""
     decode = {(T, dtype): Case("decode", OLMOE, T, dtype=dtype) for T in (1, 8, 64) for dtype in (FP32, BF16)}
     cases = [step(QUARTER, 64, 2), step(QUARTER, 64, 4), decode[1, FP32], decode[8, FP32], step(OLMOE, 64, 4)]
-    cases += [decode[1, BF16], decode[8, BF16], step(QUARTER, 512, 4), step(QUARTER, 64, 4, BF16), decode[64, FP32]]
+    cases += [step(QUARTER, 64, 4, BF16), decode[1, BF16], step(QUARTER, 512, 4), decode[8, BF16], decode[64, FP32]]
     return [*cases, step(QUARTER, 512, 2), step(OLMOE, 64, 2), decode[64, BF16]]
 
 
@@ -253,7 +253,8 @@ def not_measured(report: dict) -> list[str]:
 
 def described_options(options: argparse.Namespace) -> list[str]:
     threads = ["--threads", str(options.threads)] if options.threads else []
-    return [*(["--tiny"] if options.tiny else []), *threads]
+    minutes = ["--minutes", f"{options.minutes:g}"] if options.minutes != MINUTES else []
+    return [*(["--tiny"] if options.tiny else []), *threads, *minutes]
 
 
 def main(arguments: list[str] | None = None) -> None:
