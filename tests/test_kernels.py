@@ -320,12 +320,23 @@ class TestMetadata:
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_more_blocks_of_slots_than_one_scan_takes(self, device):
-        row = torch.randint(3, (1030 * metadata._BLOCK_SLOTS // 4, 4))
+        row = torch.randint(3, (1030 * 128 // 4, 4))  # 1030 blocks of 128 slots; one scan takes 1024
         if device == "cpu":
-            row = row[: 5 * metadata._BLOCK_SLOTS]
+            row = row[: 5 * 128]
         order, offsets, _ = metadata.sort_slots(row.to(device), None, 3)
         assert torch.equal(order.cpu().long(), row.flatten().argsort(stable=True))
         assert offsets[-1] == row.numel()
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_a_pool_of_hundreds_of_experts(self, device):
+        """A union of many layers: the blocks that count shrink to 16 slots."""
+        row = torch.randint(521, (20, 2))
+        order, offsets, _ = metadata.sort_slots(row.to(device), None, 520)
+        assert torch.equal(order.cpu().long(), row.flatten().argsort(stable=True))
+        assert torch.equal(
+            offsets.cpu(),
+            row.flatten().bincount(minlength=521).cumsum(0).roll(1).index_fill(0, torch.tensor(0), 0).int(),
+        )
 
     def test_too_many_slots_are_refused(self):
         with pytest.raises(ValueError, match=f"{2**31} slots.*at most {2**31 - 1}"):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_SLOTS = 128
+_ELEMENTS = 2**14  # of the [slots, experts] blocks that count and place: 128 registers a thread of four warps
 _MAX_SLOTS = 2**31 - 1
 
 
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr):
-    """The pool row of each slot, E where the slot is inactive or its index lies outside [0, R)."""
+    """The pool row of each slot, E where the slot is inactive, its index lies outside [0, R) or there is no such slot."""
     router_index = tl.load(index + slot, mask=slot < num_slots, other=R)
     active = (router_index >= 0) & (router_index < R)
     row = router_index
@@ -46,10 +46,8 @@ def _count_kernel(
     row = pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP)
     tl.store(row_N + slot, row, mask=slot < num_slots)
     expert = tl.arange(0, BLOCK_E)
-    is_expert = (row[:, None] == expert[None, :]) & (slot < num_slots)[:, None]
-    tl.store(
-        count_EB + expert.to(tl.int64) * num_blocks + block, tl.sum(is_expert.to(tl.int32), axis=0), mask=expert <= E
-    )
+    count = tl.sum((row[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tl.store(count_EB + expert.to(tl.int64) * num_blocks + block, count, mask=expert < E)
 
 
 @triton.jit
@@ -71,20 +69,26 @@ def _place_kernel(
     row_N, count_EB, total_E, order_N, position_N, offsets_E1, num_slots, num_blocks, E,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """A slot's place: the first of its expert, those of the blocks before, those before it in this block."""
     block = tl.program_id(0)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.load(row_N + slot, mask=slot < num_slots, other=E)
     expert = tl.arange(0, BLOCK_E)
-    total = tl.load(total_E + expert, mask=expert <= E, other=0)
+    total = tl.load(total_E + expert, mask=expert < E, other=0)
     offset = tl.cumsum(total, axis=0) - total
+    num_active = tl.sum(total, axis=0)
     if block == 0:
-        tl.store(offsets_E1 + expert, offset, mask=expert <= E)
-    before = offset + tl.load(count_EB + expert.to(tl.int64) * num_blocks + block, mask=expert <= E, other=0)
-    is_expert = ((row[:, None] == expert[None, :]) & (slot < num_slots)[:, None]).to(tl.int32)
-    rank = tl.cumsum(is_expert, axis=0) - 1 + before[None, :]
-    position = tl.sum(rank * is_expert, axis=1)
-    tl.store(order_N + position, slot, mask=slot < num_slots)
-    tl.store(position_N + slot, tl.where(row < E, position, -1), mask=slot < num_slots)
+        tl.store(offsets_E1 + expert, offset, mask=expert < E)
+        tl.store(offsets_E1 + E, num_active)
+    before = tl.load(count_EB + expert.to(tl.int64) * num_blocks + block, mask=expert < E, other=0)
+    is_expert = (row[:, None] == expert[None, :]).to(tl.int32)
+    rank = tl.cumsum(is_expert, axis=0) - 1 + (offset + before)[None, :]
+    place = tl.sum(rank * is_expert, axis=1)
+    is_active = (row < E).to(tl.int32)
+    active_before = tl.sum(before, axis=0) + tl.cumsum(is_active, axis=0) - is_active
+    place = tl.where(row < E, place, num_active + slot - active_before)
+    tl.store(order_N + place, slot, mask=slot < num_slots)
+    tl.store(position_N + slot, tl.where(row < E, place, -1), mask=slot < num_slots)
 
 
 @triton.jit
@@ -138,18 +142,21 @@ def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tupl
     offsets = torch.empty(E + 1, dtype=torch.int32, device=index.device)
     if N == 0:
         return order, offsets.zero_(), position
-    num_blocks = triton.cdiv(N, _BLOCK_SLOTS)
-    count = torch.empty(E + 1, num_blocks, dtype=torch.int32, device=index.device)
-    total = torch.empty(E + 1, dtype=torch.int32, device=index.device)
-    block_e = triton.next_power_of_2(E + 1)
+    block_e = triton.next_power_of_2(E)
+    block_n = min(128, max(16, _ELEMENTS // block_e))
+    num_warps = min(32, max(4, block_n * block_e // (_ELEMENTS // 4)))
+    num_blocks = triton.cdiv(N, block_n)
+    count = torch.empty(E, num_blocks, dtype=torch.int32, device=index.device)
+    total = torch.empty(E, dtype=torch.int32, device=index.device)
     R = E if slot_map is None else slot_map.numel()
     _count_kernel[(num_blocks,)](
         index.contiguous(), slot_map, row, count, N, num_blocks, R, E,
-        HAS_SLOT_MAP=slot_map is not None, BLOCK_N=_BLOCK_SLOTS, BLOCK_E=block_e,
+        HAS_SLOT_MAP=slot_map is not None, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=num_warps,
     )  # fmt: skip
-    _scan_kernel[(E + 1,)](count, total, num_blocks, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
+    _scan_kernel[(E,)](count, total, num_blocks, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
     _place_kernel[(num_blocks,)](
-        row, count, total, order, position, offsets, N, num_blocks, E, BLOCK_N=_BLOCK_SLOTS, BLOCK_E=block_e
+        row, count, total, order, position, offsets, N, num_blocks, E,
+        BLOCK_N=block_n, BLOCK_E=block_e, num_warps=num_warps,
     )  # fmt: skip
     return order, offsets, position
 
