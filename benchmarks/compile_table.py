@@ -128,7 +128,9 @@ def launches(case: Case) -> None:
         x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, needs_hidden_grad=True, needs_segment=True
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
-    triton_backend.backward_weight([segment] * case.num_segments, spec, dtype, (True, True, has_bias, has_bias))
+    # A group's gradient is compiled as it is added to one that is there, a single layer's as it is written.
+    into = (gate_up, down, *biases) if case.num_segments > 1 else (None,) * 4
+    triton_backend.backward_weight([segment] * case.num_segments, spec, dtype, (True, True, has_bias, has_bias), into)
 
 
 def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, object]]:

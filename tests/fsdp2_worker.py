@@ -28,6 +28,7 @@ CASES = {
     ("fsdp2", "tiedmoe", None, "all but experts"): ONCE_PER_POOL,  # no input of the first experts has a gradient
     ("ddp", "tiedmoe", None, ""): ONCE_PER_POOL,
     ("ddp", "tiedmoe", False, ""): ONCE_PER_POOL,
+    ("ddp, gradients as bucket views", "tiedmoe", None, ""): ONCE_PER_POOL,  # our kernels add into the buckets
 }
 
 
@@ -42,8 +43,8 @@ def tied_model(implementation: str, frozen: str) -> TiedMoeForCausalLM:
 
 
 def spread(model: TiedMoeForCausalLM, wrapper: str, mesh) -> torch.nn.Module:
-    if wrapper == "ddp":
-        return DistributedDataParallel(model)
+    if wrapper.startswith("ddp"):
+        return DistributedDataParallel(model, gradient_as_bucket_view="bucket views" in wrapper)
     for unit in (*model.expert_pools, *model.model.layers):
         fully_shard(unit, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -72,7 +73,7 @@ def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
         my_tokens = tokens.chunk(2)[dist.get_rank()]
         if wrapper == "fsdp2":
             mine.set_requires_gradient_sync(i == 1)
-        with mine.no_sync() if wrapper == "ddp" and i == 0 else contextlib.nullcontext():
+        with mine.no_sync() if wrapper.startswith("ddp") and i == 0 else contextlib.nullcontext():
             mine(my_tokens, labels=my_tokens).loss.backward()
     assert sorted(computed) == sorted(2 * expected), (case, computed)
     got, want = gradients(mine), gradients(alone)

@@ -281,10 +281,26 @@ def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, back
     gradients = torch.autograd.grad(total, pool.leaves[2:])
 
     expected = sum(forward(experts_forward_reference, one, case).square().sum() for one in references)
-    for got, want in zip(gradients, torch.autograd.grad(expected, reference_pool.leaves[2:])):
+    expected_gradients = torch.autograd.grad(expected, reference_pool.leaves[2:])
+    for got, want in zip(gradients, expected_gradients):
         assert relative_error(got, want) < 1e-5
     assert calls[0] == 3  # one call for the three layers; it may split its launches
     assert len(calls) == (1 if segments_per_launch == 8 else 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["biased", "sizes that no block divides, E not a power of two"])
+def test_a_second_backward_adds_in_place(name, device, backend):
+    case = CASES[name]._replace(index="half inactive")  # some experts get no token: their gradient stays
+    mine = layer(case, torch.float32, device)
+    reference = in_float64(mine)
+    grads = torch.autograd.grad(forward(experts_forward_reference, reference, case).sum(), reference.leaves[2:])
+    for _ in range(2):
+        forward(experts_forward, mine, case).sum().backward()
+        addresses = [leaf.grad.data_ptr() for leaf in mine.leaves[2:]]
+    for leaf, want, address in zip(mine.leaves[2:], grads, addresses):
+        assert leaf.grad.data_ptr() == address
+        assert relative_error(leaf.grad, 2 * want) < 1e-5
 
 
 class TestMetadata:

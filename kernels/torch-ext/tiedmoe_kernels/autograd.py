@@ -133,6 +133,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, *inputs[1:6], pre, order, offsets)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.hidden_dtype = call, hidden_states.dtype
+        ctx.is_there = [w is not None for w in weights]
         ctx.in_backward = torch._C._current_graph_task_id() != -1
         return y.to(hidden_states.dtype)
 
@@ -167,7 +168,12 @@ class _Experts(torch.autograd.Function):
                     ledger.leave(segment)
                 else:
                     grad_weights = deferred.weight_gradients(
-                        call.backend, [segment], call.spec, call.gradient_dtype, tuple(needs)
+                        call.backend,
+                        [segment],
+                        call.spec,
+                        call.gradient_dtype,
+                        tuple(needs),
+                        deferred.targets(ctx.next_functions[2:], ctx.is_there),
                     )
         grad_hidden = grad_x.to(ctx.hidden_dtype) if needs_x else None
         return None, grad_hidden, grad_w if needs_w else None, *grad_weights, None, None, None

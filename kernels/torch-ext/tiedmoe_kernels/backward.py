@@ -70,10 +70,10 @@ def gate_backward_kernel(
 @triton.jit
 def weight_grad_kernel(
     a_segments, b_segments, orders, offsets, out, P, Q, E,
-    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32, written once.
+    """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32, written once or added to what is there.
 
     A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token where gathered.
     """
@@ -83,6 +83,13 @@ def weight_grad_kernel(
     tile_p, tile_q = tile_of(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, GROUP_M)
     p = first_column(tile_p, P, BLOCK_M, EVEN) + tl.arange(0, BLOCK_M)
     q = first_column(tile_q, Q, BLOCK_N, EVEN) + tl.arange(0, BLOCK_N)
+
+    if ADD:
+        num_rows = 0
+        for s in tl.static_range(len(a_segments)):
+            num_rows += tl.load(offsets[s] + e + 1) - tl.load(offsets[s] + e)
+        if num_rows == 0:
+            return
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for s in tl.static_range(len(a_segments)):
@@ -109,7 +116,13 @@ def weight_grad_kernel(
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
-    if EVEN:
+    if ADD:  # columns that the last tile repeats are another program's, too: only that one adds to them
+        mask = (p >= tile_p * BLOCK_M)[:, None] & (q >= tile_q * BLOCK_N)[None, :]
+        if not EVEN:
+            mask = mask & (p < P)[:, None] & (q < Q)[None, :]
+        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
+    elif EVEN:
         tl.store(pointers, acc.to(out.dtype.element_ty))
     else:
         tl.store(pointers, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
@@ -118,7 +131,7 @@ def weight_grad_kernel(
 @triton.jit
 def bias_grad_kernel(
     a_segments, weights, orders, offsets, out, P,
-    K: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out `[E, P]`: per expert the sum of A's rows over all segments; gathered rows count with their slot's weight."""
     e = tl.program_id(0)
@@ -138,4 +151,7 @@ def bias_grad_kernel(
             if GATHER:
                 a *= tl.load(weights[s] + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
             acc += tl.sum(a, axis=0)
-    tl.store(out + e.to(tl.int64) * P + column, acc.to(out.dtype.element_ty), mask=column < P)
+    pointers = out + e.to(tl.int64) * P + column
+    if ADD:
+        acc += tl.load(pointers, mask=column < P, other=0.0).to(tl.float32)
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=column < P)

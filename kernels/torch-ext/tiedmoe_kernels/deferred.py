@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate_up, down, gate_up_bias, down_bias
 
+Targets = tuple[torch.autograd.graph.Node | None, ...]  # where the gradient of each weight goes
+
 _scope: "contextvars.ContextVar[_Scope | None]" = contextvars.ContextVar("tiedmoe_scope", default=None)
 
 
@@ -61,7 +63,7 @@ class Ledger:
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self.segments.setdefault(torch._C._current_graph_task_id(), []).append((segment, stream))
 
-    def settle(self, needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    def settle(self, needs: tuple[bool, bool, bool, bool], targets: Targets) -> tuple[Tensor | None, ...]:
         """The weights' gradients over all segments of the running backward pass, None where not needed."""
         left = self.segments.pop(torch._C._current_graph_task_id(), [])
         if not left:  # no layer got a gradient
@@ -70,7 +72,7 @@ class Ledger:
             _wait_for(stream, segment)
         segments = [segment for segment, _ in left]
         left.clear()
-        return weight_gradients(self.backend, segments, self.spec, self.out_dtype, needs)
+        return weight_gradients(self.backend, segments, self.spec, self.out_dtype, needs, targets)
 
 
 class Gate(torch.autograd.Function):
@@ -79,12 +81,12 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ledger: Ledger, gate_up: Tensor, *others: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.ledger = ledger
+        ctx.ledger, ctx.is_there = ledger, [w is not None for w in (gate_up, *others)]
         return torch.empty(0, device=gate_up.device)
 
     @staticmethod
     def backward(ctx, _: None) -> tuple:
-        return None, *ctx.ledger.settle(ctx.needs_input_grad[1:])
+        return None, *ctx.ledger.settle(ctx.needs_input_grad[1:], targets(ctx.next_functions, ctx.is_there))
 
 
 class _Pool:
@@ -161,18 +163,49 @@ def gradient_dtype(weights: Weights) -> torch.dtype:
     return dtype
 
 
+def targets(next_functions: tuple, is_there: list[bool]) -> Targets:
+    """For each weight the autograd node that its gradient goes to, None for a weight that is not there."""
+    nodes = iter(next_functions)
+    return tuple(next(nodes)[0] if there else None for there in is_there)
+
+
 def weight_gradients(
     backend: ModuleType,
     segments: list[Segment],
     spec: Spec,
     out_dtype: torch.dtype,
     needs: tuple[bool, bool, bool, bool],
+    targets: Targets,
 ) -> tuple[Tensor | None, ...]:
-    """`backend.backward_weight`, written in `out_dtype` as far as it may be: the compute dtype or float32."""
+    """`backend.backward_weight`, written in `out_dtype` as far as it may be: the compute dtype or float32.
+
+    A parameter that has a gradient already gets the sum of both, made in the memory of the old one: its `.grad` is cleared,
+    so that the engine takes the sum over as it is. Autograd's own addition would read two gradients more and write one.
+    """
     compute = segments[0].hidden.dtype
     written = out_dtype if out_dtype in (compute, torch.float32) else torch.promote_types(compute, torch.float32)
-    gradients = backend.backward_weight(segments, spec, written, needs)
+    parameters = [_to_add_to(target, written) if need else None for target, need in zip(targets, needs)]
+    into = tuple(None if p is None else p.grad for p in parameters)
+    gradients = backend.backward_weight(segments, spec, written, needs, into)
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.grad = None
     return tuple(g if need else None for g, need in zip(gradients, needs))
+
+
+def _to_add_to(target: torch.autograd.graph.Node | None, dtype: torch.dtype) -> Tensor | None:
+    """The parameter behind `target` if the gradient may be added to its `.grad` here, where nobody could tell."""
+    if target is None or (parameter := getattr(target, "variable", None)) is None:
+        return None
+    grad = parameter.grad
+    if grad is None or type(grad) is not Tensor or grad.dtype != dtype or not grad.is_contiguous():
+        return None
+    if parameter._backward_hooks or grad.requires_grad:  # a hook is to see this pass's gradient alone
+        return None
+    try:
+        return parameter if torch._C._will_engine_execute_node(target) else None
+    except RuntimeError:  # torch.autograd.grad asks for this parameter's gradient: `.grad` is none of its business
+        return None
 
 
 @functools.cache

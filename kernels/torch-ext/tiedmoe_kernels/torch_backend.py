@@ -127,7 +127,11 @@ def backward_data(
 
 
 def backward_weight(
-    segments: Sequence[Segment], spec: Spec, out_dtype: torch.dtype, needs: tuple[bool, bool, bool, bool]
+    segments: Sequence[Segment],
+    spec: Spec,
+    out_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool, bool],
+    into: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of one pool's weights, summed over `segments`: per expert one GEMM over all their rows.
 
@@ -136,10 +140,11 @@ def backward_weight(
         spec: as in `forward`.
         out_dtype: dtype of the gradients; the compute dtype, or float32 to keep what the GEMM accumulates.
         needs: which of gate_up, down, gate_up_bias, down_bias are wanted.
+        into: for each a gradient in `out_dtype` to add to in place, or None.
 
     Returns:
-        grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, shaped as the weights, 0 at experts not in use;
-        `[0]` for each that is not wanted.
+        grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, shaped as the weights, 0 at experts not in use, or
+        the given ones that were added to; `[0]` for each that is not wanted.
     """
     first = segments[0]
     H, I = first.hidden_states.size(1), first.hidden.size(1)
@@ -155,21 +160,25 @@ def backward_weight(
         pieces = [getattr(s, name) for s in segments]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[rows.tokens]
 
-    def product(slot_rows: Tensor, token_rows: Tensor, slots_first: bool) -> Tensor:
+    def product(slot_rows: Tensor, token_rows: Tensor, slots_first: bool, into: Tensor | None) -> Tensor:
         a, b = (slot_rows, token_rows) if slots_first else (token_rows, slot_rows)
-        return _matmul_over_rows(a, b, rows, out_dtype)
+        return _matmul_over_rows(a, b, rows, out_dtype, into)
+
+    def sums(values: Tensor, size: int, into: Tensor | None) -> Tensor:
+        found = rows.sum_per_expert(values, size)
+        return found.to(out_dtype) if into is None else into.add_(found)
 
     grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
     if needs[0]:
-        grad_gate_up = product(of_slots("grad_pre"), of_tokens("hidden_states"), not spec.is_transposed)
+        grad_gate_up = product(of_slots("grad_pre"), of_tokens("hidden_states"), not spec.is_transposed, into[0])
     if needs[1]:
-        grad_down = product(of_slots("hidden"), of_tokens("grad_output"), spec.is_transposed)
+        grad_down = product(of_slots("hidden"), of_tokens("grad_output"), spec.is_transposed, into[1])
     if needs[2]:
-        grad_gate_up_bias = rows.sum_per_expert(_wide(of_slots("grad_pre")), 2 * I).to(out_dtype)
+        grad_gate_up_bias = sums(_wide(of_slots("grad_pre")), 2 * I, into[2])
     if needs[3]:
         weights = torch.cat([r.weights(s.weights, wide) for s, r in zip(segments, all_rows)])
         weights = weights if len(segments) == 1 else weights[rows.slots]
-        grad_down_bias = rows.sum_per_expert(_wide(of_tokens("grad_output")) * weights[:, None], H).to(out_dtype)
+        grad_down_bias = sums(_wide(of_tokens("grad_output")) * weights[:, None], H, into[3])
     return grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 
@@ -289,19 +298,25 @@ def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
     return out
 
 
-def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
-    """Per expert a^T b over its rows of `a [n, P]` and `b [n, Q]` -> `[E, P, Q]` in `dtype`, accumulated in float32."""
-    if dtype == a.dtype and rows.n and _grouped_mm_serves(a, b):
+def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype, into: Tensor | None) -> Tensor:
+    """Per expert a^T b over its rows of `a [n, P]` and `b [n, Q]` -> `[E, P, Q]` in `dtype`, accumulated in float32.
+
+    With `into [E, P, Q]` added to that in place, which leaves the experts not in use alone.
+    """
+    if into is None and dtype == a.dtype and rows.n and _grouped_mm_serves(a, b):
         return F.grouped_mm(a.T, b, offs=rows.offsets())
-    out = a.new_empty(len(rows.sizes), a.size(1), b.size(1), dtype=dtype)
+    out = a.new_empty(len(rows.sizes), a.size(1), b.size(1), dtype=dtype) if into is None else into
     gemm = a.dtype if a.dtype == dtype and _has_fast_gemm(dtype) else torch.promote_types(dtype, torch.float32)
     for e, (a_e, b_e) in enumerate(zip(a.split(rows.sizes), b.split(rows.sizes))):
         if not a_e.size(0):
-            out[e].zero_()
+            if into is None:
+                out[e].zero_()
         elif gemm == dtype:
-            torch.mm(a_e.to(gemm).T, b_e.to(gemm), out=out[e])
-        else:
+            torch.addmm(out[e], a_e.to(gemm).T, b_e.to(gemm), beta=0 if into is None else 1, out=out[e])
+        elif into is None:
             out[e].copy_(torch.mm(a_e.to(gemm).T, b_e.to(gemm)))
+        else:
+            out[e].add_(torch.mm(a_e.to(gemm).T, b_e.to(gemm)))
     return out
 
 

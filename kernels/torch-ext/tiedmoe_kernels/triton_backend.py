@@ -6,6 +6,7 @@ Shape suffixes as in `spec.py`.
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -142,39 +143,48 @@ def backward_data(
 
 
 def backward_weight(
-    segments: list[Segment], spec: Spec, out_dtype: torch.dtype, needs: tuple[bool, bool, bool, bool]
+    segments: list[Segment],
+    spec: Spec,
+    out_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool, bool],
+    into: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of gate_up, down and their biases over all segments, `[0]` where not needed; see `spec.py`."""
+    """The gradients of gate_up, down and their biases over all segments, `[0]` where not needed; see `torch_backend.py`."""
     parts = [segments[i : i + _SEGMENTS_PER_LAUNCH] for i in range(0, len(segments), _SEGMENTS_PER_LAUNCH)]
-    if len(parts) > 1:
-        sums = [backward_weight(part, spec, torch.float32, needs) for part in parts]
-        grads = [torch.stack(same).sum(0).to(out_dtype) for same in zip(*sums)]
+    if len(parts) > 1:  # their sum is made in float32, whatever it is written in
+        sums: Sequence[Tensor | None] = (None,) * 4
+        for part in parts:
+            sums = tuple(
+                g if need else None for g, need in zip(backward_weight(part, spec, torch.float32, needs, sums), needs)
+            )
+        empty = segments[0].hidden.new_empty(0, dtype=out_dtype)
+        grads = [empty if g is None else g.to(out_dtype) if old is None else old.add_(g) for g, old in zip(sums, into)]
         return grads[0], grads[1], grads[2], grads[3]
     segments = [
         s._replace(hidden_states=s.hidden_states.contiguous(), grad_output=s.grad_output.contiguous())
         for s in segments
     ]
-    orders, offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
-    token_rows = {"x": tuple(s.hidden_states for s in segments), "dy": tuple(s.grad_output for s in segments)}
-    sorted_rows = {"pre": tuple(s.grad_pre for s in segments), "hidden": tuple(s.hidden for s in segments)}
-    K = segments[0].weights.size(1)
-    empty = segments[0].hidden_states.new_empty(0, dtype=out_dtype)
+    group = _Group(segments, segments[0].weights.size(1), out_dtype)
+    x, dy = tuple(s.hidden_states for s in segments), tuple(s.grad_output for s in segments)
+    grad_pre, hidden = tuple(s.grad_pre for s in segments), tuple(s.hidden for s in segments)
+    weights = tuple(s.weights for s in segments)
+    empty = hidden[0].new_empty(0, dtype=out_dtype)
     with _on_device_of(empty):
-        grads = [
-            _weight_grad(token_rows["x"], sorted_rows["pre"], orders, offsets, K, spec.is_transposed, out_dtype)
-            if needs[0]
-            else empty,
-            _weight_grad(
-                token_rows["dy"], sorted_rows["hidden"], orders, offsets, K, not spec.is_transposed, out_dtype
-            )
-            if needs[1]
-            else empty,
-            _bias_grad(sorted_rows["pre"], None, orders, offsets, K, out_dtype) if needs[2] else empty,
-            _bias_grad(token_rows["dy"], tuple(s.weights for s in segments), orders, offsets, K, out_dtype)
-            if needs[3]
-            else empty,
-        ]
-    return grads[0], grads[1], grads[2], grads[3]
+        return (
+            _weight_grad(x, grad_pre, group, spec.is_transposed, into[0]) if needs[0] else empty,
+            _weight_grad(dy, hidden, group, not spec.is_transposed, into[1]) if needs[1] else empty,
+            _bias_grad(grad_pre, None, group, into[2]) if needs[2] else empty,
+            _bias_grad(dy, weights, group, into[3]) if needs[3] else empty,
+        )
+
+
+class _Group:
+    """What the weight gradients of all segments have in common."""
+
+    def __init__(self, segments: list[Segment], top_k: int, out_dtype: torch.dtype):
+        self.orders, self.offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
+        self.top_k, self.out_dtype = top_k, out_dtype
+        self.E, self.N = self.offsets[0].numel() - 1, max(1, sum(order.numel() for order in self.orders))
 
 
 def _on_device_of(tensor: Tensor):
@@ -270,29 +280,33 @@ def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: S
     return grad_weights, grad_pre
 
 
-def _weight_grad(by_token, by_row, orders, offsets, top_k: int, token_first: bool, out_dtype: torch.dtype) -> Tensor:
+def _weight_grad(
+    by_token: tuple[Tensor, ...], by_row: tuple[Tensor, ...], group: _Group, token_first: bool, into: Tensor | None
+) -> Tensor:
     """`[E, P, Q]`: A^T B per expert, where A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse."""
     a, b = (by_token, by_row) if token_first else (by_row, by_token)
-    E, P, Q = offsets[0].numel() - 1, a[0].size(1), b[0].size(1)
-    out = a[0].new_empty(E, P, Q, dtype=out_dtype)
-    N = max(1, sum(order.numel() for order in orders))
-    config = _choose("weight_grad", a[0], N, E, Q, N)
+    P, Q = a[0].size(1), b[0].size(1)
+    out = a[0].new_empty(group.E, P, Q, dtype=group.out_dtype) if into is None else into
+    config = _choose("weight_grad", a[0], group.N, group.E, Q, group.N)
     config = config._replace(block_m=tuning.at_most(config.block_m, P))
-    bwd.weight_grad_kernel[(E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
-        a, b, orders, offsets, out, P, Q, E,
-        K=top_k, GATHER_A=token_first, GATHER_B=not token_first,
+    bwd.weight_grad_kernel[(group.E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
+        a, b, group.orders, group.offsets, out, P, Q, group.E,
+        K=group.top_k, GATHER_A=token_first, GATHER_B=not token_first, ADD=into is not None,
         EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0].dtype),
     )  # fmt: skip
     return out
 
 
-def _bias_grad(rows, weights, orders, offsets, top_k: int, out_dtype: torch.dtype) -> Tensor:
+def _bias_grad(
+    rows: tuple[Tensor, ...], weights: tuple[Tensor, ...] | None, group: _Group, into: Tensor | None
+) -> Tensor:
     """`[E, P]`: the sums of each expert's rows; rows by token count with their slot's weight."""
-    E, P = offsets[0].numel() - 1, rows[0].size(1)
-    out = rows[0].new_empty(E, P, dtype=out_dtype)
+    P = rows[0].size(1)
+    out = rows[0].new_empty(group.E, P, dtype=group.out_dtype) if into is None else into
     block = min(128, triton.next_power_of_2(P))
-    bwd.bias_grad_kernel[(E, triton.cdiv(P, block))](
-        rows, weights, orders, offsets, out, P, K=top_k, GATHER=weights is not None, BLOCK_M=32, BLOCK_N=block
+    bwd.bias_grad_kernel[(group.E, triton.cdiv(P, block))](
+        rows, weights, group.orders, group.offsets, out, P,
+        K=group.top_k, GATHER=weights is not None, ADD=into is not None, BLOCK_M=32, BLOCK_N=block,
     )  # fmt: skip
     return out
 

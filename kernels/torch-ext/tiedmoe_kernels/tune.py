@@ -20,7 +20,7 @@ import triton
 import triton.testing
 
 from . import metadata, triton_backend, tuning
-from .spec import Spec
+from .spec import Segment, Spec
 from .tuning import Config
 
 # Rows per active expert up to which an entry serves, and the tokens of an OLMoE layer (E=64, K=8) that it is timed with.
@@ -81,9 +81,10 @@ def launches(kernel: str, tokens: Iterable[int], shape: Shape, device: str) -> C
             runs += [partial(backend._rows, hidden, backend._Matrices(down, True), None, weights, rows)]
             runs += [partial(backend._rows, pre, backend._Matrices(gate_up, False), None, None, rows)]
         else:
-            routing = ((order,), (offsets,), K)
-            runs += [partial(backend._weight_grad, (x,), (pre,), *routing, token_first=False, out_dtype=x.dtype)]
-            runs += [partial(backend._weight_grad, (x,), (hidden,), *routing, token_first=True, out_dtype=x.dtype)]
+            segment = Segment(x, x, pre, hidden, order, offsets, weights)
+            group = backend._Group([segment], K, x.dtype)
+            runs += [partial(backend._weight_grad, (x,), (pre,), group, token_first=False, into=None)]
+            runs += [partial(backend._weight_grad, (x,), (hidden,), group, token_first=True, into=None)]
     return lambda: [run() for run in runs]
 
 
