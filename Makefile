@@ -16,6 +16,8 @@ endif
 # One thread a process: the models of the tests are too small for more, and xdist runs two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+# Compiling the kernels is what takes time there, and one core a process.
+GPU_WORKERS ?= 8
 # Only these files: those that need no GPU may need packages that a GPU machine lacks.
 GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 # pip compiles no file (that takes longer than the rest of the installation): Python compiles what it imports, once.
@@ -41,7 +43,7 @@ style: $(INSTALLED)  ## lint, format, types
 gpu-test: $(INSTALLED)  ## the tests marked gpu
 	@$(PY) -c "import torch; raise SystemExit(not torch.cuda.is_available())" \
 		|| { echo "gpu-test: torch finds no GPU here; nothing was tested" >&2; exit 1; }
-	$(PY) -m pytest -q -m gpu $(ARGS) $(GPU_TESTS)
+	$(PY) -m pytest -q -m gpu -n $(GPU_WORKERS) $(ARGS) $(GPU_TESTS)
 
 bench: $(INSTALLED)  ## the experts on this CPU against transformers' own
 	$(PY) benchmarks/experts_cpu.py --output benchmarks/results/experts_cpu $(ARGS)

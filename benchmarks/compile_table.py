@@ -29,6 +29,7 @@ from tiedmoe_kernels.spec import Segment, Spec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -128,9 +129,11 @@ def launches(case: Case) -> None:
         x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, needs_hidden_grad=True, needs_segment=True
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
-    # A group's gradient is compiled as it is added to one that is there, a single layer's as it is written.
-    into = (gate_up, down, *biases) if case.num_segments > 1 else (None,) * 4
-    triton_backend.backward_weight([segment] * case.num_segments, spec, dtype, (True, True, has_bias, has_bias), into)
+    # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is written.
+    needs, biases = (True, True, has_bias, has_bias), (gate_up, down, *biases)
+    for out_dtype in {dtype, torch.float32} if case.num_segments > 1 else {dtype}:
+        into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in biases]
+        triton_backend.backward_weight([segment] * case.num_segments, spec, out_dtype, needs, into)
 
 
 def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, object]]:

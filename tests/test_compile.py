@@ -23,7 +23,7 @@ def compile_table(triton: Path | None, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architectures", [["sm_80", "gfx942"], ["sm_90"], ["sm_100"]], ids="+".join)
+@pytest.mark.parametrize("architectures", [["sm_80", "gfx942"], ["sm_90", "sm_100"]], ids="+".join)
 @pytest.mark.parametrize("triton", TRITONS)
 def test_compiles_without_spills_and_within_shared_memory(triton, architectures, tmp_path):
     if importlib.util.find_spec("triton") is None:

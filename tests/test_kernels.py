@@ -5,6 +5,8 @@ and partly filled; `make gpu-test` runs the same tests on the device with the bl
 """
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -215,7 +217,9 @@ def test_an_index_out_of_range_is_inactive_and_reads_no_memory(index, device, ba
     mine = layer(case, torch.float32, device)
     mine.index[1, 0] = index
     same = mine._replace(index=mine.index.masked_fill(mine.index == index, case.E))
-    torch.testing.assert_close(forward(experts_forward, mine, case), forward(experts_forward, same, case))
+    for is_trained in (True, False):  # the sorted path, the decode path
+        with torch.set_grad_enabled(is_trained):
+            torch.testing.assert_close(forward(experts_forward, mine, case), forward(experts_forward, same, case))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -264,12 +268,13 @@ def test_descriptors_read_the_same_weights(device, backend, monkeypatch):
 def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, backend, monkeypatch):
     monkeypatch.setattr(triton_backend, "_SEGMENTS_PER_LAUNCH", segments_per_launch)
     case, calls = Case(T=4, E=3, has_bias=True), []
+    top_ks = (2, 1, 2)  # layers of a group may differ
     real = triton_backend.backward_weight
     monkeypatch.setattr(triton_backend, "backward_weight", lambda s, *a: calls.append(len(s)) or real(s, *a))
     pool = layer(case, torch.float32, device)
     layers = [
-        layer(case, torch.float32, device)._replace(**{n: getattr(pool, n) for n in Layer._fields[3:7]})
-        for _ in range(3)
+        layer(case._replace(K=K), torch.float32, device)._replace(**{n: getattr(pool, n) for n in Layer._fields[3:7]})
+        for K in top_ks
     ]
     reference_pool = in_float64(pool)
     references = [
@@ -301,6 +306,41 @@ def test_a_second_backward_adds_in_place(name, device, backend):
     for leaf, want, address in zip(mine.leaves[2:], grads, addresses):
         assert leaf.grad.data_ptr() == address
         assert relative_error(leaf.grad, 2 * want) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_slots_of_few_experts_are_sorted_rather_than_decoded(device, backend, monkeypatch):
+    """One read of an expert's weights serves 16 slots in the decode path."""
+    sorts, real = [], metadata.sort_slots
+    monkeypatch.setattr(metadata, "sort_slots", lambda *a: sorts.append(1) or real(*a))
+    with torch.no_grad():
+        for T, E in ((16, 2), (17, 2)):
+            case = Case(T=T, E=E, H=16)
+            mine = layer(case, torch.float32, device)
+            y = forward(experts_forward, mine, case)
+            assert relative_error(y, forward(experts_forward_reference, in_float64(mine), case)) < 1e-5
+    assert len(sorts) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_products_are_as_exact_as_torch_s(old, new):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(old)
+        assert triton_backend._precision(torch.empty(0)) == new
+        assert triton_backend._precision(torch.empty(0, dtype=torch.bfloat16)) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_float32_products_under_torch_s_new_switches():
+    code = (
+        "import torch; from tiedmoe_kernels import triton_backend as b; x = torch.empty(0); print(b._precision(x))\n"
+        "torch.backends.fp32_precision = 'tf32'; print(b._precision(x))\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; print(b._precision(x))"
+    )  # in a process of its own: torch does not let the old and the new switches be mixed
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["ieee", "tf32", "ieee"]
 
 
 class TestMetadata:
@@ -335,10 +375,9 @@ class TestMetadata:
         assert rows == [(e, r) for e in range(E) for r in range(offsets[e].item(), offsets[e + 1].item())]
 
     @pytest.mark.parametrize("device", DEVICES)
-    def test_more_blocks_of_slots_than_one_scan_takes(self, device):
-        row = torch.randint(3, (1030 * 128 // 4, 4))  # 1030 blocks of 128 slots; one scan takes 1024
-        if device == "cpu":
-            row = row[: 5 * 128]
+    def test_more_blocks_of_slots_than_one_scan_takes(self, device, monkeypatch):
+        monkeypatch.setattr(metadata, "_BLOCKS_PER_SCAN", 2)
+        row = torch.randint(3, (5 * 128 // 4, 4))  # five blocks of 128 slots
         order, offsets, _ = metadata.sort_slots(row.to(device), None, 3)
         assert torch.equal(order.cpu().long(), row.flatten().argsort(stable=True))
         assert offsets[-1] == row.numel()
@@ -425,6 +464,7 @@ class TestConfigurations:
         assert (tuned.block_m, tuned.num_stages) == (32, 7)
         assert tuning.choose.__wrapped__("rows", 2, 65, 256, 256, True, 0).num_stages != 7
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes CPU tensors, in the interpreter")
     def test_tune_keeps_the_fastest_and_leaves_out_what_fails(self, capsys, monkeypatch):
         monkeypatch.setattr(tune, "DECODE_TOKENS", (1,))
         slow, fast, broken = (tuning.Config(16, 16, block_k, 1, 4, 2) for block_k in (16, 32, 64))

@@ -138,6 +138,8 @@ def is_default_for(experts: nn.Module) -> bool:
     """Whether a model with such `experts` runs on our kernels unless told otherwise: on a GPU, where they can."""
     if not (torch.cuda.is_available() and has_triton()):
         return False
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):  # older chips were never tried
+        return False
     try:
         activation_of(experts)
     except ValueError:

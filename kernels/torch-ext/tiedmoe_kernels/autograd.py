@@ -286,6 +286,12 @@ def _check_dtypes_and_devices(
     for name, found in (("hidden_states", hidden_states.dtype), ("top_k_weights", top_k_weights.dtype)):
         if found not in (*_DTYPES, torch.float64):
             raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; found {found}")
+    for tensor in (hidden_states, *weights):
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                "a DTensor (tensor parallel) reached the experts; expected plain tensors of this device: unshard them "
+                'first, or use experts_implementation="grouped_mm"'
+            )
     for tensor in (index, top_k_weights, slot_map, *weights):
         if tensor is not None and tensor.device != device:
             raise ValueError(

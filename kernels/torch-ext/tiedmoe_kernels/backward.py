@@ -13,7 +13,7 @@ from .activations import gate
 from .forward import first_column, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def gate_backward_kernel(
     pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, order, offsets, num_slots, H, I, E, alpha, limit,
     K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -45,6 +45,8 @@ def gate_backward_kernel(
         a = tl.load(hidden + i, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(pre + gate_i, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(pre + up_i, mask=mask, other=0.0).to(tl.float32)
+        # Several threads may hold the same elements of a short row: all must have read before one writes in place.
+        tl.debug_barrier()
         h, dh_dg, dh_du = gate(g, u, alpha, limit, ACTIVATION)
         products += a * h
         grad_h = a * weight
@@ -68,6 +70,21 @@ def gate_backward_kernel(
 
 
 @triton.jit
+def output_tile(out, e, p, q, first_p, first_q, P, Q):
+    """Pointers to the tile (p, q) of out `[E, P, Q]`, and which of them are no other tile's: the last one repeats columns."""
+    pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
+    return pointers, ((p >= first_p) & (p < P))[:, None] & ((q >= first_q) & (q < Q))[None, :]
+
+
+@triton.jit
+def add_to(out, tile, e, p, q, first_p, first_q, P, Q):
+    """Add the tile (p, q) to out `[E, P, Q]`."""
+    pointers, mine = output_tile(out, e, p, q, first_p, first_q, P, Q)
+    tile += tl.load(pointers, mask=mine, other=0.0).to(tl.float32)
+    tl.store(pointers, tile.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
 def weight_grad_kernel(
     a_segments, b_segments, orders, offsets, out, P, Q, E,
     K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
@@ -75,14 +92,15 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32, written once or added to what is there.
 
-    A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token where gathered.
+    A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token where gathered; K is one per segment.
     """
     tiles_p = tl.cdiv(P, BLOCK_M)
     tiles_q = tl.cdiv(Q, BLOCK_N)
     e = tl.program_id(0) // (tiles_p * tiles_q)
     tile_p, tile_q = tile_of(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, GROUP_M)
     p = first_column(tile_p, P, BLOCK_M, EVEN) + tl.arange(0, BLOCK_M)
-    q = first_column(tile_q, Q, BLOCK_N, EVEN) + tl.arange(0, BLOCK_N)
+    first_q = first_column(tile_q, Q, BLOCK_N, EVEN)
+    q = first_q + tl.arange(0, BLOCK_N)
 
     if ADD:
         num_rows = 0
@@ -101,7 +119,7 @@ def weight_grad_kernel(
             a_row = row.to(tl.int64)
             b_row = a_row
             if GATHER_A or GATHER_B:
-                token = (tl.load(orders[s] + row, mask=mask, other=0) // K).to(tl.int64)
+                token = (tl.load(orders[s] + row, mask=mask, other=0) // K[s]).to(tl.int64)
                 if GATHER_A:
                     a_row = token
                 if GATHER_B:
@@ -115,17 +133,14 @@ def weight_grad_kernel(
             b = tl.load(b_segments[s] + b_row[:, None] * Q + q[None, :], mask=mask_b, other=0.0)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-    pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
-    if ADD:  # columns that the last tile repeats are another program's, too: only that one adds to them
-        mask = (p >= tile_p * BLOCK_M)[:, None] & (q >= tile_q * BLOCK_N)[None, :]
-        if not EVEN:
-            mask = mask & (p < P)[:, None] & (q < Q)[None, :]
-        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
-    elif EVEN:
-        tl.store(pointers, acc.to(out.dtype.element_ty))
+    if ADD:  # one half of the columns after the other: the old gradient of the whole tile has no room in registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        add_to(out, left, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
+        first_q += BLOCK_N // 2
+        add_to(out, right, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
     else:
-        tl.store(pointers, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+        pointers, mine = output_tile(out, e, p, q, tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
+        tl.store(pointers, acc.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -145,7 +160,7 @@ def bias_grad_kernel(
             a_row = row.to(tl.int64)
             if GATHER:
                 slot = tl.load(orders[s] + row, mask=row < end, other=0)
-                a_row = (slot // K).to(tl.int64)
+                a_row = (slot // K[s]).to(tl.int64)
             mask = (row < end)[:, None] & (column < P)[None, :]
             a = tl.load(a_segments[s] + a_row[:, None] * P + column[None, :], mask=mask, other=0.0).to(tl.float32)
             if GATHER:

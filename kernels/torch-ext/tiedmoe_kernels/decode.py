@@ -1,4 +1,4 @@
-"""Few tokens: every active expert's weights are read once, and nothing is sorted.
+"""Few tokens: every active expert's weights are read once for each 16 of its slots, and nothing is sorted.
 
 A program owns one expert and one tile of columns. It looks at all N slots itself (some KB, in L2), takes those of its
 expert in chunks of BLOCK_M rows, and stores by slot. Where N < E a program is given a slot instead and returns unless that slot
@@ -35,7 +35,7 @@ def _slots_of(mine, rank, slots, first, BLOCK_M: tl.constexpr):
     return tl.max(tl.where(hit, slots[None, :], -1), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def decode_gate_up_kernel(
     x, w, bias, hidden, index, slot_map, num_slots, H, I, R, E, stride_we, stride_wk, stride_wn, alpha, limit,
     HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
@@ -85,7 +85,7 @@ def decode_gate_up_kernel(
         tl.store(hidden + slot.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def decode_down_kernel(
     hidden, w, bias, weights, out, index, slot_map, num_slots, I, H, R, E, stride_we, stride_wk, stride_wn,
     HAS_SLOT_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
@@ -123,7 +123,7 @@ def decode_down_kernel(
         tl.store(out + a_row[:, None] * H + n[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def decode_combine_kernel(
     rows, index, slot_map, out, num_slots, H, R, E,
     HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -179,31 +179,33 @@ def weight_gradients(
 ) -> tuple[Tensor | None, ...]:
     """`backend.backward_weight`, written in `out_dtype` as far as it may be: the compute dtype or float32.
 
-    A parameter that has a gradient already gets the sum of both, made in the memory of the old one: its `.grad` is cleared,
-    so that the engine takes the sum over as it is. Autograd's own addition would read two gradients more and write one.
+    A parameter that has a `.grad` gets its gradient added there by the kernel, in place, and None is returned for it.
+    Autograd's own addition would read two gradients more and write one.
     """
     compute = segments[0].hidden.dtype
     written = out_dtype if out_dtype in (compute, torch.float32) else torch.promote_types(compute, torch.float32)
-    parameters = [_to_add_to(target, written) if need else None for target, need in zip(targets, needs)]
-    into = tuple(None if p is None else p.grad for p in parameters)
+    into = tuple(_to_add_to(target, written) if need else None for target, need in zip(targets, needs))
     gradients = backend.backward_weight(segments, spec, written, needs, into)
-    for parameter in parameters:
-        if parameter is not None:
-            parameter.grad = None
-    return tuple(g if need else None for g, need in zip(gradients, needs))
+    for grad in into:
+        if grad is not None:
+            torch.autograd.graph.increment_version(grad)
+    return tuple(g if need and old is None else None for g, need, old in zip(gradients, needs, into))
 
 
 def _to_add_to(target: torch.autograd.graph.Node | None, dtype: torch.dtype) -> Tensor | None:
-    """The parameter behind `target` if the gradient may be added to its `.grad` here, where nobody could tell."""
+    """The `.grad` of the parameter behind `target`, if adding to it here is what autograd would do next.
+
+    Not for a parameter with hooks on its gradient, which are to get this pass's gradient from autograd.
+    """
     if target is None or (parameter := getattr(target, "variable", None)) is None:
         return None
     grad = parameter.grad
     if grad is None or type(grad) is not Tensor or grad.dtype != dtype or not grad.is_contiguous():
         return None
-    if parameter._backward_hooks or grad.requires_grad:  # a hook is to see this pass's gradient alone
+    if grad.requires_grad or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return None
     try:
-        return parameter if torch._C._will_engine_execute_node(target) else None
+        return grad if torch._C._will_engine_execute_node(target) else None
     except RuntimeError:  # torch.autograd.grad asks for this parameter's gradient: `.grad` is none of its business
         return None
 

@@ -56,7 +56,7 @@ def load_weight(
             return tl.load(pointers, mask=(k < K_SIZE)[:, None] & n_mask[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles_m"])
 def gate_up_kernel(
     x, w, bias, pre, hidden, order, offsets, tile_expert, tile_row,
     num_tiles_m, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
@@ -118,7 +118,7 @@ def gate_up_kernel(
         tl.store(hidden + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles_m"])
 def rows_kernel(
     a, w, bias, weights, out, order, offsets, tile_expert, tile_row,
     num_tiles_m, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,

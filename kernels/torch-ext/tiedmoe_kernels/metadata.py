@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 2**14  # of the [slots, experts] blocks that count and place: 128 registers a thread of four warps
+_BLOCKS_PER_SCAN = 1024
 _MAX_SLOTS = 2**31 - 1
 
 
@@ -36,7 +37,7 @@ def pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr)
     return tl.where(active, row, E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _count_kernel(
     index, slot_map, row_N, count_EB, num_slots, num_blocks, R, E,
     HAS_SLOT_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -50,7 +51,7 @@ def _count_kernel(
     tl.store(count_EB + expert.to(tl.int64) * num_blocks + block, count, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan_kernel(count_EB, total_E, num_blocks, BLOCK_B: tl.constexpr):
     """Expert by expert: the counts of its blocks become the counts before each block, in place."""
     expert = tl.program_id(0)
@@ -64,7 +65,7 @@ def _scan_kernel(count_EB, total_E, num_blocks, BLOCK_B: tl.constexpr):
     tl.store(total_E + expert, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _place_kernel(
     row_N, count_EB, total_E, order_N, position_N, offsets_E1, num_slots, num_blocks, E,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -91,7 +92,7 @@ def _place_kernel(
     tl.store(position_N + slot, tl.where(row < E, place, -1), mask=slot < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _invert_kernel(order_N, offsets_E1, position_N, num_slots, E, BLOCK_N: tl.constexpr):
     position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(order_N + position, mask=position < num_slots, other=0)
@@ -99,7 +100,7 @@ def _invert_kernel(order_N, offsets_E1, position_N, num_slots, E, BLOCK_N: tl.co
     tl.store(position_N + slot, tl.where(position < num_active, position, -1), mask=position < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _tiles_kernel(
     offsets_E1, expert_M, row_M, num_tiles, E,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr,
@@ -144,7 +145,7 @@ def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tupl
         return order, offsets.zero_(), position
     block_e = triton.next_power_of_2(E)
     block_n = min(128, max(16, _ELEMENTS // block_e))
-    num_warps = min(32, max(4, block_n * block_e // (_ELEMENTS // 4)))
+    num_warps = min(16, max(4, block_n * block_e // (_ELEMENTS // 4)))
     num_blocks = triton.cdiv(N, block_n)
     count = torch.empty(E, num_blocks, dtype=torch.int32, device=index.device)
     total = torch.empty(E, dtype=torch.int32, device=index.device)
@@ -153,7 +154,7 @@ def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tupl
         index.contiguous(), slot_map, row, count, N, num_blocks, R, E,
         HAS_SLOT_MAP=slot_map is not None, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=num_warps,
     )  # fmt: skip
-    _scan_kernel[(E,)](count, total, num_blocks, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
+    _scan_kernel[(E,)](count, total, num_blocks, BLOCK_B=_BLOCKS_PER_SCAN)
     _place_kernel[(num_blocks,)](
         row, count, total, order, position, offsets, N, num_blocks, E,
         BLOCK_N=block_n, BLOCK_E=block_e, num_warps=num_warps,

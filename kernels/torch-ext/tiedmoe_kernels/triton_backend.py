@@ -19,8 +19,10 @@ from . import forward as fwd
 from .spec import Segment, Spec
 
 MAX_DECODE_SLOTS = 256  # beyond this, sorting once costs less than every program's look at all slots
+_DECODE_ROWS = 16  # an expert's slots that one read of its weights serves
 _SEGMENTS_PER_LAUNCH = 8  # more unrolled loops make no faster kernel, only a longer one
 _COMBINE_COLUMNS = 1024
+_LONG = 2**16  # a contraction over rows, whose number only the device knows: no block is cut to it
 
 
 class _Matrices:
@@ -86,12 +88,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `spec.py`.
 
-    Without `save_pre`, up to `MAX_DECODE_SLOTS` slots are computed without sorting them; order and offsets are then undefined.
+    Without `save_pre`, up to `MAX_DECODE_SLOTS` slots over enough experts are computed without sorting them; order and offsets
+    are then undefined.
     """
     x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
     (T, K), E, H = index.shape, gate_up.size(0), x.size(1)
     with _on_device_of(x):
-        if not save_pre and 0 < T * K <= MAX_DECODE_SLOTS:
+        if not save_pre and 0 < T * K <= MAX_DECODE_SLOTS and triton.cdiv(T * K, min(T * K, E)) <= _DECODE_ROWS:
             y = _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec)
             return (
                 y,
@@ -164,7 +167,7 @@ def backward_weight(
         s._replace(hidden_states=s.hidden_states.contiguous(), grad_output=s.grad_output.contiguous())
         for s in segments
     ]
-    group = _Group(segments, segments[0].weights.size(1), out_dtype)
+    group = _Group(segments, out_dtype)
     x, dy = tuple(s.hidden_states for s in segments), tuple(s.grad_output for s in segments)
     grad_pre, hidden = tuple(s.grad_pre for s in segments), tuple(s.hidden for s in segments)
     weights = tuple(s.weights for s in segments)
@@ -181,9 +184,9 @@ def backward_weight(
 class _Group:
     """What the weight gradients of all segments have in common."""
 
-    def __init__(self, segments: list[Segment], top_k: int, out_dtype: torch.dtype):
+    def __init__(self, segments: list[Segment], out_dtype: torch.dtype):
         self.orders, self.offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
-        self.top_k, self.out_dtype = top_k, out_dtype
+        self.top_k, self.out_dtype = tuple(s.weights.size(1) for s in segments), out_dtype
         self.E, self.N = self.offsets[0].numel() - 1, max(1, sum(order.numel() for order in self.orders))
 
 
@@ -196,10 +199,15 @@ def _two_i(gate_up: Tensor, spec: Spec) -> int:
     return gate_up.size(2 if spec.is_transposed else 1)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """As torch's own matmul: full float32 unless `torch.set_float32_matmul_precision` allows less."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+def _precision(like: Tensor) -> str:
+    """As torch's own matmul: full float32 unless torch is told otherwise, by its old switches or its new ones."""
+    if like.dtype != torch.float32:
+        return "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    if allowed == "none":
+        allowed = getattr(torch.backends, "fp32_precision", "none")
+    has_tf32 = torch.version.hip is None or tuning.architecture() == "gfx942"
+    return "tf32" if allowed == "tf32" and has_tf32 else "ieee"
 
 
 def _choose(kernel: str, like: Tensor, N: int, E: int, n_size: int, k_size: int, tma: bool = False) -> tuning.Config:
@@ -208,12 +216,12 @@ def _choose(kernel: str, like: Tensor, N: int, E: int, n_size: int, k_size: int,
     return tuning.choose(kernel, like.element_size(), rows_per_expert, n_size, k_size, tma, index)
 
 
-def _options(config: tuning.Config, dtype: torch.dtype) -> dict:
+def _options(config: tuning.Config, like: Tensor) -> dict:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "PRECISION": _precision(dtype),
+        "PRECISION": _precision(like),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -233,7 +241,7 @@ def _gate_up(x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hid
         x, w, bias, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, x.dtype),
+        SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, x),
     )  # fmt: skip
     return pre, hidden
 
@@ -251,7 +259,7 @@ def _rows(
     fwd.rows_kernel[(num_tiles * triton.cdiv(matrices.n_size, config.block_n),)](
         a, w, bias, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, matrices.k_size, matrices.n_size, *matrices.strides,
-        K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a.dtype),
+        K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a),
     )  # fmt: skip
     return out
 
@@ -275,7 +283,7 @@ def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: S
         rows.N, H, I, rows.E, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
         BLOCK_I=min(_COMBINE_COLUMNS, triton.next_power_of_2(I)), BLOCK_H=min(_COMBINE_COLUMNS, triton.next_power_of_2(H)),
-        BLOCK_E=triton.next_power_of_2(rows.E),
+        BLOCK_E=triton.next_power_of_2(rows.E), num_warps=max(1, min(4, I // 32)),
     )  # fmt: skip
     return grad_weights, grad_pre
 
@@ -287,12 +295,12 @@ def _weight_grad(
     a, b = (by_token, by_row) if token_first else (by_row, by_token)
     P, Q = a[0].size(1), b[0].size(1)
     out = a[0].new_empty(group.E, P, Q, dtype=group.out_dtype) if into is None else into
-    config = _choose("weight_grad", a[0], group.N, group.E, Q, group.N)
+    config = _choose("weight_grad", a[0], group.N, group.E, Q, _LONG)
     config = config._replace(block_m=tuning.at_most(config.block_m, P))
     bwd.weight_grad_kernel[(group.E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
         a, b, group.orders, group.offsets, out, P, Q, group.E,
         K=group.top_k, GATHER_A=token_first, GATHER_B=not token_first, ADD=into is not None,
-        EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0].dtype),
+        EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0]),
     )  # fmt: skip
     return out
 
@@ -326,14 +334,14 @@ def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map,
     decode.decode_gate_up_kernel[(triton.cdiv(I, config.block_n), programs)](
         x, w, gate_up_bias, hidden, index, slot_map, N, H, I, R, E, *up.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=K, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=gate_up_bias is not None,
-        **flags, **common, **_options(config, x.dtype),
+        **flags, **common, **_options(config, x),
     )  # fmt: skip
     to_h = _Matrices(down, k_is_last=not spec.is_transposed)
     config = _choose("decode_down", x, N, E, H, I)
     w, flags = to_h.arguments(config, H)
     decode.decode_down_kernel[(triton.cdiv(H, config.block_n), programs)](
         hidden, w, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides,
-        HAS_BIAS=down_bias is not None, **flags, **common, **_options(config, x.dtype),
+        HAS_BIAS=down_bias is not None, **flags, **common, **_options(config, x),
     )  # fmt: skip
     block = min(_COMBINE_COLUMNS, triton.next_power_of_2(H))
     decode.decode_combine_kernel[(T, triton.cdiv(H, block))](

@@ -82,7 +82,7 @@ def launches(kernel: str, tokens: Iterable[int], shape: Shape, device: str) -> C
             runs += [partial(backend._rows, pre, backend._Matrices(gate_up, False), None, None, rows)]
         else:
             segment = Segment(x, x, pre, hidden, order, offsets, weights)
-            group = backend._Group([segment], K, x.dtype)
+            group = backend._Group([segment], x.dtype)
             runs += [partial(backend._weight_grad, (x,), (pre,), group, token_first=False, into=None)]
             runs += [partial(backend._weight_grad, (x,), (hidden,), group, token_first=True, into=None)]
     return lambda: [run() for run in runs]
@@ -104,7 +104,7 @@ def fastest(
             times[config] = timer(run)
         except triton.runtime.errors.OutOfResources as error:
             print(f"{kernel} {tuple(config)}: left out, {error}")
-        except (RuntimeError, triton.CompilationError) as error:
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:
             print(f"{kernel} {tuple(config)}: left out, does not compile: {str(error)[:200]}")
         finally:
             tuning.FORCED.clear()
