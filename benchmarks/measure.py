@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from peers import PEERS, TIEDMOE, Layer, Peer, reason_to_leave_out
 from shapes import Case, route
 from timing import capture, clock_for, interleave, paired_ratio, spread, synchronize
 from torch import Tensor, nn
+
+from tiedmoe_kernels import autograd as kernels
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 CHECKED_TOKENS = 64  # of a forward, anywhere in the batch
@@ -316,35 +318,54 @@ def host_syncs(call: Callable[[int], object], device: torch.device) -> int | Non
 ELEMENTWISE = ("aten::add", "aten::add_", "aten::copy_", "aten::fill_", "aten::zero_", "aten::mul", "aten::mul_")
 
 
+@contextlib.contextmanager
+def own_weight_gradients(device_type: str) -> Iterator[list[int]]:
+    """How often each weight gradient of our kernels made meanwhile passes over the pool: written 1, added to 2."""
+    backend = kernels._backend(device_type)
+    passes, original = [], backend.backward_weight
+
+    def counted(segments, spec, out_dtype, needs, into=(None,) * 4):
+        passes.append(2 if any(gradient is not None for gradient in into) else 1)
+        return original(segments, spec, out_dtype, needs, into)
+
+    backend.backward_weight = counted
+    try:
+        yield passes
+    finally:
+        backend.backward_weight = original
+
+
 def gradient_traffic(call: Callable[[int], object], problem: Problem, copy_bytes_per_s: float) -> dict:
     """Time a layer spends moving the pool's gradient about after or while it is computed.
 
     Measured by the profiler: every elementwise operation on a tensor of the pool's shape (autograd's sums over layers,
     the accumulation, casts, zeroing). Added, as bytes over the copy bandwidth: what the products themselves write, the
-    pool once for every contribution; a contribution is one addition, or one call of our op where it adds by itself.
+    pool once for every contribution, one for each addition; of our own kernels, which add by themselves, each call writes the
+    pool and reads it too where there is a gradient to add to.
     """
     device = problem.device
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type != "cpu":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     shapes = {weight.numel(): sorted(weight.shape) for weight in problem.pools[0]}
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    with (
+        own_weight_gradients(device.type) as own_passes,
+        torch.profiler.profile(activities=activities, record_shapes=True) as profile,
+    ):
         call(0)
         synchronize(device)
-    moved_us, additions, own_calls = 0.0, 0, 0
+    moved_us, additions = 0.0, 0
     for event in profile.key_averages(group_by_input_shape=True):
         shape = next((shape for shape in event.input_shapes if shape), [])
         if event.key in ELEMENTWISE and sorted(shape) == shapes.get(math.prod(shape)):
             moved_us += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
             additions += event.count if event.key.startswith("aten::add") else 0
-        if "backward_weight" in event.key:
-            own_calls += event.count
-    written = max(additions / 2, own_calls)  # two parameters a contribution
+    written = sum(own_passes) if own_passes else additions / 2  # two parameters a contribution
     pool_bytes = problem.case.shape.pool_bytes(problem.case.dtype.itemsize)
     layers = problem.case.g * problem.case.microbatches
     return {
         "elementwise_ms_per_layer": moved_us / 1e3 / layers,
-        "pool_writes_per_step": written,
+        "pool_passes_per_step": written,
         "ms_per_layer": (moved_us / 1e3 + written * pool_bytes / copy_bytes_per_s * 1e3) / layers,
     }
 

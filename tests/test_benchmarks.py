@@ -316,8 +316,8 @@ def test_saved_bytes_are_the_input_and_the_pre_activation():
 
 def test_gradient_traffic_counts_a_contribution_for_every_layer_unless_deferred():
     entries = measured(Case("step", TINY, 64, g=4, dtype=torch.float32), traffic=True)["peers"]
-    assert entries["grouped_mm"]["gradient_traffic"]["pool_writes_per_step"] == 8  # 4 layers, 2 microbatches
-    assert entries["tiedmoe"]["gradient_traffic"]["pool_writes_per_step"] == 2  # one a microbatch
+    assert entries["grouped_mm"]["gradient_traffic"]["pool_passes_per_step"] == 8  # 4 layers, 2 microbatches
+    assert entries["tiedmoe"]["gradient_traffic"]["pool_passes_per_step"] == 4  # a read and a write a microbatch
     assert entries["tiedmoe"]["gradient_traffic"]["ms_per_layer"] > 0
 
 
