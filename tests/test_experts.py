@@ -387,6 +387,7 @@ def test_recompute_experts_is_a_config_field_and_changes_no_result(tmp_path):
 @pytest.mark.parametrize("gpu", [True, False])
 def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(experts, "has_triton", lambda: True)
     model = TiedMoeForCausalLM(tied_config())
     assert model.config._experts_implementation == ("tiedmoe" if gpu else "grouped_mm")
@@ -401,11 +402,26 @@ def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
 
 def test_the_default_is_not_ours_where_the_kernels_cannot_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))  # a T4
     monkeypatch.setattr(experts, "has_triton", lambda: True)
+    assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "grouped_mm"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "tiedmoe"
     model = TiedMoeForCausalLM(tied_config(hidden_act="tanh"))
     assert model.config._experts_implementation == "grouped_mm"
     monkeypatch.setattr(experts, "has_triton", lambda: False)
     assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "grouped_mm"
+
+
+def test_a_tensor_parallel_weight_is_refused():
+    class DTensor(torch.Tensor):
+        pass
+
+    gate_up = torch.zeros(2, 4, 4).as_subclass(DTensor)
+    with pytest.raises(ValueError, match="a DTensor .tensor parallel. reached the experts"):
+        experts_forward(
+            torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), gate_up, torch.zeros(2, 4, 2)
+        )
 
 
 def test_a_residual_runs_as_a_loop_and_says_so(caplog):
