@@ -418,7 +418,7 @@ def test_a_tensor_parallel_weight_is_refused():
         pass
 
     gate_up = torch.zeros(2, 4, 4).as_subclass(DTensor)
-    with pytest.raises(ValueError, match="a DTensor .tensor parallel. reached the experts"):
+    with pytest.raises(ValueError, match=r"a DTensor .tensor parallel. reached the experts"):
         experts_forward(
             torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), gate_up, torch.zeros(2, 4, 2)
         )
