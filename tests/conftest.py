@@ -41,3 +41,18 @@ def seed():
     """Every test starts from the same random state, alone or in any order."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each weight gradient on the CPU was computed of."""
+    from tiedmoe_kernels import torch_backend
+
+    found, original = [], torch_backend.backward_weight
+
+    def counted(segments, *args):
+        found.append(len(segments))
+        return original(segments, *args)
+
+    monkeypatch.setattr(torch_backend, "backward_weight", counted)
+    return found

@@ -32,9 +32,8 @@ def test_compiles_without_spills_and_within_shared_memory(triton, architectures,
         pytest.skip(f"no triton 3.6 in {TRITONS[triton]}; `make test` puts it there")
     output = tmp_path / "rows.json"
     run = compile_table(TRITONS[triton], "--quick", "--output", str(output), "--architectures", *architectures)
-    assert run.returncode == 0, run.stderr[
-        -4000:
-    ]  # names every fault, and every entry of default.json that nothing used
+    # stderr names every fault, and every entry of default.json that nothing used
+    assert run.returncode == 0, run.stderr[-4000:]
     rows = json.loads(output.read_text())
     assert {row["architecture"] for row in rows} == set(architectures)
     assert triton == "installed" or {row["triton"] for row in rows} == {"3.6.0"}

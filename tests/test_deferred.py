@@ -67,19 +67,6 @@ class Tied(nn.Module):
             self.function, self.scoped, self.use_reentrant = mine
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many segments each call of backward_weight got."""
-    found, original = [], backend.backward_weight
-
-    def counted(segments, *args):
-        found.append(len(segments))
-        return original(segments, *args)
-
-    monkeypatch.setattr(backend, "backward_weight", counted)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def ledgers(monkeypatch):
     """Every test leaves its ledgers empty, and nothing holds on to them, not even a cycle."""

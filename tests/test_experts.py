@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from tiedmoe_kernels import ACTIVATIONS, autograd, experts_forward, experts_forward_reference, torch_backend
+from tiedmoe_kernels import ACTIVATIONS, autograd, experts_forward, experts_forward_reference
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel, experts, modeling_tiedmoe
 from transformers_tiedmoe.configuration_tiedmoe import canonical_family
 from transformers_tiedmoe.experts import activation_of
@@ -226,19 +226,6 @@ def assert_same(got, want):
     scale = max(w.abs().max() for name, w in want.items() if name != "logits")
     for name, expected in want.items():
         torch.testing.assert_close(got[name], expected, rtol=1e-3, atol=1e-5 * float(scale), msg=name)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many layers each weight gradient was computed of."""
-    found, original = [], torch_backend.backward_weight
-
-    def counted(segments, *args):
-        found.append(len(segments))
-        return original(segments, *args)
-
-    monkeypatch.setattr(torch_backend, "backward_weight", counted)
-    return found
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in UNSUPPORTED])

@@ -292,6 +292,13 @@ def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, back
     assert calls[0] == 3  # one call for the three layers; it may split its launches
     assert len(calls) == (1 if segments_per_launch == 8 else 3)
 
+    for leaf in pool.leaves[2:]:
+        leaf.grad = torch.ones_like(leaf)
+    with deferred_weight_gradients():
+        sum(forward(experts_forward, one, case).square().sum() for one in layers).backward()
+    for leaf, want in zip(pool.leaves[2:], expected_gradients):
+        assert relative_error(leaf.grad, want + 1) < 1e-5
+
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["biased", "sizes that no block divides, E not a power of two"])
@@ -341,6 +348,14 @@ def test_float32_products_under_torch_s_new_switches():
     )  # in a process of its own: torch does not let the old and the new switches be mixed
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["ieee", "tf32", "ieee"]
+
+
+def test_blocks_of_a_row_are_powers_of_two_and_cover_it():
+    for size in [*range(1, 200), 1000, 1024, 2880, 14336]:
+        block, num_warps = triton_backend._block_of_row(size)
+        assert block >= min(size, 1024)
+        assert math.log2(block).is_integer()
+        assert num_warps in (1, 2, 4)  # 96 columns are no three warps
 
 
 class TestMetadata:

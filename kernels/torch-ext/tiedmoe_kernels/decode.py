@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import gate
-from .forward import first_column, load_weight
+from .forward import first_column, gate_columns, load_weight
 from .metadata import pool_row
 
 
@@ -28,6 +28,15 @@ def _expert_of(row, slots, E, BY_SLOT: tl.constexpr):
 
 
 @triton.jit
+def _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr, BY_SLOT: tl.constexpr):
+    """This program's expert, which `[BLOCK_S]` slots are its, their ranks among those, and how many they are."""
+    row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
+    e = _expert_of(row, slots, E, BY_SLOT)
+    mine = row == e
+    return e, mine, tl.cumsum(mine.to(tl.int32), axis=0) - 1, tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
 def _slots_of(mine, rank, slots, first, BLOCK_M: tl.constexpr):
     """`[BLOCK_M]` slots of rank first, first + 1, ... among those that are mine, -1 past the last."""
     wanted = first + tl.arange(0, BLOCK_M)
@@ -38,25 +47,18 @@ def _slots_of(mine, rank, slots, first, BLOCK_M: tl.constexpr):
 @triton.jit(do_not_specialize=["num_slots"])
 def decode_gate_up_kernel(
     x, w, bias, hidden, index, slot_map, num_slots, H, I, R, E, stride_we, stride_wk, stride_wn, alpha, limit,
-    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
+    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden `[N, I]` by slot = act(gate) * up of x[token]."""
     slots = tl.arange(0, BLOCK_S)
-    row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
-    e = _expert_of(row, slots, E, BY_SLOT)
+    e, mine, rank, count = _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP, BY_SLOT)
     if e >= E:
         return
-    mine = row == e
-    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    count = tl.sum(mine.to(tl.int32), axis=0)
     n = first_column(tl.program_id(0), I, BLOCK_N, EVEN_N) + tl.arange(0, BLOCK_N)
-    gate_n = n
-    to_up = tl.zeros((), tl.int64) + I
-    if INTERLEAVED:
-        gate_n = 2 * n
-        to_up = tl.full((), 1, tl.int64)
+    gate_n, to_up = gate_columns(n, I, INTERLEAVED)
     for first in range(0, count, BLOCK_M):
         slot = _slots_of(mine, rank, slots, first, BLOCK_M)
         token = (tl.maximum(slot, 0) // K).to(tl.int64)
@@ -94,13 +96,9 @@ def decode_down_kernel(
 ):  # fmt: skip
     """out `[N, H]` float32 by slot = (hidden @ down + bias) * weight of the slot."""
     slots = tl.arange(0, BLOCK_S)
-    row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
-    e = _expert_of(row, slots, E, BY_SLOT)
+    e, mine, rank, count = _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP, BY_SLOT)
     if e >= E:
         return
-    mine = row == e
-    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    count = tl.sum(mine.to(tl.int32), axis=0)
     n = first_column(tl.program_id(0), H, BLOCK_N, EVEN_N) + tl.arange(0, BLOCK_N)
     for first in range(0, count, BLOCK_M):
         slot = _slots_of(mine, rank, slots, first, BLOCK_M)

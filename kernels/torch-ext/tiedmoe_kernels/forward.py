@@ -56,6 +56,15 @@ def load_weight(
             return tl.load(pointers, mask=(k < K_SIZE)[:, None] & n_mask[None, :], other=0.0)
 
 
+@triton.jit
+def gate_columns(n, I, INTERLEAVED: tl.constexpr):
+    """The columns of gate that belong to the hidden columns n, and how far from each its column of up is, int64."""
+    if INTERLEAVED:
+        return 2 * n, tl.full((), 1, tl.int64)
+    else:
+        return n, tl.zeros((), tl.int64) + I
+
+
 @triton.jit(do_not_specialize=["num_tiles_m"])
 def gate_up_kernel(
     x, w, bias, pre, hidden, order, offsets, tile_expert, tile_row,
@@ -75,11 +84,7 @@ def gate_up_kernel(
     token = (tl.load(order + tl.minimum(row, last_row)) // K).to(tl.int64)
     n0 = first_column(tile_n, I, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
-    gate_n = n
-    to_up = tl.zeros((), tl.int64) + I
-    if INTERLEAVED:
-        gate_n = 2 * n
-        to_up = tl.full((), 1, tl.int64)
+    gate_n, to_up = gate_columns(n, I, INTERLEAVED)
 
     acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -21,7 +21,7 @@ from .spec import Segment, Spec
 MAX_DECODE_SLOTS = 256  # beyond this, sorting once costs less than every program's look at all slots
 _DECODE_ROWS = 16  # an expert's slots that one read of its weights serves
 _SEGMENTS_PER_LAUNCH = 8  # more unrolled loops make no faster kernel, only a longer one
-_COMBINE_COLUMNS = 1024
+_ROW_COLUMNS = 1024
 _LONG = 2**16  # a contraction over rows, whose number only the device knows: no block is cut to it
 
 
@@ -30,7 +30,6 @@ class _Matrices:
 
     def __init__(self, weight: Tensor, k_is_last: bool):
         self.weight, self.k_is_last = weight, k_is_last
-        self.num_experts = weight.size(0)
         self.n_size, self.k_size = weight.shape[1:] if k_is_last else reversed(weight.shape[1:])
 
     def can_use_tma(self) -> bool:
@@ -86,7 +85,7 @@ def forward(
     spec: Spec,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `spec.py`.
+    """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `torch_backend.py`.
 
     Without `save_pre`, up to `MAX_DECODE_SLOTS` slots over enough experts are computed without sorting them; order and offsets
     are then undefined.
@@ -124,7 +123,7 @@ def backward_data(
     needs_hidden_grad: bool,
     needs_segment: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`; see `spec.py`.
+    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`; see `torch_backend.py`.
 
     An empty pre is computed again. The last two are returned in any case: the others are made from them.
     """
@@ -193,6 +192,12 @@ class _Group:
 def _on_device_of(tensor: Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _block_of_row(size: int) -> tuple[int, int]:
+    """Columns of a row that a program takes at once, and warps for them; both powers of two, as triton wants them."""
+    block = min(_ROW_COLUMNS, triton.next_power_of_2(size))
+    return block, max(1, min(4, block // 32))
 
 
 def _two_i(gate_up: Tensor, spec: Spec) -> int:
@@ -269,7 +274,7 @@ def _combine(out: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tens
     T, K, H = shape
     y = out.new_empty(T, H)
     if T:
-        block = min(_COMBINE_COLUMNS, triton.next_power_of_2(H))
+        block, _ = _block_of_row(H)
         fwd.combine_kernel[(T, triton.cdiv(H, block))](out, position, y, H, K=K, BLOCK_H=block)
     return y
 
@@ -278,12 +283,12 @@ def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: S
     """grad_weights `[T, K]` and grad_pre `[N, 2I]`; hidden `[N, I]`, which holds dy @ down, becomes w h in place."""
     H, I = grad_output.size(1), hidden.size(1)
     grad_weights, grad_pre = torch.empty_like(weights), torch.empty_like(pre)
+    (block_i, num_warps), (block_h, _) = _block_of_row(I), _block_of_row(H)
     bwd.gate_backward_kernel[(rows.N,)](
         pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, rows.order, rows.offsets,
         rows.N, H, I, rows.E, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        BLOCK_I=min(_COMBINE_COLUMNS, triton.next_power_of_2(I)), BLOCK_H=min(_COMBINE_COLUMNS, triton.next_power_of_2(H)),
-        BLOCK_E=triton.next_power_of_2(rows.E), num_warps=max(1, min(4, I // 32)),
+        BLOCK_I=block_i, BLOCK_H=block_h, BLOCK_E=triton.next_power_of_2(rows.E), num_warps=num_warps,
     )  # fmt: skip
     return grad_weights, grad_pre
 
@@ -343,7 +348,7 @@ def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map,
         hidden, w, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides,
         HAS_BIAS=down_bias is not None, **flags, **common, **_options(config, x),
     )  # fmt: skip
-    block = min(_COMBINE_COLUMNS, triton.next_power_of_2(H))
+    block, _ = _block_of_row(H)
     decode.decode_combine_kernel[(T, triton.cdiv(H, block))](
         out, index, slot_map, y, N, H, R, E, HAS_SLOT_MAP=has_map, K=K, BLOCK_H=block
     )  # fmt: skip
