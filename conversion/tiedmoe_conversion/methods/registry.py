@@ -1,11 +1,13 @@
 """How a method is written: one decorated function per file that turns a group's experts into a pool.
 
-The decorator's arguments say what the plan must know before any tensor is read (how wide the pool is, which layers
-are read); the function itself runs once per group, and hands out the pool's tensors in blocks, so that a pool wider
-than memory can still be written.
+The decorator's arguments say what the plan must know before any tensor is read (how wide the pool is, which layers are
+read, whether calibration text is needed); the function itself runs once per group. Methods that only move or add whole
+tensors hand the pool out in blocks, so that a pool wider than memory can still be written; the calibrated ones work on
+`Experts`, neurons in float32, and never see how a family stores them.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +15,35 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import ConversionError, did_you_mean
+from ..experts import ExpertFunction, Experts
+
+
+@dataclass(frozen=True)
+class RoutedInputs:
+    """What one layer's experts were given on the calibration text, T tokens; the last ones are held out.
+
+    Attributes:
+        hidden_states: `[T, H]`, in the dtype they were computed in.
+        top_k_index: `[T, K]` int64 slots of the layer's own router; E marks an inactive one.
+        top_k_weights: `[T, K]` float32 routing weights.
+        num_fit: tokens before this one are to fit on, the others to stop by.
+    """
+
+    hidden_states: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    num_fit: int
+
+    def of_slot(self, slot: int, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs `[n, H]` and routing weights `[n]` of the tokens that chose `slot`, float32; n may be 0."""
+        tokens = slice(self.num_fit, None) if held_out else slice(None, self.num_fit)
+        token, place = torch.where(self.top_k_index[tokens] == slot)
+        return self.hidden_states[tokens][token].float(), self.top_k_weights[tokens][token, place].float()
+
+    def counts(self, num_experts: int) -> torch.Tensor:
+        """How many tokens to fit on chose each slot, int64 `[E]`."""
+        chosen = self.top_k_index[: self.num_fit].flatten()
+        return torch.bincount(chosen[chosen < num_experts], minlength=num_experts)
 
 
 class LayerExperts(Protocol):
@@ -25,17 +56,8 @@ class LayerExperts(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """The experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new memory."""
 
-
-@dataclass(frozen=True)
-class Group:
-    """What a method is given: the layers of one group, in order, of which only `layers_read` may be read."""
-
-    layers: tuple[LayerExperts, ...]
-    num_experts: int
-
-    def layer(self, index: int) -> LayerExperts:
-        """The layer whose index in the model is `index`."""
-        return next(layer for layer in self.layers if layer.index == index)
+    def inputs(self) -> RoutedInputs:
+        """The layer's inputs on the calibration text; only where the method was registered to need calibration."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +66,75 @@ class Pool:
 
     Args:
         blocks: given a parameter's name, yields the pool's tensor `[P, ...]` as consecutive blocks along dimension 0.
-        slot_maps: per layer index the int64 `[E]` map from router index to pool index; empty where the method was
-            registered without slot maps.
+        slot_maps: per layer index the int64 `[E]` map from router index to pool index; empty for the identity.
     """
 
     blocks: Callable[[str], Iterator[torch.Tensor]]
     slot_maps: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor of the parameter `name`, `[P, ...]`."""
+        blocks = list(self.blocks(name))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a method is given: the layers of one group, in order, of which only `layers_read` may be read.
+
+    Attributes:
+        layers: the source's layers.
+        num_experts: E, the slots of every layer's router.
+        pool_num_experts: P, the experts that the pool is to have.
+        parameters: the names of a pool's tensors.
+        function: what the family's experts compute; calling it raises for experts that calibrated methods do not know.
+        seed: of this group; `generator` makes a random generator of it.
+        held_out_loss: the source's loss on held-out text (nats per token) if this group alone were tied by a pool; None
+            without calibration text.
+    """
+
+    layers: tuple[LayerExperts, ...]
+    num_experts: int
+    pool_num_experts: int
+    parameters: tuple[str, ...] = ()
+    function: Callable[[], ExpertFunction] | None = None
+    seed: int = 0
+    held_out_loss: Callable[[Pool], float] | None = None
+
+    def layer(self, index: int) -> LayerExperts:
+        """The layer whose index in the model is `index`."""
+        return next(layer for layer in self.layers if layer.index == index)
+
+    def generator(self) -> torch.Generator:
+        """A random generator on the CPU that starts alike in every run of the same recipe."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def experts(self, layer: LayerExperts) -> Experts:
+        """All experts of a source layer, `[E, ...]` in float32."""
+        return self._function.neurons({name: layer.read(name) for name in self.parameters})
+
+    def pool_experts(self, pool: Pool) -> Experts:
+        """A pool's experts, `[P, ...]` in float32: what a method that refines a pool starts from."""
+        return self._function.neurons({name: pool.read(name) for name in self.parameters})
+
+    def pool(self, experts: Experts, slot_maps: Mapping[int, torch.Tensor]) -> Pool:
+        """`experts [P, ...]` as a pool in the source's dtype; `slot_maps` by layer index."""
+        dtype = self.layers[0].read("down_proj").dtype
+        tensors = self._function.tensors(experts, dtype)
+
+        def blocks(name: str) -> Iterator[torch.Tensor]:
+            yield tensors[name]
+
+        return Pool(blocks, slot_maps)
+
+    def slot_map(self, pool: Pool, layer: LayerExperts) -> torch.Tensor:
+        """Where a layer's slots are in the pool, int64 `[E]`; the identity where the pool has no slot maps."""
+        return pool.slot_maps.get(layer.index, torch.arange(self.num_experts))
+
+    @property
+    def _function(self) -> ExpertFunction:
+        assert self.function is not None, "the family's experts were not given"
+        return self.function()
 
 
 @dataclass(frozen=True)
@@ -60,25 +145,45 @@ class Method:
     summary: str
     build: Callable[..., Pool]
     pool_num_experts: Callable[[int, int], int]
+    any_width: bool
     slot_maps: bool
     lossless: bool
     layers_read: Callable[..., Sequence[int]]
     float32_copies: int
+    calibration: Callable[..., bool]
+    refines: bool
+
+    @property
+    def streams(self) -> bool:
+        """Whether the pool is made a tensor at a time; the others hold their whole group in float32."""
+        return not self.refines and self.float32_copies < GROUP_IN_FLOAT32
 
     @property
     def options(self) -> dict[str, Any]:
         """The method's options and their defaults: the keyword arguments of its function."""
-        parameters = list(inspect.signature(self.build).parameters.values())[1:]
+        parameters = list(inspect.signature(self.build).parameters.values())[2 if self.refines else 1 :]
         return {parameter.name: parameter.default for parameter in parameters}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise `ConversionError` for an option that the method does not have."""
-        for name in options:
+        """Raise `ConversionError` for an option that the method does not have, or a value of another type."""
+        for name, value in options.items():
             if name not in self.options:
                 hint = did_you_mean(name, self.options) if self.options else "it has none"
                 raise ConversionError(f"method {self.name!r} has no option {name!r}; {hint}")
+            default = self.options[name]
+            if type(default) in (int, float) and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+            ):
+                raise ConversionError(
+                    f"method {self.name!r} got {name}={value!r}; expected a number such as {default}"
+                )
+            if isinstance(default, int) and not isinstance(default, bool) and value != int(value):
+                raise ConversionError(
+                    f"method {self.name!r} got {name}={value!r}; expected a whole number such as {default}"
+                )
 
 
+GROUP_IN_FLOAT32 = 1000  # `float32_copies` of a method that holds its group's experts: more than any layer's size
 METHODS: dict[str, Method] = {}
 
 
@@ -86,27 +191,47 @@ def register_method(
     name: str,
     *,
     pool_num_experts: Callable[[int, int], int] = lambda num_experts, group_size: num_experts,
+    any_width: bool = False,
     slot_maps: bool = False,
     lossless: bool = False,
     layers_read: Callable[..., Sequence[int]] = lambda layers, **options: layers,
     float32_copies: int = 0,
+    calibration: bool | Callable[..., bool] = False,
+    refines: bool = False,
 ) -> Callable[[Callable[..., Pool]], Callable[..., Pool]]:
     """Register `build(group, **options) -> Pool` under `name`; the first line of its docstring is its help.
 
     Args:
-        pool_num_experts: P from the source's E and the number of layers in the group.
+        pool_num_experts: P from the source's E and the number of layers in the group, where the recipe names none.
+        any_width: whether the method makes a pool of any `group.pool_num_experts` itself. The pool of another method is
+            widened after it, by clones that change nothing (`methods/widen.py`).
         slot_maps: whether the layers keep their own router width E and reach the pool through a slot map.
         lossless: whether the tied model computes the source's logits, bit for bit; verified when it claims so.
         layers_read: the layers of a group, by index, that the method reads; the others' experts are dropped by name.
             Called as `layers_read(layers, **options)`, and raises `ConversionError` for a bad option value.
-        float32_copies: float32 buffers of one layer's size that the method keeps, for the plan's memory estimate.
+        float32_copies: float32 buffers of one layer's size that the method keeps, for the plan's memory estimate;
+            `GROUP_IN_FLOAT32` for a method that works on `Experts`.
+        calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
+        refines: the function is `build(group, start, **options)`, where `start` is the pool of the method before it in
+            the recipe, or None where it is the first; such a method may be named by `then`.
     """
 
     def register(build: Callable[..., Pool]) -> Callable[..., Pool]:
         assert name not in METHODS, f"two methods are called {name!r}"
         summary = (build.__doc__ or "").strip().splitlines()[0]
+        needs_calibration = calibration if callable(calibration) else lambda **options: calibration
         METHODS[name] = Method(
-            name, summary, build, pool_num_experts, slot_maps, lossless, layers_read, float32_copies
+            name,
+            summary,
+            build,
+            pool_num_experts,
+            any_width,
+            slot_maps,
+            lossless,
+            layers_read,
+            float32_copies,
+            needs_calibration,
+            refines,
         )
         return build
 
