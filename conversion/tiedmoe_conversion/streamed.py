@@ -1,0 +1,203 @@
+"""Runs a causal LM of any family whose weights are read layer by layer: one layer's experts are in memory at a time.
+
+The family's own model is built on the meta device and its own forward runs. A decoder layer gets its weights when it is
+called and loses them afterwards, and takes its sequences some at a time, so that all of the text goes through a layer
+before the next one is read. A model that fits into half of the free memory keeps what it has read.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+
+from .families import Read, saved_tensors
+
+TOKENS_AT_A_TIME = 4096  # in a layer and in the head
+Capture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class StreamedModel:
+    """A causal LM that reads its weights when it needs them.
+
+    Args:
+        model: the family's, on the meta device.
+        read: gives a tensor of its state dict by name.
+        num_bytes: of all its weights; what decides whether they stay in memory.
+        device: where layers run; the GPU where there is one.
+
+    On a CPU everything is computed in float32, on a GPU in the model's own dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, read: Read, num_bytes: int, device: torch.device | str | None = None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, self._read = model.eval(), read
+        self.experts = expert_layers(model)
+        self._overrides: Mapping[str, torch.Tensor] = {}
+        self._capture: Capture | None = None
+        factor = 2 if self.device.type == "cpu" else 1  # float32 of bfloat16
+        self._keeps = num_bytes * factor < psutil.virtual_memory().available / 2
+        self._layers = self._find_layers()
+        self._materialise_buffers()
+        names = list(saved_tensors(model))
+        self._names = {path: [n for n in names if n.startswith(f"{path}.")] for path in self._layers}
+        in_layers = {name for found in self._names.values() for name in found}
+        self._load([name for name in names if name not in in_layers])
+        model.tie_weights()
+        for path in self._layers:
+            self._stream(path)
+        for layer, path in self.experts.items():
+            model.get_submodule(path).register_forward_pre_hook(self._watch(layer), with_kwargs=True)
+
+    @torch.no_grad()
+    def loss(self, tokens: torch.Tensor, capture: Capture | None = None) -> torch.Tensor:
+        """Next-token cross-entropy of each sequence, without auxiliary losses.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            capture: called for every call of every layer's experts with the layer's index and its arguments
+                `hidden_states [t, H]`, `top_k_index [t, K]`, `top_k_weights [t, K]`, whole sequences in order.
+
+        Returns:
+            Mean loss in nats per predicted token, float64 `[B]`.
+        """
+        hidden_states = self._hidden_states(tokens, capture)
+        base, forward = self.model.base_model, self.model.base_model.forward
+        rows = max(1, TOKENS_AT_A_TIME // tokens.shape[1])
+        losses = []
+        try:
+            for first in range(0, len(tokens), rows):
+                part = tokens[first : first + rows].to(self.device)
+                base.forward = _returns(hidden_states, slice(first, first + rows))  # type: ignore[method-assign]
+                logits = self.model(input_ids=part, use_cache=False, output_router_logits=False).logits[:, :-1]
+                losses += [
+                    F.cross_entropy(row.float(), target).double().cpu() for row, target in zip(logits, part[:, 1:])
+                ]
+        finally:
+            base.forward = forward  # type: ignore[method-assign]
+        return torch.stack(losses)
+
+    @contextlib.contextmanager
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within the block `tensors`, by state-dict name, stand in the place of the model's own."""
+        paths = [path for path in self._layers if any(name.startswith(f"{path}.") for name in tensors)]
+        self._overrides = tensors
+        try:
+            self._unload(paths)
+            yield
+        finally:
+            self._overrides = {}
+            self._unload(paths)
+
+    def _hidden_states(self, tokens: torch.Tensor, capture: Capture | None) -> Any:
+        """The base model's output on all of `tokens`."""
+        self._capture, self._rows = capture, max(1, TOKENS_AT_A_TIME // tokens.shape[1])
+        try:
+            return self.model.base_model(
+                input_ids=tokens.to(self.device), use_cache=False, output_router_logits=False
+            )
+        finally:
+            self._capture = None
+
+    def _find_layers(self) -> list[str]:
+        """The paths of the decoder layers: all of the list that the layers with experts are in."""
+        first = next(iter(self.experts.values()))
+        match = re.match(r"(.*?)\.\d+\.", first)
+        assert match, f"no layer index in {first}"
+        return [f"{match[1]}.{i}" for i in range(len(self.model.get_submodule(match[1])))]
+
+    def _materialise_buffers(self) -> None:
+        """Give what no checkpoint holds (rotary frequencies, scales) its values, by the family's own initialisation."""
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            self._set(name, torch.empty_like(buffer, device="cpu"))
+        for module in self.model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        self.model.initialize_weights()
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            self._set(name, buffer.to(self.device))
+
+    def _stream(self, path: str) -> None:
+        """Make the layer at `path` read its weights when it is called."""
+        layer = self.model.get_submodule(path)
+        forward = layer.forward
+
+        def streamed(*args: Any, **kwargs: Any) -> Any:
+            self._load(self._names[path])
+            try:
+                return _in_parts(forward, self._rows, args, kwargs)
+            finally:
+                if not self._keeps:
+                    self._unload([path])
+
+        layer.forward = streamed  # type: ignore[method-assign]
+
+    def _load(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self._get(name).is_meta:
+                tensor = self._overrides[name] if name in self._overrides else self._read(name)
+                dtype = torch.float32 if self.device.type == "cpu" else self._get(name).dtype
+                self._set(name, tensor.to(self.device, dtype if tensor.is_floating_point() else None))
+
+    def _unload(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            for name in self._names[path]:
+                self._set(name, self._get(name).to("meta"))
+
+    def _get(self, name: str) -> torch.Tensor:
+        return self.model.get_parameter_or_buffer(name)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, last = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if last in module._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, last, tensor)
+
+    def _watch(self, layer: int):
+        def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._capture is not None:
+                names = ("hidden_states", "top_k_index", "top_k_weights")
+                given = dict(zip(names, args)) | kwargs
+                self._capture(layer, *(given[name] for name in names))
+
+        return watch
+
+
+def _returns(outputs: Any, rows: slice) -> Callable[..., Any]:
+    """A forward of the base model that hands out some sequences of what it has computed before."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(outputs)(last_hidden_state=outputs.last_hidden_state[rows])
+
+    return forward
+
+
+def _in_parts(forward: Callable, rows: int, args: tuple, kwargs: dict) -> Any:
+    """`forward(*args, **kwargs)`, `rows` sequences at a time; what has no dimension of sequences goes along whole."""
+    num_rows = args[0].shape[0] if args else kwargs["hidden_states"].shape[0]
+    if num_rows <= rows:
+        return forward(*args, **kwargs)
+
+    def part(value: Any, chosen: slice) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == num_rows:
+            return value[chosen]
+        if isinstance(value, (tuple, list)):
+            return type(value)(part(each, chosen) for each in value)
+        if isinstance(value, dict):
+            return {key: part(each, chosen) for key, each in value.items()}
+        return value
+
+    outputs = []
+    for first in range(0, num_rows, rows):
+        chosen = slice(first, first + rows)
+        outputs.append(forward(*(part(a, chosen) for a in args), **{k: part(v, chosen) for k, v in kwargs.items()}))
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(torch.cat(each) if isinstance(each[0], torch.Tensor) else each[0] for each in zip(*outputs))
