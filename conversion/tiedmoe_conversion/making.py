@@ -1,54 +1,163 @@
 """Makes the tensors that a plan's operations name; holds one pool, and no other, at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
+from .calibration import Calibration, Residuals, TiedTensors
+from .experts import ExpertFunction
 from .families import FamilyTensors, check_finite
-from .methods import Group, Pool
+from .methods.registry import Group, Pool, RoutedInputs
 from .plan import Plan, TensorOperation
 
 
 @dataclass(frozen=True)
-class _SourceExperts:
+class SourceExperts:
     """One source layer's experts as a method reads them."""
 
     index: int
     path: str
     tensors: FamilyTensors
+    calibration: Calibration | None = None
+    _inputs: list[RoutedInputs] = field(default_factory=list, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors.read(f"{self.path}.{name}")
 
+    def inputs(self) -> RoutedInputs:
+        assert self.calibration is not None, "a method that was not registered to need calibration asks for it"
+        if not self._inputs:
+            self._inputs.append(self.calibration.inputs(self.index))
+        return self._inputs[0]
+
+
+@dataclass(frozen=True)
+class MadePool:
+    """A pool and what the layers of its group add to it."""
+
+    pool: Pool
+    residuals: Residuals = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePool:
+    """Run the recipe's methods for one group: the first makes the pool, the others refine it.
+
+    The pool is as wide as planned and in the source's dtype; the same recipe gives the same bits.
+    """
+    recipe, source, layers = plan.recipe, plan.source, plan.groups[index]
+    parameters = parameter_names(plan, index)
+    group = Group(
+        layers=tuple(SourceExperts(layer, source.experts[layer], source.tensors, calibration) for layer in layers),
+        num_experts=getattr(plan.config, plan.config.num_experts_field),
+        pool_num_experts=plan.pool_num_experts[index],
+        parameters=parameters,
+        function=cache(lambda: ExpertFunction(source.model.get_submodule(source.experts[layers[0]]))),
+        seed=recipe.seed * 1_000_003 + layers[0],
+        held_out_loss=calibration
+        and (lambda pool: calibration.loss(TiedTensors(source, {layer: (pool, {}) for layer in layers}, parameters))),
+    )
+    pool: Pool | None = None
+    for method, options in recipe.steps:
+        pool = method.build(group, pool, **options) if method.refines else method.build(group, **options)
+        if method is recipe.steps[0][0] and not method.any_width and not method.lossless:
+            own = method.pool_num_experts(group.num_experts, len(layers))
+            if group.pool_num_experts > own:
+                from .methods.widen import widen
+
+                pool = widen(group, pool, group.pool_num_experts)
+    assert pool is not None
+    made: Residuals = {}
+    if recipe.residual_rank:
+        from .residual import residuals
+
+        made = residuals(group, pool, recipe.residual_rank)
+    return MadePool(pool, made, list(getattr(group, "notes", [])))
+
+
+def parameter_names(plan: Plan, index: int) -> tuple[str, ...]:
+    """The names of a pool's tensors, such as `("gate_up_proj", "down_proj")`."""
+    first = plan.groups[index][0]
+    return tuple(name.removeprefix(f"{plan.source.experts[first]}.") for name in plan.source.expert_names(first))
+
 
 class TensorMaker:
-    """Makes the tensor of an operation; keeps the pool that is being written, and no other."""
+    """Makes the tensor of an operation; keeps the pool that is being written, and no other.
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self._current: tuple[int, Pool] | None = None
+    Attributes:
+        notes: what the methods had to say, by pool.
+    """
+
+    def __init__(self, plan: Plan, calibration: Calibration | None = None, work=None):
+        self.plan, self.calibration, self.work = plan, calibration, work
+        self.notes: dict[int, list[str]] = {}
+        self._current: tuple[int, MadePool] | None = None
+        self._streams = all(method.streams for method, _ in plan.recipe.steps) and not plan.recipe.residual_rank
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
         """The operation's tensor in blocks along dimension 0."""
         if operation.pool < 0:
             yield self.plan.source.tensors.read(operation.target)
-        elif operation.kind == "slot_map":
-            yield self._pool(operation.pool).slot_maps[operation.layer]
+            return
+        made = self._pool(operation.pool)
+        if operation.kind == "slot_map":
+            identity = torch.arange(operation.shape[0])  # a method that maps none, in a recipe of which another does
+            yield made.pool.slot_maps.get(operation.layer, identity)
+        elif operation.kind == "residual":
+            name, factor = operation.parameter.rsplit("_residual_", 1)
+            yield made.residuals[operation.layer][name]["ba".index(factor)]
         else:
-            for block in self._pool(operation.pool).blocks(operation.parameter):
+            for block in made.pool.blocks(operation.parameter):
                 check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
                 yield block
                 del block  # as the writer does
 
-    def _pool(self, index: int) -> Pool:
+    def _pool(self, index: int) -> MadePool:
         if self._current is None or self._current[0] != index:
             self._current = None
-            layers = tuple(
-                _SourceExperts(layer, self.plan.source.experts[layer], self.plan.source.tensors)
-                for layer in self.plan.groups[index]
-            )
-            num_experts = getattr(self.plan.config, self.plan.config.num_experts_field)
-            pool = self.plan.method.build(Group(layers, num_experts), **self.plan.recipe.method_options)
-            self._current = (index, pool)
+            self._current = (index, self._stored(index) if self.work and not self._streams else self._make(index))
+            self.notes[index] = self._current[1].notes
         return self._current[1]
+
+    def _make(self, index: int) -> MadePool:
+        if self.plan.statistics_bytes and self.calibration is not None:
+            self.calibration.gather([layer for group in self.plan.groups for layer in group])
+        return make_pool(self.plan, index, self.calibration)
+
+    def _stored(self, index: int) -> MadePool:
+        """The pool from the working folder, where an earlier run that was killed has left it."""
+        name = f"pool-{index}"
+        found = self.work.load(name)
+        if found is None:
+            made = self._make(index)
+            tensors = _flat(made, parameter_names(self.plan, index))
+            self.work.store(name, tensors, {"notes": made.notes})
+            return made
+        tensors, metadata = found
+        return _unflat(tensors, metadata["notes"])
+
+
+def _flat(made: MadePool, parameters: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    tensors = {f"pool/{name}": made.pool.read(name) for name in parameters}
+    tensors |= {f"slot_map/{layer}": slot_map for layer, slot_map in made.pool.slot_maps.items()}
+    for layer, factors in made.residuals.items():
+        for name, pair in factors.items():
+            tensors |= {f"residual/{layer}/{name}/{factor}": each for factor, each in zip("ba", pair)}
+    return tensors
+
+
+def _unflat(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> MadePool:
+    slot_maps, factors = {}, {}
+    for name, tensor in tensors.items():
+        kind, *rest = name.split("/")
+        if kind == "slot_map":
+            slot_maps[int(rest[0])] = tensor
+        elif kind == "residual" and rest[2] == "b":
+            factors.setdefault(int(rest[0]), {})[rest[1]] = (tensor, tensors[f"{name[:-1]}a"])
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        yield tensors[f"pool/{name}"]
+
+    return MadePool(Pool(blocks, slot_maps), factors, notes)

@@ -1,7 +1,7 @@
 """`make_plan`: what a conversion will do, tensor by tensor, from the source's config and headers alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_tiedmoe import TiedMoeConfig
 
+from .calibration import HELD_OUT_SHARE
 from .errors import ConversionError
 from .families import SourceModel, family_model, read_config, saved_tensors
 from .methods import METHODS, Method
@@ -24,6 +25,8 @@ from .source import open_source
 from .verify import MAX_BYTES_FOR_LOGITS
 from .write import Planned, check_output, into_files
 
+GROUP_COPIES = 2  # of a group's experts in float32, that calibrated methods hold: the source's and the pool's
+
 
 @dataclass(frozen=True)
 class TensorOperation(Planned):
@@ -31,11 +34,11 @@ class TensorOperation(Planned):
 
     Attributes:
         kind: "copy" (bit for bit), "fuse" (transformers' own rule, e.g. one tensor per expert into one 3-D tensor),
-            "pool" (the method makes it) or "slot_map" (the method makes it, too).
+            "pool" (the methods make it), "slot_map" or "residual" (made with the pool).
         sources: the source's tensors that it is made from.
         pool: the pool that it belongs to; -1 outside of pools.
-        parameter: the name of the pool's parameter, "" otherwise.
-        layer: whose slot map it is; -1 otherwise.
+        parameter: the name of the pool's parameter, or of a layer's residual factor; "" otherwise.
+        layer: whose slot map or residual it is; -1 otherwise.
     """
 
     kind: str
@@ -57,6 +60,7 @@ class Plan:
         dropped: source tensors that the output does not hold, with the reason.
         files: the small files that travel along.
         peak_memory_bytes: an estimate of the tensors held at a time, without Python and torch themselves.
+        statistics_bytes: what the calibration text leaves on the disk while converting, or in the statistics folder.
     """
 
     recipe: ConversionRecipe
@@ -73,11 +77,17 @@ class Plan:
     expert_parameters_after: int
     bytes_before: int
     peak_memory_bytes: int
+    statistics_bytes: int
 
     @property
     def method(self) -> Method:
         """The method that makes the pools."""
         return METHODS[self.recipe.method]
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the tied model computes the source's logits, bit for bit."""
+        return _is_lossless(self.recipe)
 
     @cached_property
     def bytes_after(self) -> int:
@@ -93,6 +103,8 @@ class Plan:
             "family": self.config.family,
             "method": self.recipe.method,
             "method_options": dict(self.recipe.method_options),
+            "then": [dict(each) for each in self.recipe.then],  # type: ignore[arg-type]  # resolved to mappings
+            "residual_rank": self.recipe.residual_rank,
             "groups": [list(group) for group in self.groups],
             "pool_num_experts": list(self.pool_num_experts),
             "parameters_before": self.parameters_before,
@@ -101,7 +113,9 @@ class Plan:
             "expert_parameters_after": self.expert_parameters_after,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "residual_bytes": sum(o.num_bytes for o in self.operations if o.kind == "residual"),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "statistics_bytes": self.statistics_bytes,
             "tensors": len(self.operations),
             "shards": len({operation.file for operation in self.operations}),
             "files": list(self.files),
@@ -113,7 +127,7 @@ class Plan:
         pools = Table("pool", "layers", "experts", "made by", "bytes", box=box.SIMPLE_HEAD)
         for p, (group, width) in enumerate(zip(self.groups, self.pool_num_experts)):
             size = sum(operation.num_bytes for operation in self.operations if operation.pool == p)
-            pools.add_row(str(p), _span(group), str(width), recipe.method, decimal(size))
+            pools.add_row(str(p), _span(group), str(width), _made_by(recipe), decimal(size))
         totals = Table("", "before", "after", "left", box=box.SIMPLE_HEAD)
         for label, before, after, show in (
             ("parameters", self.parameters_before, self.parameters_after, "{:,}".format),
@@ -133,7 +147,13 @@ class Plan:
             Text(
                 f"{len(self.operations)} tensors in {len({operation.file for operation in self.operations})} weight "
                 f"file(s); at most {decimal(self.peak_memory_bytes)} of tensors in memory at a time\n"
-                f"files that travel along: {', '.join(self.files) or 'none'}"
+                + (
+                    f"calibration on {recipe.calibration_tokens:,} tokens of {recipe.calibration}: "
+                    f"{decimal(self.statistics_bytes)} of statistics on the disk\n"
+                    if recipe.calibration is not None
+                    else ""
+                )
+                + f"files that travel along: {', '.join(self.files) or 'none'}"
             ),
             *(Text(f"dropped: {len(names)} tensor(s), such as {names[0]}: {why}") for why, names in reasons.items()),
         )
@@ -151,6 +171,10 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
     Raises:
         ValueError: whatever is wrong with the recipe, the source or the two together, and what to do about it.
     """
+    if recipe.budget is not None or recipe.max_loss is not None:
+        raise ConversionError(
+            "the recipe leaves groups and pool sizes to budget or max_loss; `choose` (tiedmoe convert) finds them first"
+        )
     check_output(recipe.output)
     opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
     family_config = read_config(opened)
@@ -158,8 +182,11 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
     source = SourceModel.map(opened, family_config)
     _check_alike(groups, source)
     _check_shapes(source)
-    method, num_experts = METHODS[recipe.method], _num_experts(source)
-    pool_num_experts = [method.pool_num_experts(num_experts, len(group)) for group in groups]
+    num_experts = _num_experts(source)
+    pool_num_experts = [
+        recipe.pool_num_experts(p, len(groups), num_experts, len(group)) for p, group in enumerate(groups)
+    ]
+    maps = any(method.slot_maps for method, _ in recipe.steps)
     config = TiedMoeConfig.from_family(
         family_config,
         group_size=recipe.group_size,
@@ -167,7 +194,8 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
         skip_last=recipe.skip_last,
         groups=groups,
         pool_num_experts=pool_num_experts,
-        slot_maps=method.slot_maps,
+        slot_maps=[maps or width != num_experts for width in pool_num_experts],
+        residual_rank=recipe.residual_rank,
     )
     config.architectures = ["TiedMoeForCausalLM"]
     tied = family_model(config)
@@ -175,12 +203,12 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
     replaced = _replaced(recipe, groups, source)
     _check_coverage(operations, replaced, source)
     expert_names = {name for layer in source.experts for name in source.expert_names(layer)}
-    tied_experts = [o for o in operations if o.kind == "pool" or o.target in expert_names]
+    tied_experts = [o for o in operations if o.kind in ("pool", "residual") or o.target in expert_names]
     ignored_bytes = sum(opened.tensors[name].num_bytes for name in source.tensors.dropped)
     bytes_before = sum(info.num_bytes for info in opened.tensors.values()) - ignored_bytes
-    peaks = [_peak(operation, groups, source, method) for operation in operations]
+    peaks = [_peak(operation, groups, source, recipe) for operation in operations]
     peaks += [2 * source.tensors.meta[name].nbytes for name in source.tensors.copies]  # the two are compared
-    if method.lossless and bytes_before <= MAX_BYTES_FOR_LOGITS:
+    if _is_lossless(recipe) and bytes_before <= MAX_BYTES_FOR_LOGITS:
         peaks.append(sum(operation.num_bytes for operation in operations))  # the verification loads the output
     return Plan(
         recipe=recipe,
@@ -197,6 +225,7 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
         expert_parameters_after=sum(math.prod(operation.shape) for operation in tied_experts),
         bytes_before=bytes_before,
         peak_memory_bytes=max(peaks),
+        statistics_bytes=_statistics_bytes(recipe, groups, source),
     )
 
 
@@ -215,7 +244,7 @@ def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[l
             f"of {recipe.source} is left; lower them, or name groups"
         )
     for group in config.groups:
-        METHODS[recipe.method].layers_read(group, **recipe.method_options)  # refuses an option's bad value
+        _layers_read(recipe, group)  # refuses an option's bad value
     return [list(group) for group in config.groups]
 
 
@@ -260,7 +289,7 @@ def _operations(
     recipe: ConversionRecipe, groups: list[list[int]], tied: PreTrainedModel, source: SourceModel
 ) -> list[TensorOperation]:
     """One operation per tensor that the tied model saves; a pool's tensors and slot maps stand together."""
-    method, tensors = METHODS[recipe.method], source.tensors
+    tensors = source.tensors
     expected = saved_tensors(tied)
     operations = []
     for name in expected:
@@ -274,15 +303,20 @@ def _operations(
             target = f"{tied.base_model_prefix}.expert_pools.{p}.{part}"
             keys = tuple(
                 key
-                for layer in method.layers_read(group, **recipe.method_options)
+                for layer in _layers_read(recipe, group)
                 for key in tensors.units[f"{source.experts[layer]}.{part}"].keys
             )
             shape, dtype = tuple(expected[target].shape), tensors.meta[name].dtype
             operations.append(TensorOperation(target, shape, dtype, "pool", keys, p, part))
-        for layer in group if method.slot_maps else ():
-            target = f"{source.experts[layer]}.slot_map"
-            shape = tuple(expected[target].shape)
-            operations.append(TensorOperation(target, shape, torch.int64, "slot_map", (), p, layer=layer))
+        for layer in group:
+            prefix = f"{source.experts[layer]}."
+            for target in [name for name in expected if name.startswith(prefix)]:
+                part, shape = target.removeprefix(prefix), tuple(expected[target].shape)
+                if part == "slot_map":
+                    operations.append(TensorOperation(target, shape, torch.int64, "slot_map", (), p, part, layer))
+                else:
+                    dtype = tensors.meta[f"{prefix}{part.rsplit('_residual_')[0]}"].dtype
+                    operations.append(TensorOperation(target, shape, dtype, "residual", (), p, part, layer))
     planned = [operation.target for operation in operations]
     assert sorted(planned) == sorted(expected), f"not planned, or twice: {set(planned) ^ set(expected)}"
     return operations
@@ -292,7 +326,7 @@ def _replaced(recipe: ConversionRecipe, groups: list[list[int]], source: SourceM
     """The experts that a pool stands for and that its method does not read."""
     reasons = {}
     for p, group in enumerate(groups):
-        for layer in set(group) - set(METHODS[recipe.method].layers_read(group, **recipe.method_options)):
+        for layer in set(group) - set(_layers_read(recipe, group)):
             for name in source.expert_names(layer):
                 keys = source.tensors.units[name].keys
                 reasons.update(dict.fromkeys(keys, f"pool {p} takes the place of layer {layer}'s experts"))
@@ -306,15 +340,50 @@ def _check_coverage(operations: list[TensorOperation], replaced: Mapping[str, st
     assert not lost, f"tensors of the source that nothing reads: {sorted(lost)[:5]}"
 
 
-def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceModel, method: Method) -> int:
+def _layers_read(recipe: ConversionRecipe, group: Sequence[int]) -> list[int]:
+    """The layers of a group that any of the recipe's steps reads."""
+    if recipe.residual_rank:
+        return list(group)
+    read = {layer for method, options in recipe.steps for layer in method.layers_read(group, **options)}
+    return [layer for layer in group if layer in read]
+
+
+def _is_lossless(recipe: ConversionRecipe) -> bool:
+    return not recipe.residual_rank and all(method.lossless for method, _ in recipe.steps)
+
+
+def _made_by(recipe: ConversionRecipe) -> str:
+    """The recipe's methods for people: "prototype, prefit, residual 8"."""
+    names = [method.name for method, _ in recipe.steps]
+    return ", ".join(names + [f"residual {recipe.residual_rank}"] * bool(recipe.residual_rank))
+
+
+def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceModel, recipe: ConversionRecipe) -> int:
     """Bytes of tensors in memory while the operation runs; a rule that fuses holds its inputs beside its output."""
-    if operation.kind != "pool":
+    if operation.pool < 0:
         return operation.num_bytes * (2 if operation.kind == "fuse" else 1)
-    name = f"{source.experts[groups[operation.pool][0]]}.{operation.parameter}"
+    group = groups[operation.pool]
+    name = f"{source.experts[group[0]]}.{operation.parameter}"
+    methods = [method for method, _ in recipe.steps]
+    if recipe.residual_rank or not all(method.streams for method in methods):
+        in_float32 = sum(source.tensors.meta[each].numel() * 4 for each in source.expert_names(group[0]))
+        return GROUP_COPIES * in_float32 * len(group) + _statistics_bytes(recipe, [group], source)
+    if operation.kind != "pool":
+        return operation.num_bytes
     layer = source.tensors.meta[name]
     is_fused = source.tensors.units[name].converter is not None
-    read = layer.nbytes * (2 if is_fused or method.lossless else 1)  # the comparison of a lossless pool needs two, too
-    return read + method.float32_copies * layer.numel() * 4
+    read = layer.nbytes * (2 if is_fused or _is_lossless(recipe) else 1)  # comparing a lossless pool needs two, too
+    return read + max(method.float32_copies for method in methods) * layer.numel() * 4
+
+
+def _statistics_bytes(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> int:
+    """What the layers' inputs on the calibration text take, by their shapes."""
+    if recipe.calibration is None or not any(method.calibration(**options) for method, options in recipe.steps):
+        return 0
+    tokens = recipe.calibration_tokens * (1 + HELD_OUT_SHARE)
+    config = source.model.config
+    per_token = config.hidden_size * source.tensors.meta[source.expert_names(groups[0][0])[0]].dtype.itemsize
+    return int(tokens * per_token * sum(map(len, groups)))
 
 
 def _span(layers: list[int]) -> str:

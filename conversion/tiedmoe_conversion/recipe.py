@@ -4,6 +4,7 @@ What needs the source to be checked (which layers have experts, how many) is che
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from .errors import ConversionError, did_you_mean
-from .methods import METHODS
+from .methods import METHODS, Method
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -39,10 +40,42 @@ class ConversionRecipe:
     groups: Sequence[Sequence[int]] | None = _option(
         None, "Layer indices per pool, such as [[2, 3], [4, 5]]; overrides the three numbers above."
     )
-    method: str = _option("average", "How a group's experts become a pool: average, select or union.")
+    method: str = _option("average", f"How a group's experts become a pool: {', '.join(METHODS)}.")
     method_options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": 'The method\'s own options, such as {"layer": "last"}.'}
     )
+    pool_experts: str | int | Sequence[str | int] | None = _option(
+        None,
+        "Experts per pool: a number, or times the source's such as 1.5x, or one per pool; the method's own by default.",
+    )
+    then: Sequence[str | Mapping[str, Any]] = field(
+        default_factory=tuple,
+        metadata={"help": "Methods that refine the pool afterwards, such as prefit or [{prefit: {steps: 100}}]."},
+    )
+    residual_rank: int = _option(
+        0, "Rank of a low-rank residual that every layer adds to its pool's weights; 0 is none."
+    )
+    budget: float | None = _option(
+        None, "Choose groups and pool sizes: this fraction of the source's bytes, such as 0.6, at the least loss."
+    )
+    max_loss: float | None = _option(
+        None,
+        "Choose groups and pool sizes: the fewest bytes that add at most this to the held-out loss (nats per token).",
+    )
+    calibration: str | None = _option(
+        None, "Text for the methods that need it and for the losses: a file, a folder, a Hub dataset, or austen."
+    )
+    calibration_tokens: int = _option(32768, "Tokens of the text to fit on; a quarter as many again are held out.")
+    calibration_block_size: int = _option(
+        512, "Tokens in a sequence of the text; the source must know so many positions."
+    )
+    statistics: str | None = _option(
+        None, "Folder that keeps what the text told about the source, for further conversions of it."
+    )
+    measure: bool = _option(
+        True, "With calibration text: the loss before and after, routing agreement and dead slots, in report and card."
+    )
+    seed: int = _option(0, "Of the choice of text, and of every method that draws.")
     revision: str | None = _option(None, "Branch, tag or commit of a source on the Hub.")
     max_shard_size: str = _option("5GB", "Largest weight file to write, such as 500MB or 5GB.")
     allow_pickle: bool = _option(
@@ -67,6 +100,11 @@ class ConversionRecipe:
             raise ConversionError(f"method_options={self.method_options!r}; expected a mapping of names to values")
         object.__setattr__(self, "method_options", dict(self.method_options))
         METHODS[self.method].check_options(self.method_options)
+        object.__setattr__(self, "then", _check_then(self.then))
+        if self.pool_experts is not None:
+            object.__setattr__(self, "pool_experts", _check_pool_experts(self.pool_experts))
+        self._check_numbers()
+        self._check_calibration()
         if self.revision is not None and not isinstance(self.revision, str):
             raise ConversionError(
                 f"revision={self.revision!r}; expected a branch, a tag or a commit as text (quote it in YAML)"
@@ -74,6 +112,88 @@ class ConversionRecipe:
         if not isinstance(self.allow_pickle, bool):
             raise ConversionError(f"allow_pickle={self.allow_pickle!r}; expected true or false")
         parse_size(self.max_shard_size)
+
+    @property
+    def steps(self) -> list[tuple[Method, dict[str, Any]]]:
+        """The methods in the order they run, each with its options."""
+        then = [(METHODS[name], dict(options)) for each in self.then for name, options in each.items()]  # type: ignore[union-attr]
+        return [(METHODS[self.method], dict(self.method_options)), *then]
+
+    def pool_num_experts(self, pool: int, num_pools: int, num_experts: int, group_size: int) -> int:
+        """P of a pool of `group_size` layers of `num_experts` experts each.
+
+        Raises:
+            ConversionError: there is not one size per pool, or a pool would be wider than all its layers' experts.
+        """
+        method, sizes = METHODS[self.method], self.pool_experts
+        own = method.pool_num_experts(num_experts, group_size)
+        if isinstance(sizes, tuple) and len(sizes) != num_pools:
+            raise ConversionError(
+                f"pool_experts has {len(sizes)} entries for {num_pools} pools; give one, or one per pool"
+            )
+        size = sizes[pool] if isinstance(sizes, tuple) else sizes
+        if size is None:
+            return own
+        wanted = math.ceil(float(size[:-1]) * num_experts - 1e-9) if isinstance(size, str) else size
+        most = num_experts * group_size
+        if not 1 <= wanted <= most or (method.lossless and wanted != own):
+            expected = f"{own}, all of its layers' experts" if method.lossless else f"from 1 to {most}"
+            raise ConversionError(
+                f"pool_experts={size!r} makes pool {pool} one of {wanted} experts; expected {expected}, as method "
+                f"{self.method!r} ties {group_size} layers of {num_experts}; prototype makes a pool of any size"
+            )
+        if wanted < own and not method.any_width:
+            raise ConversionError(
+                f"pool_experts={size!r} makes pool {pool} one of {wanted} experts, but method {self.method!r} makes {own} and "
+                "can only be widened; choose prototype, which keeps as many experts as asked for"
+            )
+        return wanted
+
+    def needs_calibration(self) -> bool:
+        """Whether any step runs the source on text."""
+        chooses = self.budget is not None or self.max_loss is not None
+        return chooses or any(method.calibration(**options) for method, options in self.steps)
+
+    def _check_numbers(self) -> None:
+        for name, least in (
+            ("residual_rank", 0), ("calibration_tokens", 1), ("calibration_block_size", 2), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConversionError(f"{name}={value!r}; expected an integer of at least {least}")
+        if self.budget is not None and self.max_loss is not None:
+            raise ConversionError(
+                f"budget={self.budget} and max_loss={self.max_loss} are both given; expected one of them"
+            )
+        for name, most in (("budget", 1.0), ("max_loss", math.inf)):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= most
+            ):
+                expected = "a fraction of the source's bytes such as 0.6" if name == "budget" else "nats such as 0.02"
+                raise ConversionError(f"{name}={value!r}; expected {expected}")
+        if self.budget is not None or self.max_loss is not None:
+            given = [name for name in ("groups", "pool_experts") if getattr(self, name) is not None]
+            if given:
+                raise ConversionError(
+                    f"{given[0]} is given beside budget or max_loss, which choose groups and pool sizes; leave one out"
+                )
+        if not isinstance(self.measure, bool):
+            raise ConversionError(f"measure={self.measure!r}; expected true or false")
+
+    def _check_calibration(self) -> None:
+        for name in ("calibration", "statistics"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
+                raise ConversionError(f"{name}={value!r}; expected a path")
+            object.__setattr__(self, name, None if value is None else str(value))
+        if self.calibration is None and self.needs_calibration():
+            asking = [method.name for method, options in self.steps if method.calibration(**options)]
+            what = f"method {asking[0]!r}" if asking else "choosing by budget or max_loss"
+            raise ConversionError(
+                f"{what} needs calibration text; give calibration=FILE_OR_DATASET (--calibration), text like what the model is "
+                "for, or austen for the novels that ship with the package"
+            )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ConversionRecipe":
@@ -104,6 +224,8 @@ class ConversionRecipe:
         """Every field as plain JSON and YAML values; `from_dict` reads it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["groups"] = None if self.groups is None else [list(group) for group in self.groups]
+        fields["then"] = [dict(each) for each in self.then]  # type: ignore[arg-type]
+        fields["pool_experts"] = list(self.pool_experts) if isinstance(self.pool_experts, tuple) else self.pool_experts
         return fields
 
     def to_yaml(self, path: str | Path) -> None:
@@ -123,6 +245,51 @@ def parse_size(size: str | int) -> int:
     if not 1 <= number < float("inf"):
         raise ConversionError(f"max_shard_size={size!r}; expected a number and one of {list(SIZE_UNITS)}, such as 5GB")
     return int(number)
+
+
+def _check_then(then: Any) -> tuple[dict[str, dict[str, Any]], ...]:
+    """Every further step as `{method: options}`."""
+    if isinstance(then, (str, Mapping)):
+        then = [then]
+    if not _is_list(then):
+        raise ConversionError(f"then={then!r}; expected methods such as prefit, or [{{prefit: {{steps: 100}}}}]")
+    steps = []
+    for each in then:
+        named = {each: {}} if isinstance(each, str) else each
+        if not isinstance(named, Mapping) or len(named) != 1:
+            raise ConversionError(
+                f"then names {each!r}; expected a method, or one method and its options as a mapping"
+            )
+        ((name, options),) = named.items()
+        refining = [method.name for method in METHODS.values() if method.refines]
+        if name not in refining:
+            known = f"method {name!r} makes a pool and refines none" if name in METHODS else f"unknown method {name!r}"
+            raise ConversionError(f"then: {known}; {did_you_mean(name, refining)}")
+        if not isinstance(options or {}, Mapping):
+            raise ConversionError(
+                f"then gives {name!r} the options {options!r}; expected a mapping of names to values"
+            )
+        METHODS[name].check_options(options or {})
+        steps.append({str(name): dict(options or {})})
+    return tuple(steps)
+
+
+def _check_pool_experts(sizes: Any) -> Any:
+    """A number, a multiple as text such as "1.5x", or a tuple of them."""
+    if _is_list(sizes) and sizes:
+        return tuple(_check_pool_experts(size) for size in sizes)
+    text = str(sizes).strip().lower()
+    if isinstance(sizes, str) and text.isdecimal():
+        sizes = int(text)
+    if isinstance(sizes, int) and not isinstance(sizes, bool) and sizes > 0:
+        return sizes
+    try:
+        factor = float(text.removesuffix("x")) if isinstance(sizes, str) and text.endswith("x") else 0.0
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise ConversionError(f"pool_experts={sizes!r}; expected a number such as 96, times the source's such as 1.5x")
+    return text
 
 
 def _is_list(value: Any) -> bool:

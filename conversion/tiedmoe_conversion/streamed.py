@@ -100,9 +100,7 @@ class StreamedModel:
         """The base model's output on all of `tokens`."""
         self._capture, self._rows = capture, max(1, TOKENS_AT_A_TIME // tokens.shape[1])
         try:
-            return self.model.base_model(
-                input_ids=tokens.to(self.device), use_cache=False, output_router_logits=False
-            )
+            return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False, output_router_logits=False)
         finally:
             self._capture = None
 

@@ -50,12 +50,12 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 
 def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: bool) -> inspect.Parameter:
-    """One argument or flag: simple types as typer has them, lists and mappings as YAML."""
+    """One argument or flag: simple types as typer has them, lists, mappings and unions as YAML."""
     options: dict[str, Any] = {"help": field.metadata.get("help")}
     default = None if field.default is dataclasses.MISSING else field.default
     hint = _without_none(hint)
     if hint not in SIMPLE_TYPES:
-        is_list = issubclass(typing.get_origin(hint), Sequence)
+        is_list = hint is not Any and issubclass(typing.get_origin(hint), Sequence)
         options |= {"parser": _parse_list if is_list else _parse_yaml, "metavar": "LIST" if is_list else "YAML"}
         hint, default = str, None  # typer would parse the default, too
     flag = "--" + field.name.replace("_", "-")
@@ -70,9 +70,10 @@ def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: b
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`."""
+    """`X` of `X | None`; Any, which is read as YAML, of a union of more."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (hint,) = [each for each in typing.get_args(hint) if each is not types.NoneType]
+        left = [each for each in typing.get_args(hint) if each is not types.NoneType]
+        return left[0] if len(left) == 1 else Any
     return hint
 
 

@@ -1,0 +1,260 @@
+"""What the layers' experts are given on calibration text, and the loss on the part of it that is held out.
+
+The source runs once over all of the text, layer by layer (`StreamedModel`); each layer's inputs and routing are written to
+a folder as it ends, so that one layer's experts and inputs are in memory at a time, a killed run goes on where it was, and
+another conversion of the same source and text reads them again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from transformers_tiedmoe.training.data import load_blocks
+
+from .errors import ConversionError
+from .families import SourceModel, family_model
+from .methods.registry import Pool, RoutedInputs
+from .source import Source
+from .streamed import StreamedModel
+from .write import Progress
+
+BUNDLED = {"austen": "austen.txt.xz"}  # texts that ship with the package
+HELD_OUT_SHARE = 0.25  # of the calibration tokens, held out in addition to them
+LEFT_ALONE = 0.05  # of the text, at its end, which `tiedmoe heal` holds out: no decision is taken on it
+IDENTITY = "statistics.json"
+# By layer index and projection the factors `(b [E, rows, r], a [E, r, columns])`.
+Residuals = Mapping[int, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text the source is run on.
+
+    Attributes:
+        data: a file, a folder or a dataset of the Hub, as `tiedmoe heal --data`; "austen" is Jane Austen's novels, which
+            ship with the package.
+        num_tokens: tokens to fit on; a quarter as many again are held out, from the end of what is used. The last 5 % of
+            the text are left alone.
+        block_size: tokens in a sequence.
+        seed: of the choice of sequences.
+    """
+
+    data: str
+    num_tokens: int
+    block_size: int
+    seed: int
+
+    def tokens(self, source: Source) -> tuple[torch.Tensor, int]:
+        """All sequences, int64 `[N, block_size]`, in the source's own tokens, and how many of them are to fit on.
+
+        Raises:
+            ConversionError: no such text, less of it than asked for, or a source without a tokenizer.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise
+            raise ConversionError(
+                f"{source.name} has no tokenizer to read calibration text with ({type(error).__name__}: {error}); "
+                "put its tokenizer files beside its weights"
+            ) from error
+        data = str(files("transformers_tiedmoe") / "data" / BUNDLED[self.data]) if self.data in BUNDLED else self.data
+        num_fit = max(1, round(self.num_tokens / self.block_size))
+        num_held_out = max(1, round(self.num_tokens * HELD_OUT_SHARE / self.block_size))
+        try:
+            blocks = load_blocks(data, tokenizer, self.block_size, LEFT_ALONE)[0]["input_ids"]
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"calibration text: {error}") from error
+        if len(blocks) < num_fit + num_held_out:
+            raise ConversionError(
+                f"calibration text {self.data} is too short: without its last {LEFT_ALONE:.0%} it has "
+                f"{len(blocks) * self.block_size} tokens, and {(num_fit + num_held_out) * self.block_size} are needed, "
+                f"calibration_tokens={self.num_tokens} and a quarter held out; give more text, or lower calibration_tokens"
+            )
+        found = torch.tensor(blocks[:]).long()
+        usable, held_out = found[:-num_held_out], found[-num_held_out:]
+        chosen = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))[:num_fit]
+        return torch.cat([usable[chosen.sort().values], held_out]), num_fit
+
+
+class Calibration:
+    """The source on calibration text; computed when first asked for, and kept in a folder.
+
+    Args:
+        text: which text.
+        source: the source; it is read layer by layer.
+        folder: where statistics are kept; made when something is written.
+
+    Raises:
+        ConversionError: the folder holds statistics of another source, text or seed.
+    """
+
+    def __init__(self, text: CalibrationText, source: SourceModel, folder: Path):
+        self.text, self.source, self.folder = text, source, folder
+        self.tokens, self.num_fit = text.tokens(source.opened)
+        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        self._identity = {**asdict(text), "tokens_sha256": digest, "source": source.opened.fingerprint()}
+        self._identity["transformers"] = transformers.__version__
+        self._record = self._read_record()
+
+    @property
+    def digest(self) -> str:
+        """A hash of the tokens themselves, whatever the file was called."""
+        return self._identity["tokens_sha256"]
+
+    @property
+    def held_out(self) -> torch.Tensor:
+        """The held-out sequences, int64 `[N, block_size]`."""
+        return self.tokens[self.num_fit :]
+
+    @cached_property
+    def model(self) -> StreamedModel:
+        """The source's model."""
+        num_bytes = sum(tensor.nbytes for tensor in self.source.tensors.meta.values())
+        return StreamedModel(family_model(self.source.model.config), self.source.tensors.read, num_bytes)
+
+    def gather(self, layers: Iterable[int], progress: Progress | None = None) -> None:
+        """See that the inputs of `layers` are in the folder; one run of the source over the text if they are not."""
+        missing = [layer for layer in layers if not self._file(layer).is_file()]
+        if not missing:
+            return
+        self._write_record()
+        writer = _Writer(self, missing, progress)
+        losses = self.model.loss(self.tokens, writer.capture)
+        writer.flush()
+        self._record["source_loss"] = float(losses[self.num_fit :].mean())
+        self._write_record()
+
+    def inputs(self, layer: int) -> RoutedInputs:
+        """What `layer`'s experts are given on all of the text."""
+        self.gather([layer])
+        found = load_file(self._file(layer))
+        num_fit = self.num_fit * self.text.block_size
+        return RoutedInputs(found["hidden_states"], found["top_k_index"].long(), found["top_k_weights"], num_fit)
+
+    @property
+    def source_loss(self) -> float:
+        """The source's loss on the held-out text, nats per token."""
+        if "source_loss" not in self._record:
+            self._record["source_loss"] = float(self.model.loss(self.held_out).mean())
+            self._write_record()
+        return self._record["source_loss"]
+
+    def loss(self, tied: "TiedTensors") -> float:
+        """The loss on the held-out text of the source with some groups tied."""
+        with self.model.replaced(tied):
+            return float(self.model.loss(self.held_out).mean())
+
+    def remember(self, key: str, measure: Callable[[], Any]) -> Any:
+        """`measure()`, or what it gave the last time: JSON-able, kept with the statistics."""
+        if key not in self._record:
+            self._record[key] = measure()
+            self._write_record()
+        return self._record[key]
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer}.safetensors"
+
+    def _read_record(self) -> dict[str, Any]:
+        path = self.folder / IDENTITY
+        if not path.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ConversionError(f"statistics folder {self.folder} holds something else; give a new or empty one")
+            return {}
+        try:
+            record = json.loads(path.read_text())
+            identity = record.pop("identity")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConversionError(
+                f"{path} cannot be read: {error!r}; delete the folder, or give another one"
+            ) from error
+        different = [key for key, value in self._identity.items() if identity.get(key) != value]
+        if different:
+            raise ConversionError(
+                f"statistics folder {self.folder} holds those of another {', '.join(different)}; give another folder, or "
+                "delete it"
+            )
+        return record
+
+    def _write_record(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{IDENTITY}.draft"
+        draft.write_text(json.dumps({"identity": self._identity, **self._record}, indent=1) + "\n")
+        draft.replace(self.folder / IDENTITY)
+
+
+class TiedTensors(Mapping[str, torch.Tensor]):
+    """What tied layers' experts would be in an untied model, made when asked for: the rows of their pool, by state-dict name.
+
+    Args:
+        source: whose layers they are.
+        pools: by layer index its pool, and the residuals of its group's layers.
+        parameters: names of an expert's parameters.
+    """
+
+    def __init__(self, source: SourceModel, pools: Mapping[int, tuple[Pool, Residuals]], parameters: Iterable[str]):
+        self.pools = pools
+        self._names = {f"{source.experts[layer]}.{name}": (layer, name) for layer in pools for name in parameters}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        layer, name = self._names[key]
+        pool, residuals = self.pools[layer]
+        rows = pool.read(name)
+        if layer in pool.slot_maps:
+            rows = rows[pool.slot_maps[layer]]
+        if name in residuals.get(layer, {}):
+            b, a = residuals[layer][name]
+            rows = rows.float().baddbmm(b.float(), a.float()).to(rows.dtype)
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Writer:
+    """Writes a layer's inputs when the model has gone on to the next."""
+
+    def __init__(self, calibration: Calibration, layers: list[int], progress: Progress | None):
+        self.calibration, self.layers, self.progress = calibration, layers, progress
+        self.layer: int | None = None
+        self.parts: list[tuple[torch.Tensor, ...]] = []
+        self.done = 0
+
+    def capture(self, layer: int, *arguments: torch.Tensor) -> None:
+        """One call of a layer's experts."""
+        if layer not in self.layers:
+            return
+        if layer != self.layer:
+            self.flush()
+            self.layer = layer
+            if self.progress:
+                self.progress(self.done, len(self.layers), f"calibrating layer {layer}")
+        hidden_states, top_k_index, top_k_weights = arguments
+        dtype = self.calibration.source.tensors.meta[self.calibration.source.expert_names(layer)[0]].dtype
+        self.parts.append(
+            (hidden_states.to("cpu", dtype), top_k_index.to("cpu", torch.int32), top_k_weights.to("cpu").float())
+        )
+
+    def flush(self) -> None:
+        """Write the layer that is complete."""
+        if self.layer is None:
+            return
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        tensors = {name: torch.cat(each).contiguous() for name, each in zip(names, zip(*self.parts))}
+        path = self.calibration._file(self.layer)
+        draft = path.with_name(f".{path.name}.draft")
+        save_file(tensors, draft)
+        draft.replace(path)
+        self.layer, self.parts, self.done = None, [], self.done + 1
