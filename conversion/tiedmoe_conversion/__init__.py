@@ -5,8 +5,12 @@ Example:
     >>> plan = make_plan(recipe)  # reads headers only
     >>> print(plan)
     >>> report = execute(plan)
+
+or, where `budget` or `max_loss` leave the groups open, all of it at once: `report = convert(recipe)`.
 """
 
+from .choose import choose, preview
+from .convert import convert
 from .errors import ConversionError
 from .execute import execute
 from .methods import METHODS
@@ -14,4 +18,15 @@ from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
 from .untie import untie
 
-__all__ = ["METHODS", "ConversionError", "ConversionRecipe", "Plan", "execute", "make_plan", "untie"]
+__all__ = [
+    "METHODS",
+    "ConversionError",
+    "ConversionRecipe",
+    "Plan",
+    "choose",
+    "convert",
+    "execute",
+    "make_plan",
+    "preview",
+    "untie",
+]

@@ -5,8 +5,10 @@ a folder as it ends, so that one layer's experts and inputs are in memory at a t
 another conversion of the same source and text reads them again.
 """
 
+import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ from transformers_tiedmoe.training.data import load_blocks
 from .errors import ConversionError
 from .families import SourceModel, family_model
 from .methods.registry import Pool, RoutedInputs
+from .recipe import ConversionRecipe
 from .source import Source
 from .streamed import StreamedModel
 from .write import Progress
@@ -86,6 +89,40 @@ class CalibrationText:
         return torch.cat([usable[chosen.sort().values], held_out]), num_fit
 
 
+@contextlib.contextmanager
+def statistics_folder(recipe: ConversionRecipe) -> Iterator[Path]:
+    """Where a recipe's statistics are: the folder it names, which stays, or a hidden one beside OUTPUT, which goes.
+
+    The hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
+    """
+    if recipe.statistics is not None:
+        yield Path(recipe.statistics).expanduser()
+        return
+    output = Path(recipe.output).expanduser().absolute()
+    folder = output.parent / f".{output.name}.statistics"
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_calibration(recipe: ConversionRecipe, source: SourceModel, folder: Path) -> "Calibration | None":
+    """The calibration that the recipe asks for, None where it names no text."""
+    if recipe.calibration is None:
+        return None
+    positions = getattr(source.model.config, "max_position_embeddings", None) or recipe.calibration_block_size
+    if recipe.calibration_block_size > positions:
+        raise ConversionError(
+            f"calibration_block_size={recipe.calibration_block_size}, but {source.name} knows {positions} positions; lower it"
+        )
+    text = CalibrationText(recipe.calibration, recipe.calibration_tokens, recipe.calibration_block_size, recipe.seed)
+    return Calibration(text, source, folder)
+
+
 class Calibration:
     """The source on calibration text; computed when first asked for, and kept in a folder.
 
@@ -102,7 +139,7 @@ class Calibration:
         self.text, self.source, self.folder = text, source, folder
         self.tokens, self.num_fit = text.tokens(source.opened)
         digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        self._identity = {**asdict(text), "tokens_sha256": digest, "source": source.opened.fingerprint()}
+        self._identity = {**asdict(text), "tokens_sha256": digest, "source": source_fingerprint(source.opened)}
         self._identity["transformers"] = transformers.__version__
         self._record = self._read_record()
 
@@ -258,3 +295,12 @@ class _Writer:
         save_file(tensors, draft)
         draft.replace(path)
         self.layer, self.parts, self.done = None, [], self.done + 1
+
+
+def source_fingerprint(source: Source) -> str:
+    """Of the config, the headers and, for a local folder, the files' sizes and times."""
+    stamps = (
+        {file: source._stamps[file] for file in sorted(source._stamps)} if source.commit is None else source.commit
+    )
+    infos = sorted((info.name, info.file, str(info.dtype), info.shape) for info in source.tensors.values())
+    return hashlib.sha256(repr((source.read_json("config.json"), infos, stamps)).encode()).hexdigest()

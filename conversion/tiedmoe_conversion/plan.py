@@ -165,8 +165,12 @@ class Plan:
         return capture.get().rstrip()
 
 
-def make_plan(recipe: ConversionRecipe) -> Plan:
+def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Plan:
     """Decide a conversion from the source's config and headers; reads no tensor and writes nothing.
+
+    Args:
+        recipe: with groups, or the numbers that give them; `choose` finds what `budget` and `max_loss` leave open.
+        source: the recipe's source where it has been opened already.
 
     Raises:
         ValueError: whatever is wrong with the recipe, the source or the two together, and what to do about it.
@@ -176,10 +180,14 @@ def make_plan(recipe: ConversionRecipe) -> Plan:
             "the recipe leaves groups and pool sizes to budget or max_loss; `choose` (tiedmoe convert) finds them first"
         )
     check_output(recipe.output)
-    opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
-    family_config = read_config(opened)
-    groups = _groups(recipe, family_config)
-    source = SourceModel.map(opened, family_config)
+    if source is None:
+        opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
+        family_config = read_config(opened)
+        groups = _groups(recipe, family_config)  # before the headers are matched: what it refuses costs less
+        source = SourceModel.map(opened, family_config)
+    else:
+        opened, family_config = source.opened, source.model.config
+        groups = _groups(recipe, family_config)
     _check_alike(groups, source)
     _check_shapes(source)
     num_experts = _num_experts(source)

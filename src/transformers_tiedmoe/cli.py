@@ -86,8 +86,11 @@ def plan(recipe, progress: ProgressCall) -> tuple[dict, Any]:
 
     Parameters and bytes before and after, the groups, and the peak memory of the conversion.
     """
-    from tiedmoe_conversion import make_plan
+    from tiedmoe_conversion import make_plan, preview
 
+    if recipe.budget is not None or recipe.max_loss is not None:
+        found = preview(recipe)
+        return found.summary(), str(found)
     made = make_plan(recipe)
     return made.summary(), made
 
@@ -97,11 +100,11 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
 
     SOURCE is a folder or a hub id, OUTPUT a new or empty folder, which is complete or not there.
     """
-    from tiedmoe_conversion import execute, make_plan
+    from tiedmoe_conversion import convert
 
-    made = make_plan(recipe)
-    Console(stderr=True).print(made)
-    return execute(made, progress=progress), f"The tied model is in {recipe.output}."
+    report = convert(recipe, progress, Console(stderr=True).print)
+    text = f"The tied model is in {recipe.output}."
+    return report, Group(measurement_table(report["measured"]), text) if "measured" in report else text
 
 
 def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
@@ -134,6 +137,21 @@ def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
 
     report = run_demo(config, progress)
     return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
+
+
+def measurement_table(measured: dict) -> Table:
+    """What `tiedmoe_conversion.measure` returns, for people."""
+    slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
+    table = Table(f"on {measured['tokens']:,} held-out tokens", "source", "tied")
+    table.add_row("loss", f"{measured['loss_before']:.4f}", f"{measured['loss_after']:.4f}")
+    table.add_row("experts chosen as by the source", "", f"{measured['routing_agreement']['mean']:.1%}")
+    total = sum(each["of"] for each in slots)
+    table.add_row(
+        "slots that no token chose", *(f"{sum(each[k] for each in slots)} of {total}" for k in ("source", "tied"))
+    )
+    dead = sum(each["dead"] for each in experts)
+    table.add_row("pool experts that no token reached", "", f"{dead} of {sum(each['of'] for each in experts)}")
+    return table
 
 
 class _Run:

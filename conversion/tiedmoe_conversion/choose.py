@@ -1,0 +1,346 @@
+"""Chooses groups and pool sizes by what each costs: a recipe with `budget` or `max_loss` becomes one with `groups`.
+
+Every run of up to `group_size` neighbouring layers is tied alone, at every width the method can make, and the loss on
+held-out text is taken (a sensitivity scan). Losses of groups that do not touch are then added up, and dynamic programming
+finds for every number of bytes the groups of the least sum. The sum is a prediction: what is chosen is measured.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+
+from transformers_tiedmoe.pools import tie_groups
+
+from .calibration import Calibration, TiedTensors
+from .errors import ConversionError
+from .families import SourceModel, read_config
+from .making import make_pool, parameter_names
+from .plan import Plan, make_plan
+from .recipe import ConversionRecipe
+from .source import open_source
+from .write import Progress
+
+WIDTH_STEP = 0.5  # of E, between two widths of a pool that are tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A group and the width of its pool: how many bytes that saves, and what it adds to the loss alone."""
+
+    layers: tuple[int, ...]
+    width: int
+    saved: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice of groups: what share of the bytes is left, and what it adds to the loss by the sum of its groups."""
+
+    candidates: tuple[Candidate, ...]
+    bytes_after: int
+    fraction: float
+    predicted: float
+
+    def describe(self) -> str:
+        """Its groups for people: "2-3 (16), 4-7 (24)"."""
+        return ", ".join(f"{c.layers[0]}-{c.layers[-1]} ({c.width})" for c in self.candidates)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `choose` found.
+
+    Attributes:
+        recipe: with groups and pool sizes in the place of budget or max_loss.
+        point: the choice.
+        curve: every choice that none beats in both bytes and predicted loss, the fewest bytes first.
+        measured: the loss added by those choices of the curve that were measured, by their place in it.
+    """
+
+    recipe: ConversionRecipe
+    point: Point
+    curve: tuple[Point, ...]
+    measured: dict[int, float]
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able: the curve and what was chosen."""
+        points = [
+            {"bytes": p.bytes_after, "fraction": p.fraction, "predicted": p.predicted, "measured": self.measured.get(i),
+             "groups": [list(c.layers) for c in p.candidates], "pool_experts": [c.width for c in p.candidates]}
+            for i, p in enumerate(self.curve)
+        ]  # fmt: skip
+        return {"chosen": self.curve.index(self.point), "curve": points}
+
+    def __rich__(self) -> RenderableType:
+        table = Table("", "bytes left", "predicted", "measured", "groups (experts in the pool)", box=box.SIMPLE_HEAD)
+        for i, point in enumerate(self.curve):
+            found = self.measured.get(i)
+            table.add_row(
+                ">" if point is self.point else "",
+                f"{point.fraction:.1%}",
+                f"{point.predicted:+.4f}",
+                "" if found is None else f"{found:+.4f}",
+                point.describe(),
+            )
+        table.title = "loss added on held-out text (nats per token) against bytes"
+        return table
+
+
+def choose(recipe: ConversionRecipe, calibration: Calibration, progress: Progress | None = None) -> Chosen:
+    """Find the groups and pool sizes that a recipe's `budget` or `max_loss` asks for.
+
+    The scan ties by the recipe's first method; what the recipe does after it is done to the pools that are chosen. Scanned
+    losses are kept with the calibration's statistics.
+
+    Raises:
+        ConversionError: no choice meets the budget or the loss; says the nearest that does.
+    """
+    return _Search(recipe, calibration, progress).run()
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a choice before any weight has been read.
+
+    Attributes:
+        least_fraction: of the source's bytes, the least that group size and skipped layers allow.
+        candidates: groups and widths that would be tied alone, each a run of the source over the held-out text.
+    """
+
+    recipe: ConversionRecipe
+    least_fraction: float
+    candidates: int
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"source": self.recipe.source, "budget": self.recipe.budget, "max_loss": self.recipe.max_loss,
+                "least_fraction": self.least_fraction, "candidates": self.candidates}  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe.source}: groups and pool sizes will be chosen by a scan of {self.candidates} groups and widths, each "
+            f"a run of the source over the held-out text; from {self.least_fraction:.1%} of its bytes on is possible. "
+            "tiedmoe convert does it; with --statistics FOLDER the scan is kept"
+        )
+
+
+def preview(recipe: ConversionRecipe, source: SourceModel | None = None) -> Preview:
+    """What `choose` would do, from the source's headers alone.
+
+    Raises:
+        ConversionError: the budget is less than any choice of groups can leave; says the least that can.
+    """
+    if source is None:
+        opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
+        source = SourceModel.map(opened, read_config(opened))
+    search = _Search(recipe, None, None, source)
+    candidates = search.candidates(measure=False)
+    least = min(point.fraction for point in search.curve(candidates))
+    if recipe.budget is not None and recipe.budget < least:
+        raise ConversionError(
+            f"budget={recipe.budget} cannot be met: the nearest that can is {math.ceil(least * 10_000) / 10_000}, everything "
+            f"that group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last={recipe.skip_last} allow "
+            "tied; raise budget or group_size, or lower skip_first and skip_last"
+        )
+    return Preview(recipe, least, len(candidates))
+
+
+class _Search:
+    """One search; what it needs to know of the source is looked up once."""
+
+    def __init__(
+        self,
+        recipe: ConversionRecipe,
+        calibration: Calibration | None,
+        progress: Progress | None,
+        source: SourceModel | None = None,
+    ):
+        self.recipe, self._calibration, self.progress = recipe, calibration, progress
+        found = source or (calibration and calibration.source)
+        assert found is not None, "a search needs the source"
+        self.source: SourceModel = found
+        layers = sorted(self.source.experts)
+        self.eligible = [g[0] for g in tie_groups(layers, 1, recipe.skip_first, recipe.skip_last)]
+        names = self.source.expert_names(layers[0])
+        self.num_experts = self.source.tensors.meta[names[0]].shape[0]
+        self.parameters = [self.source.tensors.meta[name] for name in names]
+        if len(self.eligible) < 2 or recipe.group_size < 2:
+            raise ConversionError(
+                f"nothing to choose: group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last="
+                f"{recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at least two and a "
+                "group_size of at least 2"
+            )
+
+    @property
+    def calibration(self) -> Calibration:
+        assert self._calibration is not None
+        return self._calibration
+
+    @cached_property
+    def bytes_before(self) -> int:
+        dropped = self.source.tensors.dropped
+        return sum(info.num_bytes for name, info in self.source.opened.tensors.items() if name not in dropped)
+
+    def run(self) -> Chosen:
+        preview(self.recipe, self.source)
+        curve = self.curve(self.candidates())
+        measured: dict[int, float] = {}
+        if self.recipe.budget is not None:
+            place = min(
+                (i for i, point in enumerate(curve) if point.fraction <= self.recipe.budget),
+                key=lambda i: curve[i].predicted,
+            )
+            self._measure(curve, place, measured)
+        else:
+            place = self._least_bytes(curve, measured)
+        point = curve[place]
+        recipe = dataclasses.replace(
+            self.recipe,
+            budget=None,
+            max_loss=None,
+            groups=[list(c.layers) for c in point.candidates],
+            pool_experts=[c.width for c in point.candidates],
+        )
+        return Chosen(recipe, point, tuple(curve), measured)
+
+    def candidates(self, measure: bool = True) -> list[Candidate]:
+        """Every group and width, with the loss it adds alone; without `measure` the losses are 0."""
+        found = []
+        total = len(list(self._scans()))
+        for done, (length, width, groups) in enumerate(self._scans()):
+            if self.progress and measure:
+                self.progress(done, total, f"scanning groups of {length} with pools of {width}")
+            losses = self._losses(groups, width) if measure else [0.0] * len(groups)
+            for group, loss in zip(groups, losses):
+                found.append(Candidate(group, width, self._bytes_saved(length, width), loss))
+        return found
+
+    def curve(self, candidates: Sequence[Candidate]) -> list[Point]:
+        """The choices of disjoint groups that none beats in both bytes and the sum of losses, the fewest bytes first."""
+        starting: dict[int, list[Candidate]] = {}
+        for candidate in candidates:
+            starting.setdefault(candidate.layers[0], []).append(candidate)
+        # fronts[i]: the best choices among the first i layers, by bytes saved
+        fronts: list[dict[int, tuple[float, tuple[Candidate, ...]]]] = [{} for _ in range(len(self.eligible) + 1)]
+        fronts[0] = {0: (0.0, ())}
+        for i, layer in enumerate(self.eligible):
+            fronts[i] = _undominated(fronts[i])
+            for saved, (loss, chosen) in fronts[i].items():
+                _keep(fronts[i + 1], saved, loss, chosen)
+                for c in starting.get(layer, []):
+                    _keep(fronts[i + len(c.layers)], saved + c.saved, loss + c.loss, (*chosen, c))
+        last = _undominated(fronts[-1])
+        points = [
+            Point(chosen, size := self.bytes_before - saved, size / self.bytes_before, loss)
+            for saved, (loss, chosen) in last.items()
+            if chosen
+        ]
+        return sorted(points, key=lambda point: point.bytes_after)
+
+    def _scans(self) -> Iterator[tuple[int, int, list[tuple[int, ...]]]]:
+        """Lengths, widths and disjoint groups, so that together every run of every length comes at every width."""
+        method = self.recipe.steps[0][0]
+        for length in range(2, min(self.recipe.group_size, len(self.eligible)) + 1):
+            own = method.pool_num_experts(self.num_experts, length)
+            step = max(1, int(WIDTH_STEP * self.num_experts))
+            widths = range(self.num_experts, length * self.num_experts, step) if method.any_width else [own]
+            for width in widths:
+                for offset in range(length):
+                    starts = range(offset, len(self.eligible) - length + 1, length)
+                    groups = [tuple(self.eligible[start : start + length]) for start in starts]
+                    if groups and width < length * self.num_experts:
+                        yield length, width, groups
+
+    def _bytes_saved(self, length: int, width: int) -> int:
+        """What a group of `length` layers and a pool of `width` experts saves; a slot is an int64, a residual two factors."""
+        experts = sum(tensor.nbytes for tensor in self.parameters) // self.num_experts
+        factors = sum(sum(t.shape[1:]) * t.dtype.itemsize for t in self.parameters if t.dim() == 3)
+        maps = width != self.num_experts or any(method.slot_maps for method, _ in self.recipe.steps)
+        per_layer = self.num_experts * (8 * maps + self.recipe.residual_rank * factors)
+        return (length * self.num_experts - width) * experts - length * per_layer
+
+    def _losses(self, groups: Sequence[tuple[int, ...]], width: int) -> list[float]:
+        plan: Plan | None = None
+        losses = []
+        for p, group in enumerate(groups):
+            key = f"scan {self.recipe.method} {sorted(self.recipe.method_options.items())} {list(group)} {width}"
+
+            def measure(p: int = p) -> float:
+                nonlocal plan
+                plan = plan or self._plan(groups, [width] * len(groups))
+                return self._loss(plan, [p])
+
+            losses.append(self.calibration.remember(key, measure) - self.calibration.source_loss)
+        return losses
+
+    def _plan(self, groups: Sequence[Sequence[int]], widths: Sequence[int]) -> Plan:
+        fields = {"budget": None, "max_loss": None, "then": (), "residual_rank": 0}
+        recipe = dataclasses.replace(
+            self.recipe, groups=[list(group) for group in groups], pool_experts=list(widths), **fields
+        )
+        return make_plan(recipe, self.source)
+
+    def _loss(self, plan: Plan, pools: Sequence[int]) -> float:
+        """The loss with these pools of the plan and no other."""
+        made = {}
+        for p in pools:
+            pool = make_pool(plan, p, self.calibration).pool
+            made.update({layer: (pool, {}) for layer in plan.groups[p]})
+        return self.calibration.loss(TiedTensors(self.source, made, parameter_names(plan, pools[0])))
+
+    def _measure(self, curve: Sequence[Point], place: int, measured: dict[int, float]) -> float:
+        """The loss that the curve's point at `place` really adds."""
+        if place not in measured:
+            if self.progress:
+                self.progress(len(measured), len(measured) + 1, f"measuring {curve[place].fraction:.0%} of the bytes")
+            candidates = curve[place].candidates
+            key = f"choice {self.recipe.method} {sorted(self.recipe.method_options.items())} {curve[place].describe()}"
+            loss = self.calibration.remember(
+                key,
+                lambda: self._loss(
+                    self._plan([c.layers for c in candidates], [c.width for c in candidates]), range(len(candidates))
+                ),
+            )
+            measured[place] = loss - self.calibration.source_loss
+        return measured[place]
+
+    def _least_bytes(self, curve: Sequence[Point], measured: dict[int, float]) -> int:
+        """The place of the fewest bytes whose measured loss is at most `max_loss`, by bisection."""
+        most = self.recipe.max_loss
+        assert most is not None
+        low, high = 0, len(curve) - 1
+        if self._measure(curve, high, measured) > most:
+            raise ConversionError(
+                f"max_loss={most} cannot be met: the nearest that can is {measured[high]:.4f}, with "
+                f"{curve[high].fraction:.1%} of the bytes; raise max_loss, or choose method union, which loses nothing"
+            )
+        while low < high:  # losses fall as bytes grow
+            middle = (low + high) // 2
+            if self._measure(curve, middle, measured) <= most:
+                high = middle
+            else:
+                low = middle + 1
+        return high
+
+
+def _keep(front: dict[int, tuple[float, tuple[Candidate, ...]]], saved: int, loss: float, chosen: tuple) -> None:
+    if saved not in front or loss < front[saved][0]:
+        front[saved] = (loss, chosen)
+
+
+def _undominated(front: dict[int, tuple[float, tuple[Candidate, ...]]]) -> dict[int, Any]:
+    """The entries that save more than every entry of less loss."""
+    kept, least = {}, float("inf")
+    for saved in sorted(front, reverse=True):
+        if front[saved][0] < least:
+            least = front[saved][0]
+            kept[saved] = front[saved]
+    return kept

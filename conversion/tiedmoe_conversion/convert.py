@@ -1,0 +1,48 @@
+"""`convert`: recipe -> (choice of groups) -> plan -> execution, in one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .calibration import open_calibration, statistics_folder
+from .choose import choose, preview
+from .execute import execute
+from .families import SourceModel, read_config
+from .plan import make_plan
+from .recipe import ConversionRecipe
+from .source import open_source
+from .write import Progress, check_output
+
+
+def convert(
+    recipe: ConversionRecipe, progress: Progress | None = None, show: Callable[[Any], None] | None = None
+) -> dict[str, Any]:
+    """Convert by a recipe, whose groups may be left to its `budget` or `max_loss`.
+
+    Args:
+        recipe: what to do.
+        progress: called as `progress(done, total, what)`.
+        show: called with what has been decided before it is done: the curve of loss against bytes where groups were chosen,
+            and the plan. Both can be printed by rich.
+
+    Returns:
+        `execute`'s report, and under `choice` the curve where groups were chosen.
+
+    Raises:
+        ConversionError: whatever is wrong with the recipe, the source or the text; nothing is left then.
+    """
+    show = show or (lambda what: None)
+    with statistics_folder(recipe) as folder:
+        check_output(recipe.output)
+        opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
+        source = SourceModel.map(opened, read_config(opened))
+        choice = {}
+        if recipe.budget is not None or recipe.max_loss is not None:
+            preview(recipe, source)  # refuses what cannot be, before text is read
+            calibration = open_calibration(recipe, source, folder)
+            assert calibration is not None, "a recipe with a budget names calibration text"
+            chosen = choose(recipe, calibration, progress)
+            recipe, choice = chosen.recipe, {"choice": chosen.summary()}
+            show(chosen)
+        plan = make_plan(recipe, source)
+        show(plan)
+        return execute(plan, progress) | choice
