@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
+from .calibration import open_calibration, statistics_folder
 from .card import save_card
 from .errors import ConversionError
 from .families import FamilyTensors
 from .making import TensorMaker
+from .measure import measure
 from .plan import Plan
 from .verify import verify_lossless, verify_output
 from .write import Progress, check_output, check_space, new_folder, write_weights
@@ -21,19 +23,27 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        The plan's summary plus `verification`, JSON-able.
+        JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool) and, with
+        calibration text, `measured` (see `measure`).
 
     Raises:
         ConversionError: the source changed or holds NaN, the output exists by now, the disk is full. Nothing is left.
     """
     output = check_output(plan.recipe.output)
-    check_space(output, plan.bytes_after)
-    _check_copies(plan.source.tensors)
-    with new_folder(output) as folder:
+    check_space(output, plan.bytes_after + plan.statistics_bytes * (plan.recipe.statistics is None))
+    with statistics_folder(plan.recipe) as statistics, new_folder(output) as folder:
+        _check_copies(plan.source.tensors)
+        calibration = open_calibration(plan.recipe, plan.source, statistics)
         plan.config.save_pretrained(folder)
         plan.source.opened.copy_travelling_files(folder)
-        write_weights(folder, plan.operations, TensorMaker(plan).make, progress)
-        save_card(plan, folder)
+        maker = TensorMaker(plan, calibration, progress=progress)
+        write_weights(folder, plan.operations, maker.make, progress)
+        found: dict[str, Any] = {}
+        if calibration is not None and plan.recipe.measure:
+            if progress:
+                progress(plan.bytes_after, plan.bytes_after, "measuring the loss")
+            found["measured"] = measure(plan, folder, calibration)
+        save_card(plan, folder, found.get("measured"), calibration.digest if calibration else "")
         if progress:
             progress(plan.bytes_after, plan.bytes_after, "verifying")
         verification = verify_output(folder, plan.operations)
@@ -41,9 +51,9 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
             "used": len(plan.source.opened.tensors) - len(plan.dropped),
             "dropped": len(plan.dropped),
         }
-        if plan.method.lossless:
+        if plan.is_lossless:
             verification["lossless"] = verify_lossless(plan, folder)
-    return {**plan.summary(), "verification": verification}
+    return {**plan.summary(), **found, "notes": maker.all_notes, "verification": verification}
 
 
 def _check_copies(tensors: FamilyTensors) -> None:

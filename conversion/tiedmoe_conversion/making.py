@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from .experts import ExpertFunction
 from .families import FamilyTensors, check_finite
 from .methods.registry import Group, Pool, RoutedInputs
 from .plan import Plan, TensorOperation
+from .write import Progress
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,18 @@ class TensorMaker:
         notes: what the methods had to say, by pool.
     """
 
-    def __init__(self, plan: Plan, calibration: Calibration | None = None, work=None):
-        self.plan, self.calibration, self.work = plan, calibration, work
+    def __init__(
+        self, plan: Plan, calibration: Calibration | None = None, work: Any = None, progress: Progress | None = None
+    ):
+        self.plan, self.calibration, self.work, self.progress = plan, calibration, work, progress
         self.notes: dict[int, list[str]] = {}
         self._current: tuple[int, MadePool] | None = None
         self._streams = all(method.streams for method, _ in plan.recipe.steps) and not plan.recipe.residual_rank
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What the methods had to say, with the pool it is about."""
+        return [f"pool {p}: {note}" for p, notes in sorted(self.notes.items()) for note in notes]
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
         """The operation's tensor in blocks along dimension 0."""
@@ -123,7 +132,9 @@ class TensorMaker:
 
     def _make(self, index: int) -> MadePool:
         if self.plan.statistics_bytes and self.calibration is not None:
-            self.calibration.gather([layer for group in self.plan.groups for layer in group])
+            self.calibration.gather([layer for group in self.plan.groups for layer in group], self.progress)
+        if not self._streams and self.progress:
+            self.progress(index, len(self.plan.groups), f"making pool {index}")
         return make_pool(self.plan, index, self.calibration)
 
     def _stored(self, index: int) -> MadePool:

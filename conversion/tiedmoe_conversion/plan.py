@@ -19,7 +19,6 @@ from transformers_tiedmoe import TiedMoeConfig
 from .calibration import HELD_OUT_SHARE
 from .errors import ConversionError
 from .families import SourceModel, family_model, read_config, saved_tensors
-from .methods import METHODS, Method
 from .recipe import ConversionRecipe, parse_size
 from .source import open_source
 from .verify import MAX_BYTES_FOR_LOGITS
@@ -78,11 +77,6 @@ class Plan:
     bytes_before: int
     peak_memory_bytes: int
     statistics_bytes: int
-
-    @property
-    def method(self) -> Method:
-        """The method that makes the pools."""
-        return METHODS[self.recipe.method]
 
     @property
     def is_lossless(self) -> bool:

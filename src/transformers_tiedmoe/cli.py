@@ -103,8 +103,8 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
     from tiedmoe_conversion import convert
 
     report = convert(recipe, progress, Console(stderr=True).print)
-    text = f"The tied model is in {recipe.output}."
-    return report, Group(measurement_table(report["measured"]), text) if "measured" in report else text
+    shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
+    return report, Group(*([measurement_table(report["measured"])] if "measured" in report else []), *shown)
 
 
 def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
