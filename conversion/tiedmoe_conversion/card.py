@@ -127,6 +127,7 @@ def public_recipe(plan: "Plan") -> dict[str, Any]:
         "output": PurePath(plan.recipe.output).name,
         "revision": source.commit,
         "statistics": None,
+        "push_to_hub": None,
     }
 
 

@@ -18,10 +18,11 @@ from rich.table import Table
 
 from transformers_tiedmoe.pools import tie_groups
 
-from .calibration import Calibration, TiedTensors
+from .calibration import Calibration, Residuals, TiedTensors
 from .errors import ConversionError
 from .families import SourceModel, read_config
 from .making import make_pool, parameter_names
+from .methods import Pool
 from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
 from .source import open_source
@@ -164,9 +165,10 @@ class _Search:
         source: SourceModel | None = None,
     ):
         self.recipe, self._calibration, self.progress = recipe, calibration, progress
-        found = source or (calibration and calibration.source)
-        assert found is not None, "a search needs the source"
-        self.source: SourceModel = found
+        if source is None:
+            assert calibration is not None, "a search needs the source"
+            source = calibration.source
+        self.source = source
         layers = sorted(self.source.experts)
         self.eligible = [g[0] for g in tie_groups(layers, 1, recipe.skip_first, recipe.skip_last)]
         names = self.source.expert_names(layers[0])
@@ -282,15 +284,20 @@ class _Search:
         return losses
 
     def _plan(self, groups: Sequence[Sequence[int]], widths: Sequence[int]) -> Plan:
-        fields = {"budget": None, "max_loss": None, "then": (), "residual_rank": 0}
         recipe = dataclasses.replace(
-            self.recipe, groups=[list(group) for group in groups], pool_experts=list(widths), **fields
+            self.recipe,
+            groups=[list(group) for group in groups],
+            pool_experts=list(widths),
+            budget=None,
+            max_loss=None,
+            then=(),
+            residual_rank=0,
         )
         return make_plan(recipe, self.source)
 
     def _loss(self, plan: Plan, pools: Sequence[int]) -> float:
         """The loss with these pools of the plan and no other."""
-        made = {}
+        made: dict[int, tuple[Pool, Residuals]] = {}
         for p in pools:
             pool = make_pool(plan, p, self.calibration).pool
             made.update({layer: (pool, {}) for layer in plan.groups[p]})

@@ -7,6 +7,7 @@ from .calibration import open_calibration, statistics_folder
 from .choose import choose, preview
 from .execute import execute
 from .families import SourceModel, read_config
+from .hub import check_upload, push_to_hub
 from .plan import make_plan
 from .recipe import ConversionRecipe
 from .source import open_source
@@ -25,12 +26,14 @@ def convert(
             and the plan. Both can be printed by rich.
 
     Returns:
-        `execute`'s report, and under `choice` the curve where groups were chosen.
+        `execute`'s report, under `choice` the curve where groups were chosen, and under `pushed_to` the Hub's commit.
 
     Raises:
         ConversionError: whatever is wrong with the recipe, the source or the text; nothing is left then.
     """
     show = show or (lambda what: None)
+    if recipe.push_to_hub is not None:
+        check_upload(recipe.push_to_hub)
     with statistics_folder(recipe) as folder:
         check_output(recipe.output)
         opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
@@ -45,4 +48,8 @@ def convert(
             show(chosen)
         plan = make_plan(recipe, source)
         show(plan)
-        return execute(plan, progress) | choice
+        report = execute(plan, progress) | choice
+    if recipe.push_to_hub is not None:
+        message = f"{plan.config.family} with tied experts, from {plan.source.name}"
+        report["pushed_to"] = push_to_hub(recipe.output, recipe.push_to_hub, message)
+    return report

@@ -51,6 +51,11 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
     """
     recipe, source, layers = plan.recipe, plan.source, plan.groups[index]
     parameters = parameter_names(plan, index)
+
+    def held_out_loss(pool: Pool) -> float:
+        assert calibration is not None
+        return calibration.loss(TiedTensors(source, {layer: (pool, {}) for layer in layers}, parameters))
+
     group = Group(
         layers=tuple(SourceExperts(layer, source.experts[layer], source.tensors, calibration) for layer in layers),
         num_experts=getattr(plan.config, plan.config.num_experts_field),
@@ -58,8 +63,7 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
         parameters=parameters,
         function=cache(lambda: ExpertFunction(source.model.get_submodule(source.experts[layers[0]]))),
         seed=recipe.seed * 1_000_003 + layers[0],
-        held_out_loss=calibration
-        and (lambda pool: calibration.loss(TiedTensors(source, {layer: (pool, {}) for layer in layers}, parameters))),
+        held_out_loss=held_out_loss if calibration is not None else None,
     )
     pool: Pool | None = None
     for method, options in recipe.steps:
@@ -160,7 +164,8 @@ def _flat(made: MadePool, parameters: tuple[str, ...]) -> dict[str, torch.Tensor
 
 
 def _unflat(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> MadePool:
-    slot_maps, factors = {}, {}
+    slot_maps: dict[int, torch.Tensor] = {}
+    factors: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
         kind, *rest = name.split("/")
         if kind == "slot_map":

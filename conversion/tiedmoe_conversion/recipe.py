@@ -76,6 +76,7 @@ class ConversionRecipe:
         True, "With calibration text: the loss before and after, routing agreement and dead slots, in report and card."
     )
     seed: int = _option(0, "Of the choice of text, and of every method that draws.")
+    push_to_hub: str | None = _option(None, "Hub repository to upload the result to, such as account/model.")
     revision: str | None = _option(None, "Branch, tag or commit of a source on the Hub.")
     max_shard_size: str = _option("5GB", "Largest weight file to write, such as 500MB or 5GB.")
     allow_pickle: bool = _option(
@@ -131,10 +132,10 @@ class ConversionRecipe:
             raise ConversionError(
                 f"pool_experts has {len(sizes)} entries for {num_pools} pools; give one, or one per pool"
             )
-        size = sizes[pool] if isinstance(sizes, tuple) else sizes
+        size: Any = sizes[pool] if isinstance(sizes, tuple) else sizes
         if size is None:
             return own
-        wanted = math.ceil(float(size[:-1]) * num_experts - 1e-9) if isinstance(size, str) else size
+        wanted: int = math.ceil(float(size[:-1]) * num_experts - 1e-9) if isinstance(size, str) else size
         most = num_experts * group_size
         if not 1 <= wanted <= most or (method.lossless and wanted != own):
             expected = f"{own}, all of its layers' experts" if method.lossless else f"from 1 to {most}"
@@ -182,10 +183,14 @@ class ConversionRecipe:
             raise ConversionError(f"measure={self.measure!r}; expected true or false")
 
     def _check_calibration(self) -> None:
-        for name in ("calibration", "statistics"):
+        for name, what in (
+            ("calibration", "a file, a folder or a dataset"),
+            ("statistics", "a folder"),
+            ("push_to_hub", "account/model"),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, Path)) or not str(value).strip()):
-                raise ConversionError(f"{name}={value!r}; expected a path")
+                raise ConversionError(f"{name}={value!r}; expected {what}")
             object.__setattr__(self, name, None if value is None else str(value))
         if self.calibration is None and self.needs_calibration():
             asking = [method.name for method, options in self.steps if method.calibration(**options)]

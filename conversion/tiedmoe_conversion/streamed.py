@@ -75,13 +75,13 @@ class StreamedModel:
         try:
             for first in range(0, len(tokens), rows):
                 part = tokens[first : first + rows].to(self.device)
-                base.forward = _returns(hidden_states, slice(first, first + rows))  # type: ignore[method-assign]
+                base.forward = _returns(hidden_states, slice(first, first + rows))
                 logits = self.model(input_ids=part, use_cache=False, output_router_logits=False).logits[:, :-1]
                 losses += [
                     F.cross_entropy(row.float(), target).double().cpu() for row, target in zip(logits, part[:, 1:])
                 ]
         finally:
-            base.forward = forward  # type: ignore[method-assign]
+            base.forward = forward
         return torch.stack(losses)
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ class StreamedModel:
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             self._set(name, torch.empty_like(buffer, device="cpu"))
         for module in self.model.modules():
-            module._is_hf_initialized = False  # type: ignore[assignment]
+            module._is_hf_initialized = False
         self.model.initialize_weights()
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             self._set(name, buffer.to(self.device))
@@ -134,7 +134,7 @@ class StreamedModel:
                 if not self._keeps:
                     self._unload([path])
 
-        layer.forward = streamed  # type: ignore[method-assign]
+        layer.forward = streamed
 
     def _load(self, names: Sequence[str]) -> None:
         for name in names:
