@@ -63,13 +63,7 @@ class CalibrationText:
         Raises:
             ConversionError: no such text, less of it than asked for, or a source without a tokenizer.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise
-            raise ConversionError(
-                f"{source.name} has no tokenizer to read calibration text with ({type(error).__name__}: {error}); "
-                "put its tokenizer files beside its weights"
-            ) from error
+        tokenizer = _tokenizer(source)
         data = str(files("transformers_tiedmoe") / "data" / BUNDLED[self.data]) if self.data in BUNDLED else self.data
         num_fit = max(1, round(self.num_tokens / self.block_size))
         num_held_out = max(1, round(self.num_tokens * HELD_OUT_SHARE / self.block_size))
@@ -87,6 +81,20 @@ class CalibrationText:
         usable, held_out = found[:-num_held_out], found[-num_held_out:]
         chosen = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))[:num_fit]
         return torch.cat([usable[chosen.sort().values], held_out]), num_fit
+
+
+def _tokenizer(source: Source) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        problem = None if tokenizer.vocab_size else "it has no vocabulary"  # made up where there is no file
+    except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        raise ConversionError(
+            f"{source.name} has no tokenizer to read calibration text with ({problem}); put its tokenizer files beside its "
+            "weights"
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -138,6 +146,12 @@ class Calibration:
     def __init__(self, text: CalibrationText, source: SourceModel, folder: Path):
         self.text, self.source, self.folder = text, source, folder
         self.tokens, self.num_fit = text.tokens(source.opened)
+        vocab_size = source.model.config.vocab_size
+        if int(self.tokens.max()) >= vocab_size:
+            raise ConversionError(
+                f"{source.name}: its tokenizer gives token {int(self.tokens.max())}, but its vocab_size is {vocab_size}; expected "
+                "the tokenizer that belongs to the weights"
+            )
         digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
         self._identity = {**asdict(text), "tokens_sha256": digest, "source": source_fingerprint(source.opened)}
         self._identity["transformers"] = transformers.__version__

@@ -1,0 +1,240 @@
+"""Calibration text: what the experts are given on it, what is kept, what is refused; and what a conversion cost."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import make_text, save_source
+from transformers import AutoModelForCausalLM
+
+from tiedmoe_conversion import ConversionError, ConversionRecipe, calibration, convert
+from tiedmoe_conversion.calibration import Calibration, CalibrationText, open_calibration, statistics_folder
+from tiedmoe_conversion.families import SourceModel, read_config
+from tiedmoe_conversion.source import open_source
+from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+
+NUM_TOKENS, BLOCK = 256, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A source of four layers of four experts with its tokenizer, and text; do not change it."""
+    folder = tmp_path_factory.mktemp("calibration")
+    save_source(folder / "source")
+    (folder / "text.txt").write_text(make_text(400))
+    return folder
+
+
+def open_text(folder, statistics, source=None, **fields):
+    opened = open_source(str(source or folder / "source"))
+    text = {"data": str(folder / "text.txt"), "num_tokens": NUM_TOKENS, "block_size": BLOCK, "seed": 0} | fields
+    return Calibration(CalibrationText(**text), SourceModel.map(opened, read_config(opened)), statistics)
+
+
+def test_inputs_are_those_of_the_whole_model(folder, tmp_path):
+    found = open_text(folder, tmp_path / "statistics")
+    model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32)
+    given = {}
+    for layer, path in expert_layers(model).items():
+        hook = lambda module, args, layer=layer: given.update({layer: args})  # noqa: E731
+        model.get_submodule(path).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        logits = model(input_ids=found.tokens, use_cache=False).logits
+    for layer in (1, 2):
+        inputs = found.inputs(layer)
+        states, index, weights = given[layer]
+        torch.testing.assert_close(inputs.hidden_states, states)
+        assert torch.equal(inputs.top_k_index, index)
+        torch.testing.assert_close(inputs.top_k_weights, weights)
+        assert inputs.num_fit == NUM_TOKENS
+        assert len(states) == NUM_TOKENS * 5 // 4  # and a quarter held out
+    held_out = logits[NUM_TOKENS // BLOCK :, :-1].flatten(0, 1)
+    expected = F.cross_entropy(held_out, found.held_out[:, 1:].flatten())
+    assert found.source_loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_of_slot_and_counts(folder, tmp_path):
+    inputs = open_text(folder, tmp_path / "statistics").inputs(1)
+    counts = inputs.counts(4)
+    assert int(counts.sum()) == NUM_TOKENS * 2
+    for slot in range(4):
+        states, weights = inputs.of_slot(slot)
+        assert len(states) == len(weights) == counts[slot]
+        chose = (inputs.top_k_index[:NUM_TOKENS] == slot).any(-1)
+        assert torch.equal(states, inputs.hidden_states[:NUM_TOKENS][chose])
+    held_out = sum(len(inputs.of_slot(slot, held_out=True)[0]) for slot in range(4))
+    assert held_out == NUM_TOKENS // 4 * 2
+
+
+def test_the_last_of_the_text_is_left_alone(folder, tmp_path):
+    """`tiedmoe heal` holds it out, so no decision may rest on it; what is fitted on and what is held out do not meet."""
+    (tmp_path / "text.txt").write_text(make_text(400)[:-2000] + "quick " * 400)  # its last 5 % and more
+    found = open_text(tmp_path, tmp_path / "statistics", source=folder / "source", num_tokens=1024)
+    last = open_text(folder, tmp_path / "other", num_tokens=1024).tokens[-1]
+    assert not any(torch.equal(row, last) for row in found.tokens[: found.num_fit])
+    rows = [tuple(row.tolist()) for row in found.tokens]
+    assert len(rows) == 64 + 16
+
+
+def test_statistics_are_used_again_and_only_what_lacks_is_computed(folder, tmp_path, monkeypatch):
+    first = open_text(folder, tmp_path / "statistics")
+    first.gather([1, 2])
+    loss = first.source_loss
+    made = (tmp_path / "statistics" / "layer-1.safetensors").read_bytes()
+    (tmp_path / "statistics" / "layer-2.safetensors").unlink()  # as after a kill
+    (tmp_path / "statistics" / ".layer-2.safetensors.draft").write_bytes(b"half")
+    again = open_text(folder, tmp_path / "statistics")
+    again.gather([1, 2])
+    assert torch.equal(again.inputs(2).hidden_states, first.inputs(2).hidden_states)
+    assert (tmp_path / "statistics" / "layer-1.safetensors").read_bytes() == made
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the source is run again")
+
+    monkeypatch.setattr(calibration, "StreamedModel", refuse)
+    third = open_text(folder, tmp_path / "statistics")
+    assert third.source_loss == loss
+    assert len(third.inputs(2).hidden_states) == len(first.inputs(2).hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"), [({"seed": 1}, "seed, tokens_sha256"), ({"num_tokens": 128}, "num_tokens, tokens_sha256")]
+)
+def test_statistics_of_another_text(folder, tmp_path, fields, what):
+    open_text(folder, tmp_path / "statistics").gather([1])
+    with pytest.raises(ConversionError, match=f"holds those of another {what}; give another folder"):
+        open_text(folder, tmp_path / "statistics", **fields)
+
+
+def test_statistics_of_another_source(folder, tmp_path):
+    open_text(folder, tmp_path / "statistics").gather([1])
+    save_source(tmp_path / "source", num_hidden_layers=5)
+    with pytest.raises(ConversionError, match="holds those of another source"):
+        open_text(folder, tmp_path / "statistics", source=tmp_path / "source")
+
+
+def test_statistics_folder_that_holds_something_else(folder, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConversionError, match="holds something else; give a new or empty one"):
+        open_text(folder, tmp_path)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_statistics_that_cannot_be_read(folder, tmp_path):
+    (tmp_path / "statistics.json").write_text("{")
+    with pytest.raises(ConversionError, match="cannot be read: .*; delete the folder"):
+        open_text(folder, tmp_path)
+
+
+def test_text_too_short(folder, tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(4))
+    with pytest.raises(
+        ConversionError, match=r"is too short: .* tokens, and 320 are needed, .*lower calibration_tokens"
+    ):
+        open_text(tmp_path, tmp_path / "statistics", source=folder / "source")
+
+
+def test_text_that_is_not_there(folder, tmp_path):
+    with pytest.raises(ConversionError, match="calibration text: no file or folder"):
+        open_text(folder, tmp_path / "statistics", data=str(tmp_path / "none.txt"))
+
+
+def test_source_without_tokenizer(folder, tmp_path):
+    save_source(tmp_path / "source")
+    for path in (tmp_path / "source").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConversionError, match="has no tokenizer to read calibration text with"):
+        open_text(folder, tmp_path / "statistics", source=tmp_path / "source")
+
+
+def test_more_positions_than_the_source_knows(folder, tmp_path):
+    recipe = ConversionRecipe(source=str(folder / "source"), output=str(tmp_path / "out"), calibration="austen")
+    opened = open_source(recipe.source)
+    with pytest.raises(ConversionError, match="calibration_block_size=512, but .* knows 64 positions; lower it"):
+        open_calibration(recipe, SourceModel.map(opened, read_config(opened)), tmp_path)
+
+
+def test_bundled_text(folder, tmp_path):
+    found = open_text(folder, tmp_path / "one", data="austen")
+    path = files("transformers_tiedmoe") / "data" / "austen.txt.xz"
+    assert torch.equal(found.tokens, open_text(folder, tmp_path / "two", data=str(path)).tokens)
+
+
+# What a conversion cost
+
+
+def recipe_for(folder, output, **fields):
+    fields = {
+        "calibration": str(folder / "text.txt"), "calibration_tokens": NUM_TOKENS, "calibration_block_size": BLOCK,
+        "skip_first": 1, "skip_last": 1,
+    } | fields  # fmt: skip
+    return ConversionRecipe(source=str(folder / "source"), output=str(output), **fields)
+
+
+def test_union_costs_nothing(folder, tmp_path):
+    measured = convert(recipe_for(folder, tmp_path / "out", method="union"))["measured"]
+    assert measured["loss_added"] == 0
+    assert set(measured["routing_agreement"].values()) == {1.0}
+    assert all(slots["source"] == slots["tied"] for slots in measured["dead_slots"].values())
+
+
+def test_measured_loss_and_routing_are_the_tied_models(folder, tmp_path):
+    recipe = recipe_for(folder, tmp_path / "out", method="select", statistics=str(tmp_path / "statistics"))
+    measured = convert(recipe)["measured"]
+    text = open_text(folder, tmp_path / "statistics")
+    found = {}
+    for name, path in (("source", folder / "source"), ("tied", tmp_path / "out")):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        chosen = {}
+        for layer in range(4):
+            hook = lambda module, args, layer=layer: chosen.update({layer: args[1]})  # noqa: E731
+            model.model.layers[layer].mlp.experts.register_forward_pre_hook(hook)
+        with torch.no_grad():
+            logits = model(input_ids=text.held_out, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text.held_out[:, 1:].flatten())
+        found[name] = float(loss), chosen
+    assert measured["loss_before"] == pytest.approx(found["source"][0], abs=1e-5)
+    assert measured["loss_after"] == pytest.approx(found["tied"][0], abs=1e-5)
+    assert measured["loss_added"] == pytest.approx(measured["loss_after"] - measured["loss_before"])
+    shares, tied_reached = [], set()
+    for layer in range(4):
+        pairs = list(zip(found["source"][1][layer].tolist(), found["tied"][1][layer].tolist()))
+        shares.append(sum(len(set(a) & set(b)) for a, b in pairs) / (2 * len(pairs)))
+        assert measured["routing_agreement"][str(layer)] == pytest.approx(shares[-1])
+        if layer in (1, 2):
+            used = {slot for _, b in pairs for slot in b}
+            tied_reached |= used
+            assert measured["dead_slots"][str(layer)]["tied"] == 4 - len(used)
+    assert measured["routing_agreement"]["mean"] == pytest.approx(sum(shares) / 4)
+    assert measured["dead_experts"] == {"0": {"dead": 4 - len(tied_reached), "of": 4}}
+
+
+def test_measured_losses_are_in_the_card_and_can_be_left_out(folder, tmp_path):
+    report = convert(recipe_for(folder, tmp_path / "one", method="average"))
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert f"{report['measured']['loss_after']:.4f}" in card
+    assert str(tmp_path) not in card
+    assert str(folder) not in card
+    assert "measured" not in convert(recipe_for(folder, tmp_path / "two", method="average", measure=False))
+    assert "What it cost" not in (tmp_path / "two" / "README.md").read_text()
+    assert json.dumps(report)  # JSON-able
+
+
+def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path):
+    recipe = recipe_for(folder, tmp_path / "out")
+    for error, stays in ((None, False), (ValueError, False), (KeyboardInterrupt, True)):
+        with statistics_folder(recipe) as hidden:
+            hidden.mkdir()
+        assert not hidden.exists()
+        if error is not None:
+            with pytest.raises(error), statistics_folder(recipe) as hidden:
+                hidden.mkdir()
+                raise error
+            assert hidden.exists() == stays
+
+
+def test_nothing_is_left_beside_the_output(folder, tmp_path):
+    convert(recipe_for(folder, tmp_path / "out", method="average"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
