@@ -1,5 +1,6 @@
 """Calibration text: what the experts are given on it, what is kept, what is refused; and what a conversion cost."""
 
+import contextlib
 import json
 from importlib.resources import files
 
@@ -124,7 +125,7 @@ def test_statistics_folder_that_holds_something_else(folder, tmp_path):
 
 def test_statistics_that_cannot_be_read(folder, tmp_path):
     (tmp_path / "statistics.json").write_text("{")
-    with pytest.raises(ConversionError, match="cannot be read: .*; delete the folder"):
+    with pytest.raises(ConversionError, match=r"cannot be read: .*; delete the folder"):
         open_text(folder, tmp_path)
 
 
@@ -152,7 +153,7 @@ def test_source_without_tokenizer(folder, tmp_path):
 def test_more_positions_than_the_source_knows(folder, tmp_path):
     recipe = ConversionRecipe(source=str(folder / "source"), output=str(tmp_path / "out"), calibration="austen")
     opened = open_source(recipe.source)
-    with pytest.raises(ConversionError, match="calibration_block_size=512, but .* knows 64 positions; lower it"):
+    with pytest.raises(ConversionError, match=r"calibration_block_size=512, but .* knows 64 positions; lower it"):
         open_calibration(recipe, SourceModel.map(opened, read_config(opened)), tmp_path)
 
 
@@ -189,7 +190,7 @@ def test_measured_loss_and_routing_are_the_tied_models(folder, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         chosen = {}
         for layer in range(4):
-            hook = lambda module, args, layer=layer: chosen.update({layer: args[1]})  # noqa: E731
+            hook = lambda module, args, layer=layer, chosen=chosen: chosen.update({layer: args[1]})  # noqa: E731
             model.model.layers[layer].mlp.experts.register_forward_pre_hook(hook)
         with torch.no_grad():
             logits = model(input_ids=text.held_out, use_cache=False).logits
@@ -222,17 +223,20 @@ def test_measured_losses_are_in_the_card_and_can_be_left_out(folder, tmp_path):
     assert json.dumps(report)  # JSON-able
 
 
-def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path):
-    recipe = recipe_for(folder, tmp_path / "out")
-    for error, stays in ((None, False), (ValueError, False), (KeyboardInterrupt, True)):
-        with statistics_folder(recipe) as hidden:
+@pytest.mark.parametrize(("error", "stays"), [(None, False), (ValueError, False), (KeyboardInterrupt, True)])
+def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path, error, stays):
+    found = []
+
+    def run():
+        with statistics_folder(recipe_for(folder, tmp_path / "out")) as hidden:
+            found.append(hidden)
             hidden.mkdir()
-        assert not hidden.exists()
-        if error is not None:
-            with pytest.raises(error), statistics_folder(recipe) as hidden:
-                hidden.mkdir()
+            if error is not None:
                 raise error
-            assert hidden.exists() == stays
+
+    with pytest.raises(error) if error is not None else contextlib.nullcontext():
+        run()
+    assert found[0].exists() == stays
 
 
 def test_nothing_is_left_beside_the_output(folder, tmp_path):

@@ -86,7 +86,8 @@ class CalibrationText:
 def _tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        problem = None if tokenizer.vocab_size else "it has no vocabulary"  # made up where there is no file
+        # Where there is no file, transformers makes one up that gives no token for any text.
+        problem = None if tokenizer("Some text.").input_ids else "the one that transformers finds knows no text"
     except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
