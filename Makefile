@@ -24,7 +24,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo seeds test style bench gpu-test bench-gpu tune compile-table clean
+.PHONY: demo seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -32,8 +32,15 @@ demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: d
 seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
 	$(PY) benchmarks/demo_seeds.py --output seeds --seeds 0,1,2
 
+study-conversion: $(INSTALLED)  ## every conversion method's loss against bytes, before and after healing: docs/results.md
+	$(PY) benchmarks/conversion_study.py --output study --results benchmarks/results/conversion_study $(ARGS)
+
 test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
+
+CASES ?= 10000
+fuzz: $(INSTALLED)  ## broken configs, indexes and safetensors headers: an error each, never a crash, a hang or a write elsewhere
+	$(ONE_THREAD) TIEDMOE_FUZZ_CASES=$(CASES) $(PY) -m pytest -q -n $(WORKERS) tests/test_conversion_fuzz.py
 
 style: $(INSTALLED)  ## lint, format, types
 	$(PY) -m ruff check .
@@ -47,6 +54,9 @@ gpu-test: $(INSTALLED)  ## the tests marked gpu
 
 bench: $(INSTALLED)  ## the experts on this CPU against transformers' own
 	$(PY) benchmarks/experts_cpu.py --output benchmarks/results/experts_cpu $(ARGS)
+
+bench-conversion: $(INSTALLED)  ## memory and throughput of a 20 GB conversion against copying its files; needs 45 GB of disk
+	$(PY) benchmarks/conversion_scale.py $(ARGS)
 
 bench-gpu: $(INSTALLED)  ## the kernels on this GPU against transformers' own and other libraries'
 	$(PY) benchmarks/experts_gpu.py --output benchmarks/results/experts_gpu $(ARGS)

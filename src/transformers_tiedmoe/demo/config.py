@@ -49,6 +49,9 @@ class DemoConfig:
     num_experts_per_tok: int = _option(2, "experts active per token")
     prompt: str = _option("Elinor could hardly believe", "what source, tied and healed model continue")
     new_tokens: int = _option(80, "tokens to generate")
+    balance_by_layer: bool = _option(
+        False, "train the source with a balance loss in every layer instead of OLMoE's own, over all layers at once"
+    )
     seed: int = _option(0, "of the source's weights, of the order of the text and of the generated text")
     overwrite: bool = _option(False, "begin anew where output holds an earlier demo")
 

@@ -20,6 +20,8 @@ from transformers import (
     set_seed,
 )
 
+from ..configuration_tiedmoe import TiedMoeConfig
+from ..modeling_tiedmoe import TiedMoeForCausalLM
 from ..training.data import _load_texts, load_blocks
 from ..training.trainer import ProgressReport
 from .config import VALIDATION_FRACTION, DemoConfig
@@ -41,10 +43,16 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
     tokenizer = train_tokenizer(config.text, config.vocab_size)
     set_seed(config.seed)
     model = OlmoeForCausalLM(source_config(config, tokenizer))
+    if config.balance_by_layer:  # the same model and weights without a group; what differs is the loss
+        untied = TiedMoeConfig.from_family(model.config, groups=[])
+        trained = TiedMoeForCausalLM(untied)
+        trained.load_state_dict(model.state_dict())
+    else:
+        trained = model
     train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
     draft = folder.with_name(f".{folder.name}.draft")
     trainer = Trainer(
-        model=model,
+        model=trained,
         args=TrainingArguments(
             output_dir=str(draft),
             max_steps=config.source_steps,
@@ -76,6 +84,7 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
         "seconds": round(time.perf_counter() - start, 1),
     }
     shutil.rmtree(draft, ignore_errors=True)
+    model.load_state_dict(trained.state_dict())
     model.config.use_cache = True  # Trainer switched it off
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
