@@ -145,8 +145,8 @@ def test_a_lost_write_is_noticed(tmp_path, monkeypatch):
     save_source(tmp_path / "source")
     write_weights = execute_module.write_weights
 
-    def write_less(folder, planned, make, progress):
-        write_weights(folder, planned[:-1], make, progress)
+    def write_less(work, planned, make, progress):
+        write_weights(work, planned[:-1], make, progress)
 
     monkeypatch.setattr(execute_module, "write_weights", write_less)
     with unchanged_disk(tmp_path), pytest.raises(verify.VerificationError, match="differ from the plan"):
@@ -202,7 +202,7 @@ def test_small_files_travel_along_and_code_does_not(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tiedmoe_remote.py", "tokenizer.json", "tokenizer_config.json",
+        "tiedmoe_conversion.json", "tiedmoe_remote.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat").input_ids
     tied = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -287,8 +287,8 @@ class LiveBytes(TorchDispatchMode):
 @LAYOUTS
 @pytest.mark.parametrize("method", ["average", "select", "union"])
 def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
-    """One layer's projection and its float32 sum at most, whatever the group and the checkpoint's size."""
-    save_source(tmp_path / "source", num_hidden_layers=10, original=original)
+    """One layer's projection, its float32 sum and the block that is being written, whatever the group and the checkpoint's size."""
+    save_source(tmp_path / "source", num_hidden_layers=10, intermediate_size=192, original=original)
     monkeypatch.setattr(verify, "MAX_BYTES_FOR_LOGITS", 0)  # the streaming part; the logits load whole models
     recipe = ConversionRecipe(
         source=str(tmp_path / "source"), output=str(tmp_path / "out"), group_size=6, method=method
@@ -298,7 +298,10 @@ def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
     gc.collect()
     with LiveBytes() as counter:
         execute(plan)
-    assert counter.peak <= plan.peak_memory_bytes + 4096  # slot maps and the check for NaN
+    block = max(tensor.nbytes for name, tensor in plan.source.tensors.meta.items() if ".experts." in name)
+    assert (
+        counter.peak <= plan.peak_memory_bytes + block + 16384
+    )  # slot maps, the check for NaN, the sample's activations
     assert counter.peak > plan.peak_memory_bytes / 2
     one_group = 6 * plan.bytes_before * plan.expert_parameters_before // plan.parameters_before // 10
-    assert plan.peak_memory_bytes < one_group
+    assert counter.peak < 0.8 * one_group

@@ -1,59 +1,83 @@
 """`execute`: runs a plan, tensor by tensor, into a folder that appears complete and verified or not at all."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .calibration import open_calibration, statistics_folder
+from .calibration import Calibration, open_calibration, statistics_folder
 from .card import save_card
 from .errors import ConversionError
 from .families import FamilyTensors
 from .making import TensorMaker
+from .manifest import identity, save_manifest
 from .measure import measure
 from .plan import Plan
-from .verify import verify_lossless, verify_output
-from .write import Progress, check_output, check_space, new_folder, write_weights
+from .verify import verify_lossless, verify_output, verify_sample
+from .work import Work, open_work
+from .write import Progress, check_output, check_space, write_weights
 
 
 def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     """Convert as planned; the output folder appears in one rename, after everything in it has been verified.
+
+    A run that was killed, or stopped by Ctrl-C, is gone on with by the next one of the same plan.
 
     Args:
         plan: from `make_plan`.
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool) and, with
-        calibration text, `measured` (see `measure`).
+        JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool), with
+        calibration text `measured` (see `measure`), and `resumed_files`, how many an earlier run had finished.
 
     Raises:
-        ConversionError: the source changed or holds NaN, the output exists by now, the disk is full. Nothing is left.
+        ConversionError: the source changed or holds NaN, the output exists by now, the disk is full: nothing is left. Or another
+            process, or another recipe, is at work on the same output: that stays as it is.
     """
     output = check_output(plan.recipe.output)
     check_space(output, plan.bytes_after + plan.statistics_bytes * (plan.recipe.statistics is None))
-    with statistics_folder(plan.recipe) as statistics, new_folder(output) as folder:
-        _check_copies(plan.source.tensors)
+    with statistics_folder(plan.recipe) as statistics:
         calibration = open_calibration(plan.recipe, plan.source, statistics)
-        plan.config.save_pretrained(folder)
-        plan.source.opened.copy_travelling_files(folder)
-        maker = TensorMaker(plan, calibration, progress=progress)
-        write_weights(folder, plan.operations, maker.make, progress)
-        found: dict[str, Any] = {}
-        if calibration is not None and plan.recipe.measure:
-            if progress:
-                progress(plan.bytes_after, plan.bytes_after, "measuring the loss")
-            found["measured"] = measure(plan, folder, calibration)
-        save_card(plan, folder, found.get("measured"), calibration.digest if calibration else "")
+        made = identity("convert", plan.recipe.to_dict(), plan.source.opened, plan.operations)
+        made["calibration"] = {"tokens": calibration.digest if calibration else None}
+        with open_work(output, made) as work:
+            if work.report is None:
+                work.complete(_convert(plan, calibration, work, progress))
+    assert work.report is not None
+    return {**plan.summary(), **work.report, "resumed_files": work.num_resumed}
+
+
+def _convert(plan: Plan, calibration: Calibration | None, work: Work, progress: Progress | None) -> dict[str, Any]:
+    folder = work.folder
+    _check_copies(plan.source.tensors)
+    plan.config.save_pretrained(folder)
+    plan.source.opened.copy_travelling_files(folder)
+    maker = TensorMaker(plan, calibration, work, progress)
+    write_weights(work, plan.operations, maker.make, progress)
+    found: dict[str, Any] = {}
+    if calibration is not None and plan.recipe.measure:
         if progress:
-            progress(plan.bytes_after, plan.bytes_after, "verifying")
-        verification = verify_output(folder, plan.operations)
-        verification["source_tensors"] = {
-            "used": len(plan.source.opened.tensors) - len(plan.dropped),
-            "dropped": len(plan.dropped),
-        }
-        if plan.is_lossless:
-            verification["lossless"] = verify_lossless(plan, folder)
-    return {**plan.summary(), **found, "notes": maker.all_notes, "verification": verification}
+            progress(plan.bytes_after, plan.bytes_after, "measuring the loss")
+        found["measured"] = measure(plan, folder, calibration)
+    save_card(plan, folder, found.get("measured"), calibration.digest if calibration else "")
+    if progress:
+        progress(plan.bytes_after, plan.bytes_after, "verifying")
+    verification = _verify(plan, folder)
+    save_manifest(plan, folder, work.files, verification)
+    return {**found, "notes": maker.all_notes, "verification": verification}
+
+
+def _verify(plan: Plan, folder: Path) -> dict[str, Any]:
+    verification = verify_output(folder, plan.operations)
+    verification["source_tensors"] = {
+        "used": len(plan.source.opened.tensors) - len(plan.dropped),
+        "dropped": len(plan.dropped),
+    }
+    verification["sample"] = verify_sample(plan, folder)
+    if plan.is_lossless:
+        verification["lossless"] = verify_lossless(plan, folder)
+    return verification
 
 
 def _check_copies(tensors: FamilyTensors) -> None:

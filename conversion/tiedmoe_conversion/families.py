@@ -17,6 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -27,7 +29,9 @@ from transformers.core_model_loading import (
 from transformers_tiedmoe.configuration_tiedmoe import canonical_family
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
+from .dequantise import BlockScaled, block_size
 from .errors import ConversionError, did_you_mean
+from .headers import TensorInfo
 from .source import Source
 
 Read = Callable[[str], torch.Tensor]
@@ -71,17 +75,40 @@ class Unit:
             outputs[name] = tensor[0] if isinstance(tensor, list) else tensor
         return outputs
 
-    def convert_meta(self, infos: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def places(self, infos: Mapping[str, TensorInfo]) -> list[tuple[str, int, int, int]] | None:
+        """Where the inputs stand in the output, if the rule only stacks experts and joins them along their first dimension.
+
+        Returns:
+            Per input its key, the expert, and its first and last (not included) row there, so that it can be read into its
+            place; None for any other rule.
+        """
+        operations = self.converter.operations if self.converter is not None else []
+        if [(type(each), getattr(each, "dim", None)) for each in operations] not in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
+        ):
+            return None
+        assert self.converter is not None
+        places, start = [], 0
+        for pattern in self.converter.source_patterns:
+            keys = [key for each, key in self.parts if each == pattern]
+            if keys:
+                rows = infos[keys[0]].shape[0]
+                places += [(key, expert, start, start + rows) for expert, key in enumerate(keys)]
+                start += rows
+        return places
+
+    def convert_meta(self, infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
         """The outputs as meta tensors, from the inputs' `TensorInfo`s."""
-        dtypes = {infos[key].dtype for key in self.keys}
+        dtypes = {describe_dtype(infos[key]) for key in self.keys}
         if len(dtypes) > 1:
             raise ConversionError(
-                f"the tensors that make up {self.name!r} have dtypes {sorted(map(str, dtypes))}; expected one: "
+                f"the tensors that make up {self.name!r} have dtypes {sorted(dtypes)}; expected one: "
                 "save the source in a single dtype"
             )
         try:
             return self.convert(lambda key: infos[key].meta())
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shapes = sorted({infos[key].shape for key in self.keys})
             raise ConversionError(
                 f"the source's tensors {self.keys[0]!r} … ({len(self.keys)} of them, shapes {shapes}) do not make up "
@@ -107,15 +134,39 @@ class FamilyTensors:
     copies: dict[str, str]
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One state-dict tensor, read and fused; every tensor that is read is checked to be finite."""
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """One state-dict tensor, read and fused, or its rows `first` to `last` (not included) along dimension 0.
+
+        Every tensor that is read is checked to be finite.
+        """
+        unit = self.units[name]
+        if unit.converter is None:
+            return self._read_finite(unit.keys[0], first, last)
+        places = unit.places(self.source.tensors)
+        if places is not None:
+            return self._read_places(name, places, first, last)
         if name not in self._last:  # a rule with several outputs runs once for outputs read one after another
             self._last.clear()
-            self._last.update(self.units[name].convert(self._read_finite))
-        return self._last.pop(name)
+            self._last.update(unit.convert(self._read_finite))
+        tensor = self._last.pop(name)
+        return tensor if last is None and not first else tensor[first:last].clone()
 
-    def _read_finite(self, key: str) -> torch.Tensor:
-        tensor = self.source.read(key)
+    def _read_places(
+        self, name: str, places: list[tuple[str, int, int, int]], first: int, last: int | None
+    ) -> torch.Tensor:
+        """Without a copy: every input is read into its place of the output."""
+        meta = self.meta[name]
+        experts = range(len(meta))[first:last]
+        tensor = torch.empty(len(experts), *meta.shape[1:], dtype=meta.dtype)
+        for key, expert, start, end in places:
+            if expert in experts:
+                self._read_finite(key, into=tensor[expert - experts.start, start:end])
+        return tensor
+
+    def _read_finite(
+        self, key: str, first: int = 0, last: int | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        tensor = self.source.read(key, first, last, into)
         check_finite(tensor, key, self.source.name)
         return tensor
 
@@ -149,7 +200,7 @@ class SourceModel:
         found = {}
         for name in self.expert_names(layer):
             tensor = self.tensors.meta[name]
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = describe_dtype(self.opened.tensors[self.tensors.units[name].keys[0]])
             found[name.removeprefix(f"{self.experts[layer]}.")] = f"{list(tensor.shape)} {dtype}"
         return found
 
@@ -168,15 +219,12 @@ def read_config(source: Source) -> PreTrainedConfig:
             "Untie it first: tiedmoe untie SOURCE OUTPUT"
         )
     if fields.get("quantization_config"):
-        method = (
-            fields["quantization_config"].get("quant_method")
-            if isinstance(fields["quantization_config"], dict)
-            else None
-        )
-        raise ConversionError(
-            f"{source.name} is quantised ({method}); expected plain weights (bf16, fp16 or fp32): "
-            "save a dequantised copy with transformers first"
-        )
+        block_size(fields, source.name)  # refuses what is not read here
+        if not source.is_quantised:
+            raise ConversionError(
+                f"{source.name} is quantised by its config.json, and none of its weights has scales; expected "
+                "X.weight_scale_inv beside X.weight: remove quantization_config if the weights are plain"
+            )
     try:
         canonical_family(family)
     except ValueError as error:
@@ -196,6 +244,21 @@ def read_config(source: Source) -> PreTrainedConfig:
     text_config = config.get_text_config(decoder=True)
     if text_config.dtype is None:  # a multimodal config has it at the top
         text_config.dtype = config.dtype
+    if hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config  # what is read is not quantised any more
+    layers = getattr(text_config, "num_hidden_layers", None)
+    if type(layers) is not int or not 0 < layers <= len(source.tensors):  # before a model of as many is built
+        raise ConversionError(
+            f"{source.name} has num_hidden_layers={layers!r} by config.json and {len(source.tensors)} tensors; expected a "
+            "layer to have one at least: use the config.json that belongs to the weights"
+        )
+    try:
+        family_model(text_config)
+    except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
+        raise ConversionError(
+            f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use the "
+            "config.json that belongs to the weights"
+        ) from error
     return text_config
 
 
@@ -262,6 +325,14 @@ def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
     return [
         Unit(target, tuple(found), by_pattern.get(found[0][0]), model, renamings) for target, found in parts.items()
     ]
+
+
+def describe_dtype(info: TensorInfo) -> str:
+    """A tensor's dtype for people, and the one on the disk where that is another."""
+    name = str(info.dtype).removeprefix("torch.")
+    if isinstance(info, BlockScaled):
+        name += f" (from {str(info.weight.dtype).removeprefix('torch.')} in blocks of {list(info.block)})"
+    return name
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from .errors import ConversionError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+MAX_DIMENSIONS = 64  # the limit of torch
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -37,7 +38,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """The tensor's size in bytes."""
+        """The tensor's size on disk in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
@@ -100,9 +101,12 @@ def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dic
                 f"{where}: tensor {name!r} has dtype {dtype!r}; expected one of {list(DTYPES)}: "
                 "convert a dequantised copy of this checkpoint instead"
             )
-        sizes = [*shape, begin, end] if isinstance(shape, list) else [None]
+        sizes = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
         if not all(type(number) is int and 0 <= number < 2**63 for number in sizes):
-            raise ConversionError(f"{where}: tensor {name!r} has shape {shape!r} and offsets [{begin!r}, {end!r}]")
+            raise ConversionError(
+                f"{where}: tensor {name!r} has shape {repr(shape)[:200]} and offsets [{begin!r}, {end!r}]; expected integers "
+                f"from 0 to 2^63, and at most {MAX_DIMENSIONS} dimensions"
+            )
         tensors[name] = TensorInfo(name, file, DTYPES[dtype], tuple(shape), begin)
         if tensors[name].num_bytes != end - begin:
             raise ConversionError(

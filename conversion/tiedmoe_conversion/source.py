@@ -2,16 +2,21 @@
 
 Tensors are read by offset rather than through a memory map, so that what a conversion holds in memory is what it
 asked for. A Hub source is planned from its headers; a weight file is downloaded when a tensor of it is first read.
+Nobody has checked a checkpoint: only regular files inside its folder are opened.
 """
 
+import hashlib
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from .dequantise import SUFFIX, BlockScaled, dequantise, fold_scales
 from .errors import ConversionError
 from .headers import TensorInfo, read_header, tensors_from_header
 
@@ -34,7 +39,8 @@ class Source:
         name: the folder or hub id as it was given.
         folder: a local folder with the checkpoint's small files (config, tokenizer, ...).
         commit: the commit of a hub source, None for a local folder.
-        tensors: every tensor by name, from the headers.
+        tensors: every tensor by name, from the headers; an fp8 weight and its scales are one, in the dtype it is read in.
+        is_quantised: whether there are such.
     """
 
     def __init__(self, name: str, folder: Path, commit: str | None = None, allow_pickle: bool = False):
@@ -42,28 +48,53 @@ class Source:
         self._data_start: dict[str, int] = {}  # where the tensors of a local file begin
         self._stamps: dict[str, tuple[int, int]] = {}  # a local file's size and time when its header was read
         self._pickle: tuple[str, dict[str, torch.Tensor]] | None = None  # the one .bin file that is open
+        for pattern in SMALL_FILES:  # transformers reads some of them by itself
+            for path in folder.glob(pattern):
+                if not path.is_dir():
+                    regular_file(folder, path.name)
         self.tensors = self._read_headers()
+        self.is_quantised = False
+        if any(name.endswith(SUFFIX) for name in self.tensors):
+            config = self.read_json("config.json")
+            if config.get("quantization_config"):
+                self.tensors, self.is_quantised = fold_scales(self.tensors, config, name), True
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Read one tensor, or its rows `first` to `last` (not included) along dimension 0, into new memory.
+    def read(
+        self, name: str, first: int = 0, last: int | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read one tensor, or its rows `first` to `last` (not included) along dimension 0.
+
+        Args:
+            into: where to, contiguous and of the same shape and dtype; new memory by default.
 
         Raises:
             ConversionError: the file ends early or is no longer the one whose header was read.
         """
         info = self.tensors[name]
-        if info.offset is None:
+        if isinstance(info, BlockScaled):
+            tensor = dequantise(self._read(info.weight), self._read(info.scale), info)[first:last]
+        elif info.offset is None:
             tensor = self._read_pickle(info.file)[name]
-            return tensor.clone() if tensor.dim() == 0 else tensor[first:last].clone()
-        path = self._path(info.file)
+            tensor = tensor.clone() if tensor.dim() == 0 else tensor[first:last].clone()
+        else:
+            return self._read(info, first, last, into)
+        return tensor if into is None else into.copy_(tensor)
+
+    def _read(
+        self, info: TensorInfo, first: int = 0, last: int | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        path, name = self._path(info.file), info.name
         if info.file not in self._data_start and self._open_header(info.file).get(name) != info:
             raise ConversionError(f"{path} is not the file that was planned with: {name!r} differs; plan again")
+        assert info.offset is not None
         if _stamp(path) != self._stamps[info.file]:
             raise ConversionError(f"{path} changed while it was read; expected a source that nobody writes to")
         shape, start = info.shape, self._data_start[info.file] + info.offset
         if last is not None or first:
             start += first * (info.num_bytes // shape[0])
             shape = (len(range(*slice(first, last).indices(shape[0]))), *shape[1:])
-        tensor = torch.empty(shape, dtype=info.dtype)
+        tensor = torch.empty(shape, dtype=info.dtype) if into is None else into
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, info.dtype, True), name
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
@@ -77,10 +108,24 @@ class Source:
 
     def travelling_files(self) -> list[str]:
         """Tokenizer, chat template and the like, as paths relative to `folder`, sorted."""
-        names: set[str] = set()
-        for pattern in TRAVELLING_FILES:
-            names.update(str(path.relative_to(self.folder)) for path in self.folder.glob(pattern) if path.is_file())
-        return sorted(name for name in names if not name.endswith((".py", ".safetensors", ".bin")))
+        found = [path for pattern in TRAVELLING_FILES for path in self.folder.glob(pattern) if not path.is_dir()]
+        names = {str(path.relative_to(self.folder)) for path in found}
+        return sorted(
+            name
+            for name in names
+            if not name.endswith((".py", ".safetensors", ".bin")) and regular_file(self.folder, name)
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 over the config and every tensor's name, dtype, shape and place: what the headers say, no weight."""
+        digest = hashlib.sha256(json.dumps(self.read_json("config.json"), sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"\n{name} {info.dtype} {info.shape} {info.file} {info.offset} {info.num_bytes}".encode())
+        return digest.hexdigest()
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of change of the weight files, to notice that somebody wrote to them; a commit never changes."""
+        return {} if self.commit is not None else {file: list(stamp) for file, stamp in sorted(self._stamps.items())}
 
     def copy_travelling_files(self, folder: Path) -> None:
         """Copy `travelling_files` into `folder`; their contents, where they are links into the Hub's cache."""
@@ -91,6 +136,7 @@ class Source:
     def read_json(self, file: str) -> dict[str, Any]:
         """The JSON object in one of the small files."""
         path = self.folder / file
+        regular_file(self.folder, file)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -156,7 +202,7 @@ class Source:
             header = {n: vars(t) for n, t in parsed.tensors.items()}
             return tensors_from_header(header, file, f"{self.name}/{file}")
         path = self._path(file)
-        if not path.is_file():
+        if not regular_file(path.parent, path.name):
             raise ConversionError(f"{self.name} has no file {file!r}, which its index names; download it again")
         self._stamps[file] = _stamp(path)
         self._data_start[file], tensors = read_header(path)
@@ -170,8 +216,9 @@ class Source:
         if self._pickle is None or self._pickle[0] != file:
             self._pickle = None  # let go of the file before
             path = self._path(file)
-            if not path.is_file():
+            if not regular_file(path.parent, path.name):
                 raise ConversionError(f"{self.name} has no file {file!r}, which its index names; download it again")
+            self._stamps[file] = _stamp(path)
             try:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # a hostile pickle may raise anything
@@ -182,7 +229,7 @@ class Source:
         return self._pickle[1]
 
     def _downloaded(self, file: str) -> bool:
-        return (self.folder / file).is_file()
+        return regular_file(self.folder, file)
 
     def _exists(self, file: str) -> bool:
         if self.commit is None or self._downloaded(file):
@@ -193,6 +240,34 @@ class Source:
         if self.commit is None or self._downloaded(file):
             return self.folder / file
         return Path(_ask_hub(self.name, hf_hub_download, self.name, file, revision=self.commit))
+
+
+def regular_file(folder: Path, name: str) -> bool:
+    """Whether `folder / name` is there, as a regular file of this checkpoint.
+
+    A link may lead to another file of the folder, or, in a snapshot of the Hub's cache, to that cache's own blobs.
+
+    Raises:
+        ConversionError: a link that leads elsewhere, as in a checkpoint that wants a file of yours to be copied, a link to
+            nowhere, or a pipe, a device or a folder.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return False
+    root, real = os.path.realpath(folder), os.path.realpath(path)
+    places = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        places.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    if not any(real.startswith(place.rstrip(os.sep) + os.sep) for place in places):
+        raise ConversionError(
+            f"{path} is a link to {real}, outside of the checkpoint's folder; expected the file itself: put a copy of it there "
+            "if you trust where it leads"
+        )
+    if not os.path.exists(real):
+        raise ConversionError(f"{path} is a link to {real}, which does not exist; download the file again")
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise ConversionError(f"{path} is no regular file; expected one, not a folder, a pipe or a device")
+    return True
 
 
 def open_source(source: str, revision: str | None = None, allow_pickle: bool = False) -> Source:

@@ -5,7 +5,7 @@ family, vLLM and whatever else reads the family's checkpoints loads it. Works ru
 memory at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .errors import ConversionError
-from .families import FamilyTensors, Read, Unit, family_model, hub_units, map_tensors, saved_tensors
+from .families import Unit, family_model, hub_units, map_tensors, saved_tensors
+from .layers import LayerTensors
+from .manifest import identity
 from .recipe import parse_size
 from .source import Source, open_source
 from .verify import verify_output
-from .write import Planned, Progress, check_output, check_space, into_files, new_folder, write_weights
+from .work import open_work
+from .write import Planned, Progress, check_output, check_space, into_files, write_weights
+
+_LayerTensors = LayerTensors  # TODO: until measure.py imports it from layers.py
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ def untie(
 ) -> dict[str, Any]:
     """Turn a tiedmoe checkpoint into the family's own; the output appears complete and verified or not at all.
 
+    A run that was killed, or stopped by Ctrl-C, is gone on with by the next one with the same arguments.
+
     Args:
         source: a local folder or hub id of a tiedmoe checkpoint.
         output: a new or empty folder.
@@ -43,7 +50,8 @@ def untie(
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        A JSON-able report: family, parameters and bytes before and after, verification.
+        A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their sha256, and
+        how many of them an earlier run had finished.
 
     Raises:
         ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), or
@@ -56,7 +64,7 @@ def untie(
     family_config = _family_config(config, opened)
     tied, model = family_model(config), family_model(family_config)
     tensors = map_tensors(opened, tied, rules=model)
-    reader = _LayerTensors(config, tensors, expert_layers(model), tied.base_model_prefix)
+    reader = LayerTensors(config, tensors, expert_layers(model), tied.base_model_prefix)
     names = saved_tensors(model)
     meta = {name: reader.meta(name) for name in names}
     wrong = [name for name in names if meta[name].shape != names[name].shape]
@@ -69,14 +77,17 @@ def untie(
     operations = into_files(planned, shard_size)
     num_bytes = sum(operation.num_bytes for operation in operations)
     check_space(folder, num_bytes)
-    with new_folder(folder) as partial_folder:
-        family_config.architectures = [type(model).__name__]
-        family_config.save_pretrained(partial_folder)
-        opened.copy_travelling_files(partial_folder)
-        write_weights(partial_folder, operations, _Maker(reader).make, progress)
-        if progress:
-            progress(num_bytes, num_bytes, "verifying")
-        verification = verify_output(partial_folder, operations)
+    family_config.architectures = [type(model).__name__]
+    made = identity("untie", {"max_shard_size": shard_size}, opened, operations)
+    with open_work(folder, made) as work:
+        if work.report is None:
+            family_config.save_pretrained(work.folder)
+            opened.copy_travelling_files(work.folder)
+            write_weights(work, operations, _Maker(reader).make, progress)
+            if progress:
+                progress(num_bytes, num_bytes, "verifying")
+            work.complete({"verification": verify_output(work.folder, operations)})
+    assert work.report is not None
     return {
         "source": str(source),
         "output": str(output),
@@ -86,46 +97,16 @@ def untie(
         "bytes_before": sum(info.num_bytes for info in opened.tensors.values()),
         "bytes_after": num_bytes,
         "tensors": len(operations),
-        "verification": verification,
+        "files": work.files,
+        "resumed_files": work.num_resumed,
+        **work.report,
     }
-
-
-class _LayerTensors:
-    """The family's state dict, made of a tied checkpoint's tensors when asked; a layer's experts from its pool."""
-
-    def __init__(self, config: TiedMoeConfig, tensors: FamilyTensors, experts: Mapping[int, str], prefix: str):
-        self.tensors = tensors
-        self.pools: dict[str, str] = {}  # path of a tied layer's experts -> path of the pool it reads
-        for layer, path in experts.items():
-            if (p := config.group_of(layer)) is not None:
-                self.pools[f"{path}."] = f"{prefix}.expert_pools.{p}."
-
-    def read(self, name: str) -> torch.Tensor:
-        """One state-dict tensor of the family."""
-        return self._make(name, self.tensors.read)
-
-    def meta(self, name: str) -> torch.Tensor:
-        """The same on the meta device: shape and dtype."""
-        return self._make(name, self.tensors.meta.__getitem__)
-
-    def _make(self, name: str, read: Read) -> torch.Tensor:
-        path = next((path for path in self.pools if name.startswith(path)), None)
-        if path is None:
-            return read(name)
-        rows = read(name.replace(path, self.pools[path], 1))
-        if f"{path}slot_map" in self.tensors.meta:
-            rows = rows[read(f"{path}slot_map")]
-        if f"{name}_residual_b" in self.tensors.meta:
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            b, a = read(f"{name}_residual_b").to(wide), read(f"{name}_residual_a").to(wide)
-            rows = rows.to(wide).baddbmm_(b, a).to(rows.dtype)
-        return rows
 
 
 class _Maker:
     """Makes the outputs of one unit after the other; keeps those of one unit until they are written."""
 
-    def __init__(self, reader: _LayerTensors):
+    def __init__(self, reader: LayerTensors):
         self.reader = reader
         self._made: dict[str, torch.Tensor] = {}
 

@@ -1,19 +1,30 @@
-"""Checks a written checkpoint before anybody sees it: headers, the Auto class, and the source's own logits.
+"""Checks a checkpoint that a conversion wrote: headers, the Auto class, real numbers from sample layers, the source's logits.
 
 The last is for methods that promise to lose nothing. A model too large to load twice is compared on its first and last
-tied layers instead, expert by expert, and the report says which of the two was done.
+tied layers instead, expert by expert, and the report says which of the two was done. `verify_folder` checks a folder that
+has been lying about, or was healed since, and says what it could not check.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils import logging
 
-from .source import Source, open_source
+from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+
+from .errors import ConversionError
+from .families import SourceModel, family_model, map_tensors, read_config
+from .journal import file_digest
+from .layers import LayerTensors
+from .source import Source, open_source, regular_file
 from .write import Planned
 
 if TYPE_CHECKING:
@@ -21,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES_FOR_LOGITS = 2 * 10**9  # one model; the two are loaded one after the other
 SAMPLE_LENGTH = 32  # tokens of the compared input
+SAMPLE_EXPERTS = 8  # of a layer, and the tokens that each of them is given
+MANIFEST = "tiedmoe_conversion.json"
 
 
 class VerificationError(RuntimeError):
@@ -38,12 +51,251 @@ def verify_output(folder: Path, planned: Iterable[Planned]) -> dict[str, Any]:
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise VerificationError(f"{folder}: tensors differ from the plan: {wrong[:5]}")
-    with _quietly():
-        _, loading = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
-    problems = {key: sorted(map(str, value)) for key, value in loading.items() if value}
-    if problems:
+    if problems := _loading_problems(folder):
         raise VerificationError(f"{folder}: the Auto class does not load it cleanly: {problems}")
     return {"tensors": len(found), "headers": True, "auto_class": True, "finite": True}
+
+
+def verify_sample(plan: "Plan", folder: Path) -> dict[str, Any]:
+    """Real numbers: how far the experts of the first and the last tied layer are from the source's, on a fixed random input.
+
+    Returns:
+        `{"layers": {"2": relative error, ...}, "experts": how many of each}`, or why a layer was not compared.
+
+    Raises:
+        VerificationError: a method that loses nothing has an error.
+    """
+    found = compare_layers(
+        plan.source, tied_layers(open_source(str(folder)), plan.config), _sample_layers(plan.groups)
+    )
+    wrong = {layer: error for layer, error in found["layers"].items() if error != 0}
+    if plan.is_lossless and wrong:
+        raise VerificationError(f"{folder}: relative errors of experts by layer are {wrong}; a lossless method has 0")
+    return found
+
+
+def compare_layers(source: SourceModel, output: LayerTensors, layers: Iterable[int]) -> dict[str, Any]:
+    """Relative errors of the output's experts in `layers`, by the family's own code, one expert in memory at a time."""
+    errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        names = source.expert_names(layer)
+        slots, width = source.tensors.meta[names[0]].shape[0], output.meta(names[0]).shape[0]
+        if slots != width:
+            reasons[str(layer)] = f"its router has {width} experts, and the source's {slots}"
+            continue
+        sample = range(slots) if slots <= SAMPLE_EXPERTS else range(0, slots, -(-slots // SAMPLE_EXPERTS))
+        difference = size = 0.0
+        try:
+            for expert in sample:
+                expected, found = (
+                    _expert_output(source, layer, expert, each.read) for each in (source.tensors, output)
+                )
+                difference += float((found - expected).square().sum())
+                size += float(expected.square().sum())
+        except (TypeError, RuntimeError, AttributeError) as error:  # the family's own code
+            reasons[str(layer)] = f"the family's experts cannot be run here: {type(error).__name__}: {error}"
+            continue
+        errors[str(layer)] = math.sqrt(difference / size) if size else float(difference > 0)
+    return {"layers": errors, "experts": SAMPLE_EXPERTS, **({"not_compared": reasons} if reasons else {})}
+
+
+def tied_layers(output: Source, config: TiedMoeConfig) -> LayerTensors:
+    """The layers of the tied checkpoint `output` as the family's own."""
+    model, tied = family_model(config.to_family()), family_model(config)
+    return LayerTensors(config, map_tensors(output, tied, rules=model), expert_layers(model), tied.base_model_prefix)
+
+
+def _sample_layers(groups: list[list[int]]) -> list[int]:
+    return sorted({groups[0][0], groups[-1][-1]})
+
+
+def _expert_output(source: SourceModel, layer: int, expert: int, read) -> torch.Tensor:
+    """What one expert computes of `SAMPLE_EXPERTS` tokens, in float32 `[T, H]`; `read(name, first, last)` gives its weights."""
+    path = source.experts[layer]
+    module = copy.deepcopy(source.model.get_submodule(path))
+    module.config._experts_implementation = "eager"
+    weights = {name.removeprefix(f"{path}."): read(name, expert, expert + 1) for name in source.expert_names(layer)}
+    dtype = next(iter(weights.values())).dtype
+    hidden_size = source.model.config.hidden_size
+    generator = torch.Generator().manual_seed(expert)
+    hidden_states = torch.randn(SAMPLE_EXPERTS, hidden_size, generator=generator).to(dtype)
+    chosen = torch.zeros(SAMPLE_EXPERTS, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        return functional_call(
+            module, weights, (hidden_states, chosen, torch.ones(SAMPLE_EXPERTS, 1, dtype=dtype))
+        ).float()
+
+
+def verify_folder(output: str | Path, source: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Check a converted checkpoint, wherever it has been since.
+
+    Args:
+        output: a local folder that `tiedmoe convert` made.
+        source: the folder or hub id that it was made of, to compare with; None compares with nothing.
+        revision: of a source on the Hub.
+
+    Returns:
+        JSON-able: what was found, by check, and `not_checked`, each with its reason.
+
+    Raises:
+        ConversionError: the first thing that is wrong: what was found, what was expected, what to do.
+    """
+    opened = open_source(str(output))
+    manifest = opened.read_json(MANIFEST) if regular_file(opened.folder, MANIFEST) else None
+    report: dict[str, Any] = {"output": str(output), "not_checked": {}}
+    if manifest is None:
+        report["not_checked"]["hashes"] = f"there is no {MANIFEST}: made by another command, such as a healing"
+    else:
+        report["hashes"] = _check_hashes(opened, manifest)
+    config = _tied_config(opened)
+    try:
+        tensors = tied_layers(opened, config)
+    except ValueError as error:
+        raise ConversionError(f"{output} is not what its config.json says: {error}") from error
+    report["tensors"], report["config"] = len(opened.tensors), _check_config(config, tensors)
+    if problems := _loading_problems(opened.folder):
+        raise ConversionError(
+            f"{output}: the Auto class does not load it cleanly: {problems}; convert the source again"
+        )
+    report["auto_class"] = True
+    for name in sorted(tensors.tensors.meta):
+        tensors.tensors.read(name)  # raises where it is not finite
+    report["finite"] = True
+    if source is None:
+        report["not_checked"]["source"] = "no source was named"
+    else:
+        allow_pickle = bool((manifest or {}).get("recipe", {}).get("allow_pickle"))
+        opened_source = open_source(source, revision, allow_pickle)
+        report["source"] = _check_source(opened_source, manifest, config, tensors, report["not_checked"])
+    return report
+
+
+def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, int]:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ConversionError(
+            f"{output.name}: {MANIFEST} names no files; expected their hashes: convert the source again"
+        )
+    for name, expected in files.items():
+        found = file_digest(output.folder / name) if regular_file(output.folder, name) else None
+        if found != expected:
+            raise ConversionError(
+                f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, copy or convert "
+                f"it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
+            )
+    unlisted = {info.file for info in output.tensors.values()} - files.keys()
+    if unlisted:
+        raise ConversionError(
+            f"{output.name} has its weights in {sorted(unlisted)[:3]}, which {MANIFEST} does not name; expected the files that "
+            f"were converted: delete {MANIFEST} if they were changed on purpose"
+        )
+    return {"files": len(files)}
+
+
+def _tied_config(output: Source) -> TiedMoeConfig:
+    family = output.read_json("config.json").get("model_type")
+    if family != "tiedmoe":
+        raise ConversionError(
+            f"{output.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
+        )
+    try:
+        return AutoConfig.from_pretrained(output.folder)
+    except Exception as error:  # whatever a field of the wrong type makes transformers raise
+        raise ConversionError(f"{output.name}: cannot read config.json: {error}") from error
+
+
+def _check_config(config: TiedMoeConfig, tensors: LayerTensors) -> dict[str, Any]:
+    """Slot maps within their pools; which experts of a pool no slot leads to."""
+    reached: dict[str, set[int]] = {}
+    for path, pool in tensors.pools.items():
+        slots = tensors.slot_map(path)
+        width = next(len(tensor) for name, tensor in tensors.tensors.meta.items() if name.startswith(pool))
+        reached.setdefault(pool, set()).update(range(width) if slots is None else slots)
+    assert config.pool_num_experts is not None
+    unreachable = {}
+    for pool, rows in reached.items():
+        p = int(pool.rstrip(".").rsplit(".", 1)[1])
+        if missing := sorted(set(range(config.pool_num_experts[p])) - rows):  # type: ignore[index]  # resolved to a list
+            unreachable[str(p)] = missing
+    return {"pools": len(reached), "unreachable_experts": unreachable}
+
+
+def _check_source(
+    opened: Source,
+    manifest: Mapping[str, Any] | None,
+    config: TiedMoeConfig,
+    output: LayerTensors,
+    not_checked: dict[str, str],
+) -> dict[str, Any]:
+    """Compare with the source: the same one, every tensor accounted for, copies equal, the experts' own numbers."""
+    if manifest is not None:
+        expected = manifest.get("source", {}).get("headers_and_config_sha256")
+        if (found := opened.fingerprint()) != expected:
+            raise ConversionError(
+                f"{opened.name} has the hash {found}; {output.tensors.source.name} was made of one with {expected} "
+                f"({manifest.get('source')}): name the source that it was made of"
+            )
+    source = SourceModel.map(opened, read_config(opened))
+    tied_experts = {
+        name for layer in source.experts if config.group_of(layer) is not None for name in source.expert_names(layer)
+    }
+    of_output, of_source = output.tensors.meta, source.tensors.meta
+    lost = sorted(name for name in of_source.keys() - of_output.keys() - tied_experts - source.tensors.copies.keys())
+    if lost:
+        raise ConversionError(
+            f"{output.tensors.source.name} lacks {len(lost)} tensors of {opened.name}, such as {lost[:3]}; expected every one "
+            "that no pool stands for: convert the source again"
+        )
+    if manifest is not None:
+        named = {entry["tensor"] for entry in manifest.get("dropped", [])}
+        if unnamed := sorted(source.tensors.dropped.keys() - named):
+            raise ConversionError(
+                f"{opened.name} holds {unnamed[:3]}, which the output neither has nor names as dropped in {MANIFEST}; "
+                "convert the source again"
+            )
+    different = [name for name in sorted(of_source.keys() & of_output.keys()) if not _same(source, output, name)]
+    widened = [name for name in different if of_source[name].shape != of_output[name].shape]
+    trained = manifest is None  # its weights may have been trained, so they need not be the source's
+    if different != widened and not trained:
+        raise ConversionError(
+            f"{output.tensors.source.name}: {[name for name in different if name not in widened][:3]} are not those of "
+            f"{opened.name}, and nothing but experts is changed by a conversion: convert the source again"
+        )
+    if trained:
+        not_checked["copies"] = f"without a {MANIFEST} its weights may have been trained since"
+    assert config.groups is not None
+    sample = compare_layers(source, output, _sample_layers(config.groups)) if config.groups else {"layers": {}}
+    lossless = ((manifest or {}).get("verification") or {}).get("lossless")
+    if lossless and any(sample["layers"].values()):
+        raise ConversionError(
+            f"{output.tensors.source.name}: relative errors of experts by layer are {sample['layers']}; expected 0, as its method "
+            "loses nothing: convert the source again"
+        )
+    return {
+        "equal_tensors": len(of_source.keys() & of_output.keys()) - len(different),
+        "changed_tensors": different,
+        "sample": sample,
+    }
+
+
+def _same(source: SourceModel, output: LayerTensors, name: str) -> bool:
+    if source.tensors.meta[name].shape != output.tensors.meta[name].shape:
+        return False
+    return _same_bits(source.tensors.read(name), output.tensors.read(name))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _loading_problems(folder: Path) -> dict[str, list[str]]:
+    """What the Auto class finds missing, unexpected or of another shape when it loads `folder` without memory."""
+    with _quietly():
+        _, loading = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    return {key: sorted(map(str, value)) for key, value in loading.items() if value}
 
 
 def verify_lossless(plan: "Plan", folder: Path) -> dict[str, Any]:
@@ -60,48 +312,35 @@ def verify_lossless(plan: "Plan", folder: Path) -> dict[str, Any]:
     because = f"a model of {size:,} bytes is more than the {MAX_BYTES_FOR_LOGITS:,} that are loaded to compare logits"
     if size <= MAX_BYTES_FOR_LOGITS:
         try:
-            expected = _logits(plan.source.opened.folder)
+            expected = _logits(plan.source.opened.folder, plan.source.opened.is_quantised)
         except Exception as error:  # the family's own code, before ours has been run
             because = f"the source's own forward pass fails here: {type(error).__name__}: {error}"
         else:
             if not torch.equal(expected.view(torch.uint8), _logits(folder).view(torch.uint8)):
                 raise VerificationError(f"{folder}: the logits are not those of {plan.recipe.source}")
             return {"compared": "logits", "tokens": SAMPLE_LENGTH, "equal": True}
-    layers = sorted({plan.groups[0][0], plan.groups[-1][-1]})
+    layers, output = _sample_layers(plan.groups), tied_layers(open_source(str(folder)), plan.config)
     for layer in layers:
-        _compare_experts(plan, open_source(str(folder)), layer)
+        for name in plan.source.expert_names(layer):
+            for expert in range(plan.source.tensors.meta[name].shape[0]):
+                if not _same_bits(
+                    plan.source.tensors.read(name, expert, expert + 1), output.read(name, expert, expert + 1)
+                ):
+                    raise VerificationError(f"{folder}: layer {layer} does not find its own expert {expert} of {name}")
     return {"compared": "experts", "layers": layers, "equal": True, "because": because}
 
 
-def _logits(folder: Path) -> torch.Tensor:
+def _logits(folder: Path, is_quantised: bool = False) -> torch.Tensor:
     """Logits `[1, SAMPLE_LENGTH, vocab]` on fixed random tokens, with transformers' plain loops over experts."""
+    extra = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_quantised else {}
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", experts_implementation="eager", dtype="auto"
+            folder, attn_implementation="eager", experts_implementation="eager", dtype="auto", **extra
         )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (1, SAMPLE_LENGTH), generator=generator)
     with torch.inference_mode():
         return model.eval()(input_ids=tokens, use_cache=False).logits.contiguous()
-
-
-def _compare_experts(plan: "Plan", output: Source, layer: int) -> None:
-    """Raise unless `layer` reaches, through its slot map, the experts that it has in the source."""
-    slot_map = output.read(f"{plan.source.experts[layer]}.slot_map")
-    for operation in plan.operations:
-        if operation.kind == "pool" and operation.pool == plan.config.group_of(layer):
-            expected = f"{plan.source.experts[layer]}.{operation.parameter}"
-            if not _same_rows(output, operation.target, slot_map, plan.source.tensors.read(expected)):
-                raise VerificationError(f"layer {layer} does not find its own experts in {operation.target}")
-
-
-def _same_rows(output: Source, pool: str, slot_map: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether `pool[slot_map]` of the output is `expected`, bit for bit; reads no more of the pool than it must."""
-    first, last = int(slot_map.min()), int(slot_map.max()) + 1
-    rows = output.read(pool, first, last)
-    if slot_map.tolist() != list(range(first, last)):
-        rows = rows[slot_map - first]
-    return torch.equal(rows.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 @contextlib.contextmanager

@@ -1,30 +1,30 @@
-"""Writes a checkpoint folder so that it is there completely or not at all.
+"""Writes weight files of any size, tensor by tensor, behind a header that the plan already knows.
 
-Everything goes into a hidden folder beside OUTPUT, is flushed to the disk, and takes OUTPUT's name in one rename.
-Weight files are written tensor by tensor behind a header that the plan already knows, so that a shard never has to
-fit into memory (safetensors' own writer wants all of it at once).
+A shard never has to fit into memory (safetensors' own writer wants all of it at once): while a block is written and hashed in a
+thread of its own, the next one is made.
 """
 
-import contextlib
-import errno
+import hashlib
 import json
 import math
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import ConversionError
 from .headers import DTYPE_NAMES
+from .journal import flush, partial_folder, was_renamed
 from .source import WEIGHTS, WEIGHTS_INDEX
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+if TYPE_CHECKING:
+    from .work import Work
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,7 +55,7 @@ def check_output(output: str | Path) -> Path:
     path = Path(output).expanduser().absolute()
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ConversionError(f"output {output} exists and is not a folder; choose another one")
-    if path.is_dir() and (found := sorted(p.name for p in path.iterdir())):
+    if path.is_dir() and (found := sorted(p.name for p in path.iterdir())) and not was_renamed(path):
         raise ConversionError(
             f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing is "
             "overwritten: choose another, or empty it"
@@ -67,43 +67,14 @@ def check_output(output: str | Path) -> Path:
 
 
 def check_space(output: Path, num_bytes: int) -> None:
-    """Raise `ConversionError` where the disk of `output` has less than `num_bytes` free."""
+    """Raise `ConversionError` where the disk of `output` has less than `num_bytes` free, or held by unfinished work on it."""
     free = shutil.disk_usage(next(p for p in output.parents if p.exists())).free
+    free += sum(path.stat().st_size for path in partial_folder(output).rglob("*") if path.is_file())
     if free < num_bytes:
         raise ConversionError(
             f"the disk of {output} has {free:,} bytes free, and {num_bytes:,} are needed; free some, or choose an output "
             "on another disk. Nothing was written"
         )
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` when the block ends well, and vanishes when it does not."""
-    made = [parent for parent in output.parents if not parent.exists()]
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            _flush(path)
-        _flush(partial)
-        if output.is_dir():
-            output.rmdir()  # empty, or this fails
-        partial.rename(output)
-        _flush(output.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:  # the deepest first
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise ConversionError(
-                f"the disk of {output} is full; nothing is left of the attempt. Free some space, or choose an output on "
-                "another disk, and run the same command again"
-            ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ConversionError(f"cannot write {output}: {error.strerror}; choose another output folder") from error
-        raise
 
 
 def into_files(planned: Sequence[PlannedT], max_shard_size: int) -> tuple[PlannedT, ...]:
@@ -123,14 +94,15 @@ def into_files(planned: Sequence[PlannedT], max_shard_size: int) -> tuple[Planne
 
 
 def write_weights(
-    folder: Path,
+    work: "Work",
     planned: Sequence[PlannedT],
     make: Callable[[PlannedT], Iterable[torch.Tensor]],
     progress: Progress | None = None,
 ) -> None:
-    """Write `planned` tensors into their files in `folder`, in order, with an index where there are several files.
+    """Write those files of `planned` that are not finished yet, in order, with an index where there are several files.
 
     Args:
+        work: where to, and which files are finished.
         planned: the tensors of one file next to each other, wide dtypes first, so that every tensor is aligned.
         make: the tensor as one or more blocks along dimension 0.
         progress: called as `progress(done_bytes, total_bytes, target)` before each tensor and at the end.
@@ -139,23 +111,78 @@ def write_weights(
     for tensor in planned:
         files.setdefault(tensor.file, []).append(tensor)
     done, total = 0, sum(tensor.num_bytes for tensor in planned)
+
+    def reported(tensor: PlannedT) -> Iterable[torch.Tensor]:
+        nonlocal done
+        if progress:
+            progress(done, total, tensor.target)
+        done += tensor.num_bytes
+        return make(tensor)
+
     for file, tensors in files.items():
-        with open(folder / file, "wb") as handle:
-            handle.write(_header(tensors))
-            for tensor in tensors:
-                if progress:
-                    progress(done, total, tensor.target)
-                written = 0
-                for block in make(tensor):
-                    written += _write(handle, block, tensor)
-                    del block  # before the next one is made, or two would be in memory
-                assert written == tensor.num_bytes, f"{tensor.target}: {written} bytes, planned {tensor.num_bytes}"
-                done += written
+        if file in work.files:
+            done += sum(tensor.num_bytes for tensor in tensors)
+        else:
+            written = write_file(work.folder / file, tensors, reported)
+            flush(work.folder)
+            work.finish(file, written)
     if list(files) != [WEIGHTS]:
         index = {"metadata": {"total_size": total}, "weight_map": {t.target: t.file for t in planned}}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (work.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if progress:
         progress(total, total, "written")
+
+
+def write_file(
+    path: Path, planned: Sequence[PlannedT], make: Callable[[PlannedT], Iterable[torch.Tensor]]
+) -> dict[str, Any]:
+    """Write one safetensors file and have it on the disk; returns its size and hash as `file_digest` gives them."""
+    with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
+        writer.put(_header(planned))
+        for tensor in planned:
+            written = 0
+            for block in make(tensor):
+                written += writer.put(_bytes(block, tensor))
+                del block  # before the next one is made, or three would be in memory
+            assert written == tensor.num_bytes, f"{tensor.target}: {written} bytes, planned {tensor.num_bytes}"
+        return writer.finish()
+
+
+class _Writer:
+    """Writes and hashes a file in a thread of its own, one block at a time."""
+
+    def __init__(self, file):
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def put(self, data: bytes | memoryview) -> int:
+        """Have `data` written once what was put before is; the caller may make the next block meanwhile."""
+        self._wait()
+        self._size += len(data)
+        self._pending = self._thread.submit(self._write, data)
+        return len(data)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until everything is on the disk."""
+        self._wait()
+        flush(self._file.name)
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, data: bytes | memoryview) -> None:
+        _write(self._file, data)
+        self._digest.update(data)
 
 
 def _header(tensors: Sequence[Planned]) -> bytes:
@@ -173,17 +200,15 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(handle, block: torch.Tensor, tensor: Planned) -> int:
+def _bytes(block: torch.Tensor, tensor: Planned) -> memoryview:
     found, expected = (block.dtype, block.shape[1:]), (tensor.dtype, torch.Size(tensor.shape[1:]))
     assert found == expected, f"{tensor.target}: a block of {found}, planned {expected}"
     if block.numel() == 0:
-        return 0
-    return handle.write(memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        return memoryview(b"")
+    return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(file, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while len(rest):  # one write is at most 2 GiB on Linux
+        rest = rest[file.write(rest) :]
