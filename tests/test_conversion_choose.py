@@ -193,6 +193,11 @@ def test_nothing_to_choose(folder, tmp_path):
         convert(recipe_for(folder, tmp_path / "out", budget=0.5, group_size=1))
 
 
+def test_union_saves_nothing(folder, tmp_path):
+    with pytest.raises(ConversionError, match="method 'union' keeps every expert"):
+        preview(recipe_for(folder, tmp_path / "out", budget=0.5, method="union"))
+
+
 def test_a_plan_needs_groups(folder, tmp_path):
     with pytest.raises(ConversionError, match="leaves groups and pool sizes to budget"):
         make_plan(recipe_for(folder, tmp_path / "out", budget=0.5))

@@ -174,6 +174,11 @@ class _Search:
         names = self.source.expert_names(layers[0])
         self.num_experts = self.source.tensors.meta[names[0]].shape[0]
         self.parameters = [self.source.tensors.meta[name] for name in names]
+        if recipe.steps[0][0].lossless:
+            raise ConversionError(
+                f"method {recipe.method!r} keeps every expert, so no budget or max_loss chooses anything; expected a method that "
+                "saves bytes, such as prototype"
+            )
         if len(self.eligible) < 2 or recipe.group_size < 2:
             raise ConversionError(
                 f"nothing to choose: group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last="
