@@ -1,0 +1,161 @@
+"""Loss against bytes for every conversion method, before and after healing: `make study-conversion`.
+
+One source is trained on the novels that ship with the package, or found in OUTPUT/source; every row of
+`study/configurations.py` is converted, measured, healed with 5, 25 and 100 % of a fixed budget (5 % of the source's own
+training tokens) and measured again. Writes conversion_study.json, .md and .png. Kill it and start it again: runs that
+are there are not run again.
+
+    python benchmarks/conversion_study.py --output study --workers 2       # some 50 minutes and the source's 15
+    python benchmarks/conversion_study.py --output quick --quick --results quick    # the whole path in a minute
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from study.configurations import QUICK, ROWS, Row
+from study.plot import save_plot
+from study.runs import BEFORE, Run, Study
+from study.summary import markdown, summarize
+from timing import machine, versions
+
+from transformers_tiedmoe.demo import DemoConfig
+
+RESULTS = Path(__file__).parent / "results"
+SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "seed": 0}
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_experts": 4,
+    "batch_size": 8,
+    "block_size": 16,
+}
+TINY_STUDY = Study(
+    DemoConfig(**TINY, source_steps=20, source_learning_rate=6e-3), 0.2, calibration_tokens=256, num_seeds=2
+)
+QUICK_CHARACTERS = 20_000
+SETTINGS = "study.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("study"), help="working folder; what is there is reused")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for table, JSON and plot")
+    parser.add_argument("--data", help="text to train, heal and measure on instead of the novels")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run starts later")
+    parser.add_argument("--only", default="", help="rows whose name contains one of these words, comma between them")
+    parser.add_argument("--before", action="store_true", help="convert and measure only, heal nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
+    parser.add_argument("--quick", action="store_true", help="a tiny source and few steps: whether it all works")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    quieten()
+    study = make_study(options)
+    rows = QUICK if options.quick else ROWS
+    training = study.train_source(show)
+    if not options.report:
+        words = options.only.split(",")
+        chosen = [row for row in rows if any(word in row.name for word in words)]
+        run_all(study, chosen, training, options)
+    results = [(row, [(run, study.result(run)) for run in study.runs(row)]) for row in rows]
+    summary = summarize(study, training, results) | {
+        "command": "python benchmarks/conversion_study.py" + (" --quick" if options.quick else ""),
+        "versions": versions(),
+        "machine": machine(torch.device("cpu")) | {"threads of a process": torch.get_num_threads()},
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "conversion_study.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (options.results / "conversion_study.md").write_text(markdown(summary))
+    save_plot(summary, options.results / "conversion_study.png")
+    print(markdown(summary))
+
+
+def make_study(options: argparse.Namespace) -> Study:
+    """The study that the command line asks for; refuses a working folder of another one."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    data = options.data
+    if options.quick:
+        data = str(options.output / "text.txt")
+        text = datasets.load_dataset("text", data_files=options.data or TINY_STUDY.demo.text, split="train")["text"]
+        Path(data).write_text("\n".join(text)[:QUICK_CHARACTERS])
+    study = TINY_STUDY if options.quick else Study(DemoConfig(**SOURCE))
+    study = dataclasses.replace(study, demo=dataclasses.replace(study.demo, output=str(options.output), data=data))
+    settings, path = json.dumps(study.settings(), indent=1) + "\n", options.output / SETTINGS
+    if path.is_file() and path.read_text() != settings:
+        raise ValueError(f"{options.output} holds a study with other settings than {settings}; give another --output")
+    path.write_text(settings)
+    return study
+
+
+def run_all(study: Study, rows: list[Row], training: dict, options: argparse.Namespace) -> None:
+    """Run what is not there yet: first every conversion, then the healings."""
+    deadline = time.time() + 60 * options.minutes
+    runs = [run for run in study.all_runs(rows) if not study.result(run) and not (options.before and run.share)]
+    steps = sum(study.steps(run.share) for run in runs)
+    # A healing step is a step of training and a forward of the teacher, about a third of one.
+    minutes = steps * training["seconds"] / training["steps"] * 4 / 3 / 60
+    print(
+        f"{len(runs)} runs, {steps} healing steps: about {minutes:.0f} minutes of one core and the conversions",
+        flush=True,
+    )
+    # A row's conversion is deleted when all of its runs are there; one that is asked for later is converted again.
+    heals = [run for run in runs if run.share]
+    converted = {(run.row.name, run.seed): dataclasses.replace(run, share=BEFORE) for run in heals}
+    lost = [run for run in converted.values() if run not in runs and not study.has_checkpoint(run)]
+    for stage in ([*(run for run in runs if not run.share), *lost], heals):
+        for done, (run, seconds) in enumerate(run_stage(study, stage, options.workers, deadline)):
+            print(f"{done + 1}/{len(stage)} {run.name}: {seconds:.0f} s", flush=True)
+
+
+def run_stage(study: Study, runs: list[Run], workers: int, deadline: float) -> Iterator[tuple[Run, float]]:
+    """Run all of `runs` that can start before the deadline; yields each with its seconds."""
+    jobs = [(run, deadline) for run in runs]
+    if workers == 1:
+        start_worker(study)
+        yield from filter(None, map(run_job, jobs))
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker, (study,)) as pool:
+        yield from filter(None, pool.imap_unordered(run_job, jobs))
+
+
+def start_worker(study: Study) -> None:
+    global _study
+    _study = study  # so that a process reads the text once
+    quieten()
+
+
+def run_job(job: tuple[Run, float]) -> tuple[Run, float] | None:
+    run, deadline = job
+    start = time.time()
+    if start > deadline:
+        return None
+    _study.measure(run)
+    return run, time.time() - start
+
+
+def quieten() -> None:
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+def show(done: int, total: int, what: str) -> None:
+    if done == total or done % max(1, total // 5) == 0:
+        print(f"source: {what} ({done}/{total})", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/conversion_study.py`."""

@@ -1,0 +1,92 @@
+"""Controls that no conversion makes: a tied model trained from scratch, and a source with fewer experts in every layer."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.demo import DemoConfig
+from transformers_tiedmoe.demo.config import VALIDATION_FRACTION
+from transformers_tiedmoe.demo.source import source_config
+from transformers_tiedmoe.training.data import load_blocks
+
+
+def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
+    """Train a tied model from random weights, exactly as `train_source` trains the source, and save it into `folder`.
+
+    Args:
+        config: its `source_steps`, sizes and tying fields count.
+        source: where the tokenizer is.
+        folder: complete or not there.
+    """
+    if folder.exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    set_seed(config.seed)
+    tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
+    model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
+    train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
+    draft = folder.with_name(f".{folder.name}.draft")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(draft),
+            max_steps=config.source_steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.source_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.source_steps // 20,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            logging_steps=10,
+            save_strategy="no",
+            seed=config.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=train,
+        data_collator=default_data_collator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    shutil.rmtree(draft, ignore_errors=True)
+    model.config.use_cache = True  # Trainer switched it off
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    draft.replace(folder)
+
+
+def prune(source: Path, folder: Path, share: float, keep: str, seed: int) -> None:
+    """Save the source with `share` of the experts of every layer, and those rows of its router, into `folder`.
+
+    Args:
+        keep: "random", or "magnitude": those of the largest product of the Frobenius norm of the expert's weights and
+            the norm of its row of the router.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    config = type(model.config)(**model.config.to_dict() | {"num_experts": round(share * model.config.num_experts)})
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}.mlp."
+        parts = [layer + part for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")]
+        router, gate_up, down = (state[part].flatten(1) for part in parts)
+        magnitude = router.norm(dim=1) * torch.cat([gate_up, down], 1).norm(dim=1)
+        scores = {"magnitude": magnitude, "random": torch.rand(len(router), generator=generator)}[keep]
+        chosen = scores.topk(config.num_experts).indices.sort().values
+        state.update({part: state[part][chosen] for part in parts})
+    pruned = type(model)(config)
+    pruned.load_state_dict(state)
+    pruned.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -1,0 +1,232 @@
+"""One run of the study: a row at a seed, measured before healing or after a share of the healing budget.
+
+Every run leaves `runs/NAME.json` and is not run again while that file says the same recipe; checkpoints are deleted once
+all runs that need them are there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+from transformers_tiedmoe.demo import DemoConfig
+from transformers_tiedmoe.demo.config import VALIDATION_FRACTION
+from transformers_tiedmoe.demo.measure import expert_parameters
+from transformers_tiedmoe.demo.source import train_source
+from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.heal import HealConfig, heal
+
+from .configurations import Row
+from .controls import prune, train_tied
+
+BEFORE = 0.0  # the share of the healing budget before any
+BYTES_PER_PARAMETER = 4
+DEMO_SETTINGS = (
+    *("data", "source_steps", "source_learning_rate", "batch_size", "block_size", "vocab_size", "hidden_size"),
+    *("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok", "seed"),
+)
+KEPT = ("source", "scratch")  # kinds of rows whose checkpoints took long to train
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row at a seed after a share of the healing budget."""
+
+    row: Row
+    seed: int
+    share: float
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        return f"{self.row.name}.seed{self.seed}." + (f"heal{self.share:g}" if self.share else "before")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study works, and what decides its figures.
+
+    Args:
+        demo: source, text and output folder.
+        heal_share: of the source's training steps, the healing budget.
+        shares: of that budget, healings each with a schedule of its own.
+        heal_learning_rate: peak learning rate of every healing and of the source's own extra steps.
+        calibration_tokens: for the methods that need text.
+        num_seeds: of what is cheap.
+    """
+
+    demo: DemoConfig
+    heal_share: float = 0.05
+    shares: tuple[float, ...] = (0.05, 0.25, 1.0)
+    heal_learning_rate: float = 5e-4
+    calibration_tokens: int = 32768
+    num_seeds: int = 3
+
+    @property
+    def heal_steps(self) -> int:
+        """Steps of the whole healing budget."""
+        return round(self.heal_share * self.demo.source_steps)
+
+    @property
+    def source(self) -> Path:
+        """The folder of the source."""
+        return self.demo.path("source")
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on beside the rows, JSON-able."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "demo"}
+        demo = {name: getattr(self.demo, name) for name in DEMO_SETTINGS}
+        return own | {"shares": list(self.shares), "source": demo}
+
+    def steps(self, share: float) -> int:
+        """Healing steps of a share of the budget."""
+        return max(1, round(share * self.heal_steps)) if share else 0
+
+    def seeds(self, row: Row) -> range:
+        """The seeds that a row is run with."""
+        return range(min(row.num_seeds, self.num_seeds))
+
+    def runs(self, row: Row) -> list[Run]:
+        """Every run of a row: each seed before healing and after all of the budget, the first after its parts, too."""
+        if row.kind == "scratch":
+            return [Run(row, seed, BEFORE) for seed in self.seeds(row)]
+        return [
+            Run(row, seed, share)
+            for seed in self.seeds(row)
+            for share in (BEFORE, *self.shares)
+            if share in (BEFORE, 1.0) or seed == 0
+        ]
+
+    def all_runs(self, rows: Sequence[Row]) -> list[Run]:
+        """Every run of `rows`, what says most first: a killed study, or one whose time is over, lacks the end."""
+        runs = [run for row in rows for run in self.runs(row)]
+        return sorted(runs, key=lambda run: (run.share != BEFORE, run.seed, run.share != 1.0))
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What the run measured, or None where it has not run as the row is now."""
+        path = self._result_path(run)
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text())
+        return result if result["recipe"] == json.loads(json.dumps(dict(run.row.recipe))) else None
+
+    def has_checkpoint(self, run: Run) -> bool:
+        """Whether what the run heals is there."""
+        return (self._checkpoint(run) / "config.json").is_file()
+
+    def train_source(self, progress: Callable[[int, int, str], None]) -> dict:
+        """Train the source, or find it; returns its training's report."""
+        return train_source(self.demo, self.source, progress)
+
+    def measure(self, run: Run) -> dict[str, Any]:
+        """Convert and measure, or heal and measure; leaves the run's JSON."""
+        if run.share == BEFORE:
+            measured = self._measure_before(run)
+        else:
+            measured = self._heal(run)
+        result = {
+            "name": run.row.name,
+            "seed": run.seed,
+            "share": run.share,
+            "recipe": dict(run.row.recipe),
+        } | measured
+        path = self._result_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(json.dumps(result, indent=1) + "\n")
+        draft.replace(path)
+        self._clean(run)
+        return result
+
+    @cached_property
+    def _validation(self) -> datasets.Dataset:
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        return load_blocks(self.demo.text, tokenizer, self.demo.block_size, VALIDATION_FRACTION)[1]
+
+    def _result_path(self, run: Run) -> Path:
+        return self.demo.path("runs", f"{run.name}.json")
+
+    def _checkpoint(self, run: Run) -> Path:
+        if run.row.kind == "source":
+            return self.source
+        return self.demo.path("checkpoints", f"{run.row.name}.seed{run.seed}")
+
+    def _measure_before(self, run: Run) -> dict[str, Any]:
+        """Make the checkpoint anew and measure it."""
+        folder = self._checkpoint(run)
+        if run.row.kind not in KEPT:
+            shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        sizes = self._make(run, folder)
+        seconds = time.perf_counter() - start
+        model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        measured = {"parameters": model.num_parameters()}
+        if run.row.kind not in KEPT:
+            measured["conversion_seconds"] = round(seconds, 2)
+        measured |= sizes or {"expert_bytes": BYTES_PER_PARAMETER * expert_parameters(model)}
+        return measured | perplexity(model, self._validation, self.demo.batch_size)
+
+    def _make(self, run: Run, folder: Path) -> dict[str, Any]:
+        """Make the run's checkpoint; returns its `expert_bytes` where a plan has counted them."""
+        row = run.row
+        if row.kind == "scratch":
+            steps = self.demo.source_steps + self.heal_steps
+            settings = DemoConfig(**{**self.demo.settings(), "source_steps": steps, "seed": run.seed})
+            train_tied(settings, self.source, folder)
+        elif row.kind == "prune":
+            prune(self.source, folder, seed=run.seed, **row.recipe)
+        elif row.kind == "convert":
+            plan = make_plan(self.recipe(row, folder, run.seed))
+            execute(plan)
+            # All that is not the source's and outside of its experts: slot maps, residuals and wider routers, too.
+            others = plan.bytes_before - BYTES_PER_PARAMETER * plan.expert_parameters_before
+            return {"expert_bytes": plan.bytes_after - others}
+        return {}
+
+    def recipe(self, row: Row, folder: Path, seed: int) -> ConversionRecipe:
+        """The conversion of a row."""
+        return ConversionRecipe(
+            source=str(self.source),
+            output=str(folder),
+            calibration=self.demo.text,
+            calibration_tokens=self.calibration_tokens,
+            calibration_block_size=self.demo.block_size,
+            measure=False,
+            seed=seed,
+            **row.recipe,
+        )
+
+    def _heal(self, run: Run) -> dict[str, Any]:
+        folder = self.demo.path("healing", run.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        config = HealConfig(
+            model=str(self._checkpoint(run)),
+            data=self.demo.text,
+            output=str(folder),
+            teacher=None if run.row.kind == "source" else str(self.source),
+            max_steps=self.steps(run.share),
+            learning_rate=self.heal_learning_rate,
+            batch_size=self.demo.batch_size,
+            block_size=self.demo.block_size,
+            validation_fraction=VALIDATION_FRACTION,
+            save_steps=self.steps(run.share),
+            seed=run.seed,
+        )
+        report = heal(config, lambda done, total, what: None)
+        shutil.rmtree(folder)
+        return {**report["after"], "steps": report["steps"], "heal_seconds": report["seconds"]}
+
+    def _clean(self, run: Run) -> None:
+        """Delete the run's checkpoint if no other run needs it."""
+        same = [other for other in self.runs(run.row) if other.seed == run.seed]
+        if run.row.kind not in KEPT and all(self.result(other) for other in same):
+            shutil.rmtree(self._checkpoint(run), ignore_errors=True)

@@ -1,0 +1,142 @@
+"""The study's runs in one JSON-able summary, and that as a table."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from .configurations import SOURCE, Row
+from .runs import BEFORE, Run, Study
+
+Runs = Sequence[tuple[Run, dict[str, Any] | None]]
+Results = Sequence[tuple[Row, Runs]]
+GOALS = ((0.75, 0.5), (0.50, 3.0))  # share of the expert bytes, % of the control's perplexity
+NEAR = 0.005  # a router, a slot map: what still counts as that share
+
+
+def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
+    """Per row its size and, over its seeds, the losses and the perplexity against the control's of the same seed."""
+    control = {(run.seed, run.share): result for run, result in _runs_of(results, SOURCE) if result}
+    rows = [_row(row, runs, control, study.shares) for row, runs in results if any(result for _, result in runs)]
+    return {
+        "rows": rows,
+        "goals": [_goal(rows, *goal) for goal in GOALS],
+        "control_loss": {str(share): _spread(_values(control, share, "loss")) for share in (BEFORE, *study.shares)},
+        "control_perplexity": _spread(_values(control, 1.0, "perplexity")),
+        "held_out_tokens": next(iter(control.values()))["tokens"],
+        "training": training,
+        "healing_steps": {str(share): study.steps(share) for share in study.shares},
+        "settings": study.settings(),
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table, the largest row first and the best first among equals, and what became of the goals."""
+    settings, steps = summary["settings"], summary["healing_steps"]
+    shares = [str(share) for share in settings["shares"]]
+    columns = ["", "size", "expert bytes", "seeds", "loss before"]
+    columns += [f"after {float(share):.0%} ({steps[share]} steps)" for share in shares]
+    columns += ["perplexity against the control", "seconds to convert"]
+    tokens = settings["source"]["batch_size"] * settings["source"]["block_size"]
+    lines = [
+        f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens of "
+        f"training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, source as "
+        f"teacher, peak learning rate {settings['heal_learning_rate']:g}. Control: the source with the same tokens, "
+        f"perplexity {_plus_minus(summary['control_perplexity'], 2)}. Mean ± sample standard deviation over the seeds of "
+        "calibration text and healing.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|---|---|{'---:|' * (len(columns) - 2)}",
+    ]
+    for row in sorted(summary["rows"], key=_order):
+        cells = [row["series"], row["size"], f"{row['expert_share']:.1%}", str(row["num_seeds"])]
+        cells += [_plus_minus(row["loss"][share], 4) for share in (str(BEFORE), *shares)]
+        cells += [_plus_minus(row["percent_above_control"], 2, " %", "+"), _plus_minus(row["conversion_seconds"], 1)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *map(_goal_line, summary["goals"]), ""])
+
+
+def _runs_of(results: Results, row: Row) -> Runs:
+    return next(runs for each, runs in results if each == row)
+
+
+def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[str, Any]:
+    found = {(run.seed, run.share): result for run, result in runs if result}
+    source_bytes = control[0, BEFORE]["expert_bytes"]
+    first = next(result for result in found.values() if "expert_bytes" in result)
+    if row.kind == "scratch":  # its tokens are the source's and the healing's
+        found = {(seed, 1.0): result for (seed, _), result in found.items()}
+    # By its own seed's control; a control of one seed less may not be there yet.
+    above = [
+        100 * (result["perplexity"] / control[key]["perplexity"] - 1)
+        for key, result in found.items()
+        if key[1] == 1.0 and key in control
+    ]
+    return {
+        "name": row.name,
+        "series": row.series,
+        "size": row.size,
+        "kind": row.kind,
+        "recipe": dict(row.recipe),
+        "num_seeds": len({seed for seed, _ in found}),
+        "parameters": first["parameters"],
+        "expert_bytes": first["expert_bytes"],
+        "expert_share": first["expert_bytes"] / source_bytes,
+        "loss": {str(share): _spread(_values(found, share, "loss")) for share in (BEFORE, *shares)},
+        "percent_above_control": _spread(above),
+        "conversion_seconds": _spread(_values(found, BEFORE, "conversion_seconds")),
+        "healing_seconds": _spread(_values(found, 1.0, "heal_seconds")),
+    }
+
+
+def _values(results: dict, share: float, figure: str) -> list[float]:
+    return [result[figure] for (_, each), result in results.items() if each == share and figure in result]
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation (None of one) and the values; None of none."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}
+
+
+def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, Any]:
+    """The converted row that comes closest to the control with so many bytes."""
+    able = [
+        row
+        for row in rows
+        if row["kind"] == "convert" and row["percent_above_control"] and row["expert_share"] <= expert_share + NEAR
+    ]
+    best = min(able, key=lambda row: row["percent_above_control"]["mean"], default=None)
+    return {
+        "expert_share": expert_share,
+        "percent": percent,
+        "best": best and best["name"],
+        "found": best and best["percent_above_control"],
+        "is_met": best and best["percent_above_control"]["mean"] <= percent,
+    }
+
+
+def _goal_line(goal: dict[str, Any]) -> str:
+    aim = (
+        f"- {goal['expert_share']:.0%} of the expert bytes, within {goal['percent']:g} % of the control's perplexity: "
+    )
+    if goal["best"] is None:
+        return aim + "not measured"
+    found = _plus_minus(goal["found"], 2, " %", "+")
+    return aim + f"{'met' if goal['is_met'] else 'missed'}, {found} (`{goal['best']}`)"
+
+
+def _order(row: dict[str, Any]) -> tuple:
+    after, before = row["loss"].get("1.0"), row["loss"][str(BEFORE)]
+    mean = (after or before)["mean"] if after or before else 0.0
+    return row["kind"] != "source", -round(row["expert_share"], 2), mean
+
+
+def _plus_minus(spread: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:
+    if spread is None:
+        return ""
+    deviation = spread["standard_deviation"]
+    return (
+        f"{spread['mean']:{sign}.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "") + unit
+    )
