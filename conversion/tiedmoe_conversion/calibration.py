@@ -154,7 +154,11 @@ class Calibration:
                 "the tokenizer that belongs to the weights"
             )
         digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        self._identity = {**asdict(text), "tokens_sha256": digest, "source": source_fingerprint(source.opened)}
+        self._identity = {
+            **asdict(text),
+            "tokens_sha256": digest,
+            "source": [source.opened.fingerprint(), source.opened.stamps()],
+        }
         self._identity["transformers"] = transformers.__version__
         self._record = self._read_record()
 
@@ -229,7 +233,8 @@ class Calibration:
             raise ConversionError(
                 f"{path} cannot be read: {error!r}; delete the folder, or give another one"
             ) from error
-        different = [key for key, value in self._identity.items() if identity.get(key) != value]
+        expected = json.loads(json.dumps(self._identity))
+        different = [key for key, value in expected.items() if identity.get(key) != value]
         if different:
             raise ConversionError(
                 f"statistics folder {self.folder} holds those of another {', '.join(different)}; give another folder, or "
@@ -310,12 +315,3 @@ class _Writer:
         save_file(tensors, draft)
         draft.replace(path)
         self.layer, self.parts, self.done = None, [], self.done + 1
-
-
-def source_fingerprint(source: Source) -> str:
-    """Of the config, the headers and, for a local folder, the files' sizes and times."""
-    stamps = (
-        {file: source._stamps[file] for file in sorted(source._stamps)} if source.commit is None else source.commit
-    )
-    infos = sorted((info.name, info.file, str(info.dtype), info.shape) for info in source.tensors.values())
-    return hashlib.sha256(repr((source.read_json("config.json"), infos, stamps)).encode()).hexdigest()

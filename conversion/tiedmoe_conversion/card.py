@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .calibration import source_fingerprint
 from .source import Source
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def save_card(plan: "Plan", folder: Path, measured: Mapping[str, Any] | None = N
         "source": f"[{name}](https://huggingface.co/{name})" if on_hub else name,
         "provenance": f"revision `{source.commit}`"
         if on_hub
-        else f"a local folder, fingerprint `{source_fingerprint(source)}`",
+        else f"a local folder, headers and config `{source.fingerprint()}`",
         "methods": "\n".join(
             [f"- `{method.name}`: {method.summary}" for method, _ in plan.recipe.steps]
             + [f"- a residual of rank {plan.recipe.residual_rank} in every tied layer"]

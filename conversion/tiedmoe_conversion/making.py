@@ -106,7 +106,11 @@ class TensorMaker:
 
     @property
     def all_notes(self) -> list[str]:
-        """What the methods had to say, with the pool it is about."""
+        """What the methods had to say, with the pool it is about; of pools that an earlier run has made, too."""
+        if not self._streams:
+            for p in range(len(self.plan.groups)):
+                if p not in self.notes and self.work and (found := self.work.load(f"pool-{p}")):
+                    self.notes[p] = found[1]["notes"]
         return [f"pool {p}: {note}" for p, notes in sorted(self.notes.items()) for note in notes]
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
-
 from .calibration import Calibration
-from .families import family_model, map_tensors
+from .families import family_model
+from .layers import LayerTensors
 from .source import open_source
 from .streamed import StreamedModel
-from .untie import _LayerTensors as LayerTensors
+from .verify import tied_layers
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -29,10 +28,12 @@ def measure(plan: "Plan", folder: Path, calibration: Calibration) -> dict[str, A
         `dead_experts`, by pool how many of its experts no token reached.
     """
     before, source_routing = _run(calibration.model, calibration.held_out)
-    after, tied_routing = _run(_tied_model(plan, folder), calibration.held_out)
+    tied = tied_layers(open_source(str(folder)), plan.config)
+    model = StreamedModel(family_model(plan.source.model.config), tied.read, plan.bytes_before)
+    after, tied_routing = _run(model, calibration.held_out)
     agreement = {layer: _agreement(source_routing[layer], tied_routing[layer]) for layer in sorted(source_routing)}
     num_slots = getattr(plan.config, plan.config.num_experts_field)
-    slot_maps = _slot_maps(plan, folder, num_slots)
+    slot_maps = _slot_maps(plan, tied, num_slots)
     dead_experts, dead_slots = {}, {}
     for p, group in enumerate(plan.groups):
         reached = torch.zeros(plan.pool_num_experts[p], dtype=torch.bool)
@@ -69,23 +70,10 @@ def _run(model: StreamedModel, tokens: torch.Tensor) -> tuple[float, Routing]:
     return loss, {layer: torch.cat(each) for layer, each in parts.items()}
 
 
-def _tied_model(plan: "Plan", folder: Path) -> StreamedModel:
-    """The tied checkpoint as the family's model: a layer's experts are its pool's rows."""
-    opened = open_source(str(folder))
-    model = family_model(plan.source.model.config)
-    tied = family_model(plan.config)
-    tensors = map_tensors(opened, tied, rules=model)
-    reader = LayerTensors(plan.config, tensors, expert_layers(model), tied.base_model_prefix)
-    return StreamedModel(model, reader.read, plan.bytes_before)
-
-
-def _slot_maps(plan: "Plan", folder: Path, num_slots: int) -> dict[int, torch.Tensor]:
-    opened = open_source(str(folder))
-    maps = {}
-    for layer in [layer for group in plan.groups for layer in group]:
-        name = f"{plan.source.experts[layer]}.slot_map"
-        maps[layer] = opened.read(name) if name in opened.tensors else torch.arange(num_slots)
-    return maps
+def _slot_maps(plan: "Plan", tied: LayerTensors, num_slots: int) -> dict[int, torch.Tensor]:
+    layers = [layer for group in plan.groups for layer in group]
+    found = {layer: tied.slot_map(f"{plan.source.experts[layer]}.") for layer in layers}
+    return {layer: torch.tensor(rows) if rows else torch.arange(num_slots) for layer, rows in found.items()}
 
 
 def _agreement(source: torch.Tensor, tied: torch.Tensor) -> float:
