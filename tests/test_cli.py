@@ -25,6 +25,7 @@ from transformers_tiedmoe.training.heal import HealConfig
 COMMANDS = {
     "plan": ConversionRecipe,
     "convert": ConversionRecipe,
+    "verify": cli.VerifyConfig,
     "untie": cli.UntieConfig,
     "heal": HealConfig,
     "demo": DemoConfig,
@@ -100,6 +101,74 @@ def test_convert_and_untie_give_what_auto_classes_load(source, tmp_path, tiedmoe
     with torch.no_grad():
         expected, *found = [model(ids).logits for model in models]
     assert all(torch.equal(logits, expected) for logits in found)
+
+
+def test_verify_compares_with_the_source(source, tmp_path, tiedmoe):
+    tiedmoe("convert", source, tmp_path / "tied", "--groups", "[[1, 2]]", "--method", "average")
+    report = json.loads(tiedmoe("verify", tmp_path / "tied", "--source", source, "--json").stdout)
+    assert report["source"]["changed_tensors"] == []
+    assert "is sound" in tiedmoe("verify", tmp_path / "tied").stdout
+    weights = tmp_path / "tied" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    error = tiedmoe("verify", tmp_path / "tied", status=1).stderr
+    assert "model.safetensors is" in error
+    assert "convert it again" in " ".join(error.split())
+
+
+CALIBRATION = ("--calibration-tokens", 128, "--calibration-block-size", 16)
+
+
+def test_convert_by_budget_prints_the_curve_and_what_it_cost(source, text, tmp_path, tiedmoe):
+    options = ("--skip-first", 0, "--skip-last", 0, "--method", "select", "--calibration", text, *CALIBRATION)
+    result = tiedmoe("convert", source, tmp_path / "tied", "--budget", 0.92, *options)
+    assert "loss added on held-out text" in result.stderr
+    assert "slots that no token chose" in result.stdout
+    result = tiedmoe("convert", source, tmp_path / "again", "--budget", 0.92, *options, "--json")
+    report = json.loads(result.stdout)
+    assert report["choice"]["curve"][report["choice"]["chosen"]]["fraction"] <= 0.92
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "text.txt", "tied"]
+
+
+def test_plan_of_a_budget_says_what_is_possible(source, text, tmp_path, tiedmoe):
+    options = ("--skip-first", 0, "--skip-last", 0, "--method", "select", "--calibration", text)
+    found = json.loads(tiedmoe("plan", source, tmp_path / "tied", "--budget", 0.92, *options, "--json").stdout)
+    assert found["candidates"] == 3
+    error = tiedmoe("plan", source, tmp_path / "tied", "--budget", 0.2, *options, status=1).stderr
+    nearest = float(" ".join(error.split()).split("the nearest that can is ")[1].split(",")[0])
+    assert found["least_fraction"] <= nearest < found["least_fraction"] + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        (["--pool-experts", "1.5x"], {"pool_experts": "1.5x"}),
+        (["--pool-experts", "6"], {"pool_experts": 6}),
+        (["--pool-experts", "[6, 7]"], {"pool_experts": (6, 7)}),
+        (["--then", "prefit"], {"then": ({"prefit": {}},)}),
+        (
+            ["--then", "[{prefit: {steps: 3}}, least_squares]"],
+            {"then": ({"prefit": {"steps": 3}}, {"least_squares": {}})},
+        ),
+        (["--residual-rank", "8"], {"residual_rank": 8}),
+    ],
+)
+def test_chains_and_pool_sizes_on_the_command_line(flags, fields, monkeypatch):
+    seen = []
+
+    def convert(recipe, progress):
+        """Only look."""
+        seen.append(recipe)
+        return {}, ""
+
+    monkeypatch.setattr(cli, "convert", convert)
+    app = cli.build_app()
+    arguments = ["convert", "in", "out", "--method", "prototype", "--calibration", "austen", *flags]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for name, value in fields.items():
+        assert getattr(seen[0], name) == value
 
 
 def test_recipe_file_gives_the_fields_and_flags_override_it(source, tmp_path, tiedmoe):

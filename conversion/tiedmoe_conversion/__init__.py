@@ -17,6 +17,7 @@ from .methods import METHODS
 from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
 from .untie import untie
+from .verify import verify_folder
 
 __all__ = [
     "METHODS",
@@ -29,4 +30,5 @@ __all__ = [
     "make_plan",
     "preview",
     "untie",
+    "verify_folder",
 ]

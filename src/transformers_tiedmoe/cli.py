@@ -1,4 +1,4 @@
-"""The command `tiedmoe`: plan, convert, untie, heal, demo. Only glue: each command is a call of the Python API.
+"""The command `tiedmoe`: plan, convert, verify, untie, heal, demo. Only glue: each command is a call of the Python API.
 
 Progress and errors go to stderr; stdout holds the result and, with `--json`, one JSON object and nothing else. Exit
 status: 0, 1 after a mistake of the user (one paragraph, no traceback), 2 after a flag that does not exist, 130 after
@@ -35,6 +35,17 @@ class UntieConfig:
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file to write."})
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The arguments of `tiedmoe_conversion.verify_folder`."""
+
+    output: str = field(metadata={"help": "Folder of a tied checkpoint."})
+    source: str | None = field(
+        default=None, metadata={"help": "What it was made of: a folder or hub id to compare with."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a source on the Hub."})
+
+
 def main() -> None:
     """Entry point of the console script."""
     build_app()()
@@ -60,6 +71,7 @@ def build_app() -> typer.Typer:
     for command, config_class, arguments, example in (
         (plan, ConversionRecipe, two_folders, "tiedmoe plan allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
         (convert, ConversionRecipe, two_folders, "tiedmoe convert allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
+        (verify, VerifyConfig, ("output",), "tiedmoe verify tied --source allenai/OLMoE-1B-7B-0924"),
         (untie, UntieConfig, two_folders, "tiedmoe untie tied untied"),
         (heal, HealConfig, ("model",), "tiedmoe heal tied --data text.txt --output healed --max-steps 500"),
         (demo, DemoConfig, (), "tiedmoe demo --output demo"),
@@ -70,7 +82,7 @@ def build_app() -> typer.Typer:
     return app
 
 
-_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, heal."
+_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, verify, heal."
 
 
 def common_options(
@@ -105,6 +117,27 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
     report = convert(recipe, progress, Console(stderr=True).print)
     shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
     return report, Group(*([measurement_table(report["measured"])] if "measured" in report else []), *shown)
+
+
+def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
+    """Check a tied checkpoint: hashes, names, shapes, finite values, a load by the Auto class; with --source its numbers too."""
+    from tiedmoe_conversion import verify_folder
+
+    progress(0, 1, "verifying")
+    report = verify_folder(config.output, config.source, config.revision)
+    table = Table("check", "found")
+    for name, found in _flat(report):
+        table.add_row(name, found)
+    return report, Group(table, f"{config.output} is sound.")
+
+
+def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a nested report, as text."""
+    for name, value in report.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}: ")
+        else:
+            yield f"{prefix}{name}", "none" if value in ([], {}) else str(value)
 
 
 def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
