@@ -5,11 +5,12 @@ gate. The calibrated methods see none of it: neuron i of an expert has incoming 
 alone) and outgoing ones `down[:, :, i]`; renumbering the neurons changes nothing that an expert computes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import ConversionError
 
@@ -30,6 +31,16 @@ class Experts:
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Up, down and their biases."""
+        return self.up, self.down, self.up_bias, self.down_bias
+
+    def equals(self, other: "Experts") -> bool:
+        """Whether all weights are the same."""
+        pairs = zip(self.tensors, other.tensors)
+        return all(its is None if mine is None else its is not None and torch.equal(mine, its) for mine, its in pairs)
+
     def __len__(self) -> int:
         return len(self.up)
 
@@ -37,7 +48,7 @@ class Experts:
         """The experts `rows`, N of them again: an integer gives one."""
         if isinstance(rows, int):
             rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
-        return self._map(lambda tensor: tensor[rows])
+        return self.map(lambda tensor: tensor[rows])
 
     def renumbered(self, neurons: torch.Tensor) -> "Experts":
         """The same functions with neuron `neurons[n, i]` in place i; `neurons [N, I]` int64."""
@@ -48,6 +59,22 @@ class Experts:
         if bias is not None:
             bias = bias.gather(1, neurons[:, :, None].expand(-1, -1, num_inputs))
         return Experts(up, down, bias, self.down_bias)
+
+    def flipped(self, signs: torch.Tensor) -> "Experts":
+        """Each neuron's last input and its outgoing weights times `signs [N, I]` of 1 and -1: see `ExpertFunction.can_flip`."""
+        up = self.up.clone()
+        up[:, :, -1] *= signs[:, :, None]
+        bias = self.up_bias
+        if bias is not None:
+            bias = bias.clone()
+            bias[:, :, -1] *= signs
+        return Experts(up, self.down * signs[:, None], bias, self.down_bias)
+
+    def add_(self, other: "Experts", shares: torch.Tensor) -> None:
+        """Add `other`'s weights times `shares [N]` in place: sums of matched experts."""
+        for mine, its in zip(self.tensors, other.tensors):
+            if mine is not None and its is not None:
+                mine += its * shares.view(-1, *[1] * (mine.dim() - 1))
 
     @staticmethod
     def concatenated(parts: "list[Experts]") -> "Experts":
@@ -61,9 +88,12 @@ class Experts:
             torch.cat([p.up for p in parts]), torch.cat([p.down for p in parts]), cat("up_bias"), cat("down_bias")
         )
 
-    def _map(self, change) -> "Experts":
-        tensors = (self.up, self.down, self.up_bias, self.down_bias)
-        return Experts(*(None if tensor is None else change(tensor) for tensor in tensors))
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Experts":
+        """`change` of every tensor."""
+        up, down, up_bias, down_bias = (None if tensor is None else change(tensor) for tensor in self.tensors)
+        assert up is not None
+        assert down is not None
+        return Experts(up, down, up_bias, down_bias)
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,7 @@ class ExpertFunction:
         ConversionError: the module has parameters besides up, down and their biases, or a norm after each expert.
     """
 
-    module: nn.Module
+    module: Any  # an nn.Module; torch types every attribute of one as a tensor or a module
 
     def __post_init__(self):
         expected = {self.up_name, "down_proj"} | (
@@ -91,6 +121,18 @@ class ExpertFunction:
     def up_name(self) -> str:
         """The family's name of the incoming weights."""
         return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @cached_property
+    def can_flip(self) -> bool:
+        """Whether an expert stays the same when a neuron's `up` (not its gate) and its `down` change signs."""
+        if not self.module.has_gate:
+            return False
+        probe = torch.linspace(-3, 3, 10).view(1, 5, 2)
+        columns, flipped = (
+            (each.transpose(1, 2) if self.module.is_concatenated else each).flatten(1)
+            for each in (probe, probe * torch.tensor([1, -1]))
+        )
+        return torch.equal(self.module._apply_gate(columns), -self.module._apply_gate(flipped))
 
     def neurons(self, tensors: Mapping[str, torch.Tensor]) -> Experts:
         """The family's `tensors` by parameter name, `[N, ...]` in any dtype, as neurons; float32 copies."""

@@ -4,5 +4,106 @@ from collections.abc import Mapping
 
 import torch
 
+from .experts import ExpertFunction, Experts
+from .methods.matching import match_neurons
+from .methods.registry import Group, Pool
+
 # By layer index and name of the projection: `b [E, rows, r]` and `a [E, r, columns]` in the family's own layout.
 Residuals = Mapping[int, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]
+
+TOKENS_PER_EXPERT = 2048  # of the calibration text, at most
+DAMPING = 0.01  # of a Gram matrix, in units of its mean diagonal
+
+
+def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The factors of the given rank that bring each slot's pool row nearest to its own expert.
+
+    The own expert's neurons are put in the row's order first. With D the difference of a projection's weights and G = sum w^2 x
+    x^T over the projection's inputs in the slot's tokens, b a = U U^T D, where U are the first `rank` eigenvectors of D G D^T:
+    the least |(D - b a) x|^2 over them (arXiv 2403.07378, Section 3, without its roots), and the plain truncated SVD where G
+    is the identity: without calibration text, or without tokens. `down` is fitted to what the neurons give with the
+    residual of the layer below it, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`.
+
+    Args:
+        group: with calibration inputs where `held_out_loss` is there.
+        pool: in the source's dtype, as are the factors.
+        rank: from 1 to the least of every projection's rows and columns.
+
+    Returns:
+        By layer index and projection the pair `(b [E, rows, r], a [E, r, columns])`, as `TiedExperts` registers it; zero where
+        the row is the slot's own expert.
+    """
+    function, generator = group.family_function, group.generator()
+    dtype, rows = group.layers[0].read("down_proj").dtype, group.pool_experts(pool)
+    found = {}
+    for layer in group.layers:
+        experts, slot_map = group.experts(layer), group.slot_map(pool, layer).tolist()
+        factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {function.up_name: [], "down_proj": []}
+        for slot, row in enumerate(slot_map):
+            inputs = torch.zeros(0, rows.up.shape[-1]), torch.zeros(0)
+            if group.held_out_loss is not None:
+                inputs = layer.inputs().sample_of_slot(slot, TOKENS_PER_EXPERT, generator)
+            for name, pair in zip(factors, _factors(function, experts[slot], rows[row], rank, *inputs)):
+                factors[name].append(pair)
+        found[layer.index] = {
+            name: (
+                torch.stack([b for b, _ in pairs]).to(dtype).contiguous(),
+                torch.stack([a for _, a in pairs]).to(dtype).contiguous(),
+            )
+            for name, pairs in factors.items()
+        }
+    return found
+
+
+def _factors(
+    function: ExpertFunction, own: Experts, row: Experts, rank: int, hidden_states: torch.Tensor, weights: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """`(b, a)` of the incoming weights and of the outgoing ones, in the family's layout."""
+    if own.equals(row):
+        up, down = (_zeros(each.flatten(0, -2), rank) for each in (row.up[0], row.down[0]))
+    else:
+        own = match_neurons(function, own, row, hidden_states, weights)
+        up = _low_rank((own.up - row.up)[0].flatten(0, 1), hidden_states * weights[:, None], rank)
+        with_up = Experts(row.up + (up[0] @ up[1]).view_as(row.up), row.down, row.up_bias, row.down_bias)
+        down = _fit_down(function, own, with_up, rank, hidden_states, weights)
+    # The rows of b stand as the weights' own do: interleaved, or gate after up.
+    b = function.tensors(Experts(up[0].view(*row.up.shape[:3], rank), row.down), torch.float32)[function.up_name]
+    if function.module.is_transposed:
+        return (up[1].T, b[0]), (down[1].T, down[0].T)
+    return (b[0], up[1]), down
+
+
+def _fit_down(
+    function: ExpertFunction, own: Experts, row: Experts, rank: int, hidden_states: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of down for a `row` that has its residual of up already."""
+    change = own.down[0] - row.down[0]
+    features = function.features(row, hidden_states)[0] * weights[:, None]
+    if len(weights):
+        targets = function.outputs(own, hidden_states)[0] - (0 if row.down_bias is None else row.down_bias)
+        gap = targets * weights[:, None] - features @ own.down[0].T
+        change = change + torch.linalg.solve(_gram(features), features.double().T @ gap.double()).T.float()
+    return _low_rank(change, features, rank)
+
+
+def _gram(inputs: torch.Tensor) -> torch.Tensor:
+    """sum x x^T, damped, float64; the identity where there are no inputs."""
+    size = inputs.shape[1]
+    gram = inputs.double().T @ inputs.double()
+    mean = gram.diagonal().mean().item()
+    return gram + DAMPING * mean * torch.eye(size, dtype=gram.dtype) if mean else torch.eye(size, dtype=gram.dtype)
+
+
+def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`change [out, in]` as `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`; exactly zero where it is zero."""
+    change = change.double()
+    directions = torch.linalg.eigh(change @ _gram(inputs) @ change.T).eigenvectors[:, -rank:].flip(1)
+    a = directions.T @ change
+    size = a.norm(dim=1).sqrt()  # shared between both, so that neither is out of a half's range
+    b = directions * size
+    return b.float(), (a / size[:, None].clamp(min=torch.finfo(a.dtype).tiny)).float()
+
+
+def _zeros(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """No change of `weight [out, in]`."""
+    return torch.zeros(weight.shape[0], rank), torch.zeros(rank, weight.shape[1])

@@ -1,6 +1,6 @@
 """The methods that make a pool from a group's experts. A new one is a new file here and a line below."""
 
-from . import average, select, union
+from . import align, average, least_squares, prefit, prototype, select, union
 from .registry import METHODS, Group, LayerExperts, Method, Pool, RoutedInputs, register_method
 
 __all__ = [
@@ -10,7 +10,11 @@ __all__ = [
     "Method",
     "Pool",
     "RoutedInputs",
+    "align",
     "average",
+    "least_squares",
+    "prefit",
+    "prototype",
     "register_method",
     "select",
     "union",

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -39,6 +39,19 @@ class RoutedInputs:
         tokens = slice(self.num_fit, None) if held_out else slice(None, self.num_fit)
         token, place = torch.where(self.top_k_index[tokens] == slot)
         return self.hidden_states[tokens][token].float(), self.top_k_weights[tokens][token, place].float()
+
+    def sample_of_slot(self, slot: int, limit: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `of_slot`, at most `limit` tokens drawn at random; their weights are raised so that sums of squares keep their size."""
+        hidden_states, weights = self.of_slot(slot)
+        if len(weights) <= limit:
+            return hidden_states, weights
+        chosen = torch.randperm(len(weights), generator=generator)[:limit]
+        return hidden_states[chosen], weights[chosen] * (len(weights) / limit) ** 0.5
+
+    def sample(self, limit: int, generator: torch.Generator) -> torch.Tensor:
+        """At most `limit` of the tokens to fit on, whatever their slots: `[n, H]` float32."""
+        chosen = torch.randperm(self.num_fit, generator=generator)[:limit]
+        return self.hidden_states[chosen].float()
 
     def counts(self, num_experts: int) -> torch.Tensor:
         """How many tokens to fit on chose each slot, int64 `[E]`."""
@@ -91,6 +104,7 @@ class Group:
         seed: of this group; `generator` makes a random generator of it.
         held_out_loss: the source's loss on held-out text (nats per token) if this group alone were tied by a pool; None
             without calibration text.
+        notes: what the methods have to tell the user, in order; `note` adds one.
     """
 
     layers: tuple[LayerExperts, ...]
@@ -100,6 +114,11 @@ class Group:
     function: Callable[[], ExpertFunction] | None = None
     seed: int = 0
     held_out_loss: Callable[[Pool], float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Tell the user: printed, and put into the report."""
+        self.notes.append(text)
 
     def layer(self, index: int) -> LayerExperts:
         """The layer whose index in the model is `index`."""
@@ -111,16 +130,24 @@ class Group:
 
     def experts(self, layer: LayerExperts) -> Experts:
         """All experts of a source layer, `[E, ...]` in float32."""
-        return self._function.neurons({name: layer.read(name) for name in self.parameters})
+        return self.family_function.neurons(self.tensors(layer))
 
     def pool_experts(self, pool: Pool) -> Experts:
         """A pool's experts, `[P, ...]` in float32: what a method that refines a pool starts from."""
-        return self._function.neurons({name: pool.read(name) for name in self.parameters})
+        return self.family_function.neurons({name: pool.read(name) for name in self.parameters})
+
+    def expert(self, tensors: Mapping[str, torch.Tensor], slot: int) -> Experts:
+        """One expert of what `tensors` gave, `[1, ...]` in float32."""
+        return self.family_function.neurons({name: tensor[slot : slot + 1] for name, tensor in tensors.items()})
+
+    def tensors(self, layer: LayerExperts) -> dict[str, torch.Tensor]:
+        """All parameters of a source layer's experts in the source's dtype: half the memory that float32 takes."""
+        return {name: layer.read(name) for name in self.parameters}
 
     def pool(self, experts: Experts, slot_maps: Mapping[int, torch.Tensor]) -> Pool:
         """`experts [P, ...]` as a pool in the source's dtype; `slot_maps` by layer index."""
         dtype = self.layers[0].read("down_proj").dtype
-        tensors = self._function.tensors(experts, dtype)
+        tensors = self.family_function.tensors(experts, dtype)
 
         def blocks(name: str) -> Iterator[torch.Tensor]:
             yield tensors[name]
@@ -132,7 +159,8 @@ class Group:
         return pool.slot_maps.get(layer.index, torch.arange(self.num_experts))
 
     @property
-    def _function(self) -> ExpertFunction:
+    def family_function(self) -> ExpertFunction:
+        """What the family's experts compute."""
         assert self.function is not None, "the family's experts were not given"
         return self.function()
 
@@ -170,7 +198,11 @@ class Method:
             if name not in self.options:
                 hint = did_you_mean(name, self.options) if self.options else "it has none"
                 raise ConversionError(f"method {self.name!r} has no option {name!r}; {hint}")
-            default = self.options[name]
+            default, choices = self.options[name], self._choices(name)
+            if choices and value not in choices:
+                raise ConversionError(
+                    f"method {self.name!r} got {name}={value!r}; expected one of {', '.join(map(repr, choices))}"
+                )
             if type(default) in (int, float) and (
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
             ):
@@ -181,6 +213,17 @@ class Method:
                 raise ConversionError(
                     f"method {self.name!r} got {name}={value!r}; expected a whole number such as {default}"
                 )
+            if (
+                not isinstance(default, bool)
+                and isinstance(default, (int, float))
+                and value < (least := 1 if isinstance(default, int) else 0)
+            ):
+                raise ConversionError(f"method {self.name!r} got {name}={value!r}; expected at least {least}")
+
+    def _choices(self, name: str) -> tuple[Any, ...]:
+        """The values of an option that its annotation lists as a `Literal`; empty where it lists none."""
+        hint = get_type_hints(self.build)[name]
+        return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 GROUP_IN_FLOAT32 = 1000  # `float32_copies` of a method that holds its group's experts: more than any layer's size

@@ -1,0 +1,77 @@
+"""Which expert of one layer does what an expert of another does, and which neuron of the one is which of the other.
+
+Both are assignment problems (Hungarian algorithm, as in weight matching, arXiv 2209.04836, Section 3). Experts are compared
+by what they compute, which does not depend on how their neurons are numbered; neurons by what they add to the output.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ..experts import ExpertFunction, Experts
+
+TOKENS_AT_A_TIME = 128  # of all experts at once
+
+
+def match_experts(
+    function: ExpertFunction,
+    experts: Experts,
+    reference: Experts,
+    hidden_states: torch.Tensor,
+    sizes: torch.Tensor,
+    reference_sizes: torch.Tensor,
+) -> torch.Tensor:
+    """For each of `experts [E]` the expert of `reference [E]` that it is to be merged with: int64 `[E]`, a permutation.
+
+    The least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the mean, weighted by the
+    `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are kept apart where there are idle ones.
+    """
+    distances = torch.zeros(len(experts), len(reference), dtype=torch.float64)
+    for part in hidden_states.split(TOKENS_AT_A_TIME):
+        own, other = (function.outputs(each, part).flatten(1).double() for each in (experts, reference))
+        distances += own.square().sum(1)[:, None] + other.square().sum(1) - 2 * own @ other.T
+    a, b = sizes.double()[:, None], reference_sizes.double()
+    return _assign(-distances * a * b / (a + b))
+
+
+def match_neurons(
+    function: ExpertFunction,
+    expert: Experts,
+    reference: Experts,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+) -> Experts:
+    """One `expert` with its neurons in the order of `reference`'s that they resemble; what it computes stays the same.
+
+    Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x) f_j(x) *
+    d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its sign
+    (`can_flip`), the first does not depend on it, and the sign that brings the weights nearer is taken afterwards.
+
+    Args:
+        expert, reference: `[1, ...]` each.
+        hidden_states, weights: tokens `[n, H]` and their routing weights `[n]`; n may be 0.
+    """
+    own, other = _weights(reference), _weights(expert)
+    by_weights = own @ other.T
+    if len(weights):
+        features = [function.features(each, hidden_states)[0] * weights[:, None] for each in (reference, expert)]
+        by_effect = (features[0].T @ features[1]) * (reference.down[0].T @ expert.down[0])
+        by_weights = _in_units(by_weights) + _in_units(by_effect)
+    expert = expert.renumbered(torch.argsort(_assign(by_weights.T))[None])
+    if function.can_flip:
+        agreement = (reference.down * expert.down).sum(1) + (reference.up[:, :, -1] * expert.up[:, :, -1]).sum(-1)
+        expert = expert.flipped(torch.where(agreement < 0, -1.0, 1.0))
+    return expert
+
+
+def _weights(expert: Experts) -> torch.Tensor:
+    """`[I, U * H + H]`, all weights of each neuron."""
+    return torch.cat([expert.up[0].flatten(1), expert.down[0].T], 1)
+
+
+def _in_units(similarity: torch.Tensor) -> torch.Tensor:
+    return similarity / similarity.abs().mean().clamp(min=torch.finfo(similarity.dtype).tiny)
+
+
+def _assign(similarity: torch.Tensor) -> torch.Tensor:
+    """For each row the column it is assigned to, with the greatest sum."""
+    return torch.from_numpy(linear_sum_assignment(similarity.double().numpy(), maximize=True)[1])
