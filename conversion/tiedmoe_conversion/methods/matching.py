@@ -44,14 +44,13 @@ def match_neurons(
 
     Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x) f_j(x) *
     d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its sign
-    (`can_flip`), the first does not depend on it, and the sign that brings the weights nearer is taken afterwards.
+    (`can_flip`), neither depends on it, and the sign that brings the weights nearer is taken afterwards.
 
     Args:
         expert, reference: `[1, ...]` each.
         hidden_states, weights: tokens `[n, H]` and their routing weights `[n]`; n may be 0.
     """
-    own, other = _weights(reference), _weights(expert)
-    by_weights = own @ other.T
+    by_weights = _alike(reference, expert, function.can_flip)
     if len(weights):
         features = [function.features(each, hidden_states)[0] * weights[:, None] for each in (reference, expert)]
         by_effect = (features[0].T @ features[1]) * (reference.down[0].T @ expert.down[0])
@@ -63,9 +62,11 @@ def match_neurons(
     return expert
 
 
-def _weights(expert: Experts) -> torch.Tensor:
-    """`[I, U * H + H]`, all weights of each neuron."""
-    return torch.cat([expert.up[0].flatten(1), expert.down[0].T], 1)
+def _alike(reference: Experts, expert: Experts, any_sign: bool) -> torch.Tensor:
+    """Inner products of all weights of the neurons of two experts, `[I, I]`; of those that may flip, by size."""
+    *fixed, last = (reference.up[0, :, place] @ expert.up[0, :, place].T for place in range(reference.up.shape[2]))
+    free = last + reference.down[0].T @ expert.down[0]
+    return sum(fixed, free.abs() if any_sign else free)
 
 
 def _in_units(similarity: torch.Tensor) -> torch.Tensor:
