@@ -55,6 +55,7 @@ def _convert(plan: Plan, calibration: Calibration | None, work: Work, progress: 
     plan.source.opened.copy_travelling_files(folder)
     maker = TensorMaker(plan, calibration, work, progress)
     write_weights(work, plan.operations, maker.make, progress)
+    plan.source.opened.buffers.clear()
     found: dict[str, Any] = {}
     if calibration is not None and plan.recipe.measure:
         if progress:

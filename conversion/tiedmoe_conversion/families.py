@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -35,6 +36,8 @@ from .headers import TensorInfo
 from .source import Source
 
 Read = Callable[[str], torch.Tensor]
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 18  # elements of a tensor that fit into a cache
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class FamilyTensors:
         """Without a copy: every input is read into its place of the output."""
         meta = self.meta[name]
         experts = range(len(meta))[first:last]
-        tensor = torch.empty(len(experts), *meta.shape[1:], dtype=meta.dtype)
+        tensor = self.source.buffers.empty((len(experts), *meta.shape[1:]), meta.dtype)
         for key, expert, start, end in places:
             if expert in experts:
                 self._read_finite(key, into=tensor[expert - experts.start, start:end])
@@ -336,14 +339,23 @@ def describe_dtype(info: TensorInfo) -> str:
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
-    """Raise `ConversionError` where a floating-point `tensor` holds NaN or infinity; allocates nothing of its size."""
+    """Raise `ConversionError` where a floating-point `tensor` holds NaN or infinity; allocates next to nothing."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float32)  # torch has no arithmetic for fp8
-    least, greatest = torch.aminmax(tensor)  # NaN if any element is
-    if not (torch.isfinite(least) and torch.isfinite(greatest)):
-        kind = "NaN" if least.isnan() or greatest.isnan() else "infinity"
+        tensor = tensor.to(torch.float32)  # its infinity is not where that of the others is
+    # NaN and infinity have all bits of the exponent: as integers without their sign they are the greatest. Not with torch, whose
+    # threads would wait for each other while another one writes.
+    bits = tensor.contiguous().reshape(-1).view(_BITS[tensor.dtype.itemsize]).numpy()
+    infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(_BITS[tensor.dtype.itemsize]).item()
+    without_sign = np.empty(min(len(bits), _CHUNK), bits.dtype)
+    greatest = 0
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        masked = np.bitwise_and(chunk, np.iinfo(bits.dtype).max, out=without_sign[: len(chunk)])
+        greatest = max(greatest, int(masked.max()))
+    if greatest >= infinity:
+        kind = "NaN" if greatest > infinity else "infinity"
         raise ConversionError(
             f"{where}: tensor {name!r} holds {kind}; expected finite weights: download it again, or repair it"
         )

@@ -47,7 +47,7 @@ def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verifica
     Args:
         plan: what was done.
         folder: where.
-        files: of the files whose hash is known already, `{"bytes": …, "sha256": …}`.
+        files: of the files whose hash is known already, `{"bytes": …, "xxh3_128": …}`.
         verification: what was found when the output was read again.
     """
     source, recipe = plan.source.opened, public_recipe(plan)

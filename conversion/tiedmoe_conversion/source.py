@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from .buffers import Buffers
 from .dequantise import SUFFIX, BlockScaled, dequantise, fold_scales
 from .errors import ConversionError
 from .headers import TensorInfo, read_header, tensors_from_header
@@ -41,10 +42,12 @@ class Source:
         commit: the commit of a hub source, None for a local folder.
         tensors: every tensor by name, from the headers; an fp8 weight and its scales are one, in the dtype it is read in.
         is_quantised: whether there are such.
+        buffers: where the memory of what is read comes from.
     """
 
     def __init__(self, name: str, folder: Path, commit: str | None = None, allow_pickle: bool = False):
         self.name, self.folder, self.commit, self.allow_pickle = name, folder, commit, allow_pickle
+        self.buffers = Buffers()
         self._data_start: dict[str, int] = {}  # where the tensors of a local file begin
         self._stamps: dict[str, tuple[int, int]] = {}  # a local file's size and time when its header was read
         self._pickle: tuple[str, dict[str, torch.Tensor]] | None = None  # the one .bin file that is open
@@ -93,7 +96,7 @@ class Source:
         if last is not None or first:
             start += first * (info.num_bytes // shape[0])
             shape = (len(range(*slice(first, last).indices(shape[0]))), *shape[1:])
-        tensor = torch.empty(shape, dtype=info.dtype) if into is None else into
+        tensor = self.buffers.empty(shape, info.dtype) if into is None else into
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, info.dtype, True), name
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
         with open(path, "rb", buffering=0) as file:

@@ -50,7 +50,7 @@ def untie(
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their sha256, and
+        A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their hash, and
         how many of them an earlier run had finished.
 
     Raises:

@@ -1,7 +1,7 @@
 """The folder `.OUTPUT.partial` beside OUTPUT: what a conversion has done so far, so that it can be killed and started again.
 
     lock, pid        one process at a time
-    journal.jsonl    first what is being made of what; then a line for everything that is finished, with its sha256
+    journal.jsonl    first what is being made of what; then a line for everything that is finished, with its hash
     output/          the files so far; takes OUTPUT's name in one rename
     work/            results that took long (a computed pool), for the same command started again
 
@@ -35,7 +35,7 @@ class Work:
 
     Attributes:
         folder: where the output's files are written.
-        files: the finished ones, `{name: {"bytes": …, "sha256": …}}`.
+        files: the finished ones, `{name: {"bytes": …, "xxh3_128": …}}`.
         report: what `complete` was given, by this run or by one that was killed after it; None before.
         num_resumed: how many files an earlier run had finished.
     """
@@ -126,9 +126,11 @@ def open_work(output: Path, identity: dict[str, Any]) -> Iterator[Work]:
                         output.rmdir()  # empty, or this fails
                     work.folder.rename(output)
                     flush(output.parent)
-                _remove(partial)
+                _remove(
+                    partial, FILES, STORED, PID, LOCK, JOURNAL
+                )  # until the journal is gone, the same command finishes this
             except Exception:
-                _remove(partial)
+                _remove(partial, FILES, STORED, PID, JOURNAL, LOCK)  # nobody else may begin while something is left
                 _remove_parents(entries[0]["made"])
                 raise
         finally:
@@ -148,12 +150,12 @@ def _begin(partial: Path, output: Path, identity: dict[str, Any], made: list[str
     """The journal's entries, those of an earlier run if it made the same."""
     entries = read_journal(partial)
     if entries and was_renamed(output) and entries[0]["identity"] != identity:
-        _remove(partial)
+        _remove(partial, STORED, PID, LOCK, JOURNAL)
         check_output(output)  # says that it holds something else
     if entries:
         _check_identity(entries[0]["identity"], identity, partial, output)
         return entries
-    _remove(partial, but=(LOCK, PID))
+    _remove(partial, FILES, STORED, JOURNAL)
     append(partial / JOURNAL, {"identity": identity, "made": made})
     return read_journal(partial)
 
@@ -195,20 +197,17 @@ def _check_identity(begun: dict[str, Any], identity: dict[str, Any], partial: Pa
         )
 
 
-def _remove(partial: Path, but: tuple[str, ...] = ()) -> None:
-    """Delete the working folder; its journal and lock last, so that a kill meanwhile leaves what the next run understands."""
-    for name in (FILES, STORED, PID, JOURNAL, LOCK):
+def _remove(partial: Path, *names: str) -> None:
+    """Delete what is in the working folder, in this order, and the folder itself if nothing is left."""
+    for name in names:
         path = partial / name
-        if name in but:
-            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
-    if not but:
-        with contextlib.suppress(OSError):
-            partial.rmdir()
+    with contextlib.suppress(OSError):
+        partial.rmdir()
 
 
 def _remove_parents(made: list[str]) -> None:

@@ -1,0 +1,192 @@
+"""A conversion against `cp`, on a checkpoint of any size: `python benchmarks/conversion_scale.py FOLDER --gigabytes 20`.
+
+Writes a Mixtral-shaped source (Mixtral 8x7B's experts, one tensor per expert, many shards, random bits) into FOLDER, which needs
+room for it twice. Then, for each method, in pairs: `cp` of its files plus fsync, and a conversion in a process of its own, whose
+greatest resident memory the kernel tells. Both the seconds and their ratio depend on what else the disk does: read the pairs. The
+limits are those of the project: twice the seconds of `cp`, and 1.5 times one group's experts plus 1 GB of memory.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from timing import machine, versions
+
+RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
+METHODS = ("union", "select", "average")
+GROUP_SIZE = 2
+EXPERTS, HIDDEN, WIDTH, VOCAB = 8, 4096, 14336, 32000
+SHARD_BYTES = 1_000_000_000
+CONVERT = """
+import json, resource, sys, time
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+start = time.perf_counter()
+report = execute(make_plan(ConversionRecipe(**json.loads(sys.argv[1]))))
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "imports_bytes": before, "peak_bytes": peak, "report": report}))
+"""
+
+
+def write_source(folder: Path, gigabytes: float) -> int:
+    """A Mixtral of as many layers as fit into `gigabytes`; returns their number."""
+    from safetensors.torch import save_file
+    from transformers import MixtralConfig
+
+    layer_bytes = 2 * (3 * EXPERTS * HIDDEN * WIDTH + 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4)
+    num_layers = max(round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes), GROUP_SIZE)
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=num_layers,
+        num_local_experts=EXPERTS,
+        architectures=["MixtralForCausalLM"],
+        dtype="bfloat16",
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", HIDDEN), ("k", HIDDEN // 4), ("v", HIDDEN // 4), ("o", HIDDEN)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, HIDDEN)
+        shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            for name, shape in (("w1", (WIDTH, HIDDEN)), ("w2", (HIDDEN, WIDTH)), ("w3", (WIDTH, HIDDEN))):
+                shapes[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}.{name}.weight"] = (HIDDEN,)
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        size += 2 * torch.Size(shape).numel()
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 2 * torch.Size(shape).numel()
+        shards[-1].append(name)
+    # Random bits once, and another window of them for each tensor: drawing 20 GB would take longer than all else.
+    torch.manual_seed(0)
+    bits = (torch.randn(VOCAB * HIDDEN + 1_000_003) * 0.02).to(torch.bfloat16)
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            count = torch.Size(shapes[name]).numel()
+            start = (len(weight_map) * 7919) % (len(bits) - count)
+            tensors[name] = bits[start : start + count].clone().reshape(shapes[name])
+            weight_map[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return num_layers
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Seconds of `cp` of all files, and of having them on the disk."""
+    target.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", *map(str, sorted(source.iterdir())), str(target)], check=True)
+    for path in [*target.iterdir(), target]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def convert(source: Path, target: Path, method: str, num_layers: int) -> dict:
+    recipe = {"source": str(source), "output": str(target), "method": method, "group_size": GROUP_SIZE}
+    recipe |= {"skip_first": 0, "skip_last": num_layers % GROUP_SIZE}
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, json.dumps(recipe)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    shutil.rmtree(target)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) -> dict:
+    source = folder / "source"
+    num_layers = write_source(source, gigabytes)
+    num_bytes = sum(path.stat().st_size for path in source.iterdir())
+    group_bytes = GROUP_SIZE * 2 * 3 * EXPERTS * HIDDEN * WIDTH
+    rows = []
+    for pair in range(pairs):
+        for method in methods:
+            os.sync()
+            copied = copy_seconds(source, folder / "copy")
+            os.sync()
+            converted = convert(source, folder / "out", method, num_layers)
+            rows.append(
+                {
+                    "method": method,
+                    "pair": pair,
+                    "cp_seconds": copied,
+                    "convert_seconds": converted["seconds"],
+                    "ratio": converted["seconds"] / copied,
+                    "peak_bytes": converted["peak_bytes"],
+                    "imports_bytes": converted["imports_bytes"],
+                    "planned_bytes": converted["report"]["peak_memory_bytes"],
+                    "bytes_after": converted["report"]["bytes_after"],
+                    "limit_bytes": int(1.5 * group_bytes + 1e9),
+                }
+            )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    shutil.rmtree(source)
+    shards = -(-num_bytes // SHARD_BYTES)
+    return {
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+        "source": {"bytes": num_bytes, "layers": num_layers, "shards": shards, "group_bytes": group_bytes},
+        "rows": rows,
+    }
+
+
+def table(result: dict) -> str:
+    source = result["source"]
+    lines = [
+        "# Converting a large checkpoint, against copying it",
+        "",
+        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some {source['shards']} shards, one tensor "
+        f"per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} GB. `cp` includes fsync, `convert` hashes and verification. "
+        "One line is a pair, run one after the other.",
+        "",
+        "| method | cp (s) | convert (s) | ratio | limit | peak RSS (GB) | limit (GB) | written (GB) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| `{row['method']}` | {row['cp_seconds']:.1f} | {row['convert_seconds']:.1f} | {row['ratio']:.2f} | 2 | "
+        f"{row['peak_bytes'] / 1e9:.2f} | {row['limit_bytes'] / 1e9:.2f} | {row['bytes_after'] / 1e9:.1f} |"
+        for row in result["rows"]
+    ]
+    where = ", ".join(f"{name} {value}" for name, value in {**result["machine"], **result["versions"]}.items())
+    return "\n".join([*lines, "", where, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure; emptied afterwards")
+    parser.add_argument("--gigabytes", type=float, default=20)
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result = run(args.folder, args.gigabytes, args.pairs, tuple(args.methods.split(",")))
+    args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
