@@ -30,7 +30,7 @@ from timing import machine, versions
 from transformers_tiedmoe.demo import DemoConfig
 
 RESULTS = Path(__file__).parent / "results"
-SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "seed": 0}
+SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}
 TINY = {
     "vocab_size": 300,
     "hidden_size": 16,
@@ -40,8 +40,13 @@ TINY = {
     "block_size": 16,
 }
 TINY_STUDY = Study(
-    DemoConfig(**TINY, source_steps=20, source_learning_rate=6e-3), 0.2, calibration_tokens=256, num_seeds=2
+    DemoConfig(**TINY, source_steps=20, source_learning_rate=6e-3, balance_by_layer=True),
+    0.2,
+    (0.25, 1.0),
+    calibration_tokens=256,
+    num_seeds=2,
 )
+HEAL_LEARNING_RATE = 5e-4
 QUICK_CHARACTERS = 20_000
 SETTINGS = "study.json"
 
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("study"), help="working folder; what is there is reused")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for table, JSON and plot")
     parser.add_argument("--data", help="text to train, heal and measure on instead of the novels")
+    parser.add_argument("--learning-rate", type=float, default=HEAL_LEARNING_RATE, help="peak, of every healing")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run starts later")
     parser.add_argument("--only", default="", help="rows whose name contains one of these words, comma between them")
@@ -92,7 +98,8 @@ def make_study(options: argparse.Namespace) -> Study:
         text = datasets.load_dataset("text", data_files=options.data or TINY_STUDY.demo.text, split="train")["text"]
         Path(data).write_text("\n".join(text)[:QUICK_CHARACTERS])
     study = TINY_STUDY if options.quick else Study(DemoConfig(**SOURCE))
-    study = dataclasses.replace(study, demo=dataclasses.replace(study.demo, output=str(options.output), data=data))
+    demo = dataclasses.replace(study.demo, output=str(options.output), data=data)
+    study = dataclasses.replace(study, demo=demo, heal_learning_rate=options.learning_rate)
     settings, path = json.dumps(study.settings(), indent=1) + "\n", options.output / SETTINGS
     if path.is_file() and path.read_text() != settings:
         raise ValueError(f"{options.output} holds a study with other settings than {settings}; give another --output")

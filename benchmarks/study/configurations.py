@@ -1,7 +1,7 @@
 """What the study compares: one line a row. Sizes are those of its source, 12 layers of 16 experts.
 
-`g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `pairs` three pairs: 50 %, 67 % and 75 % of the expert bytes with
-pools of E experts. Wider pools are named by their multiple of E.
+`g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `three pairs` three of their pairs: 50 %, 67 % and 75 % of the expert bytes with
+pools of E experts. Wider pools are named by their multiple of E. Rank 18 of a residual is 25 % of the expert bytes.
 """
 
 from collections.abc import Mapping
@@ -39,6 +39,12 @@ SOURCE = Row("source", "untied", kind="source")
 PAIRS = {"groups": [[3, 4], [5, 6], [7, 8]]}
 EVERY_LAYER = {"groups": [[layer] for layer in range(12)]}
 G4, G2, THREE_PAIRS = ("g=4", {}), ("g=2", {"group_size": 2}), ("three pairs", PAIRS)
+# Of methods that make pools of any width: 50 %, 75 % and once more 75 % of the expert bytes.
+E, WIDE, WIDE_PAIRS = (
+    ("g=4", {}),
+    ("g=4, 2.5E", {"pool_experts": "2.5x"}),
+    ("g=2, 1.25E", {"group_size": 2, "pool_experts": "1.25x"}),
+)
 
 
 def rows(series: str, *sizes: tuple[str, dict], num_seeds: int = 3, **fields: Any) -> list[Row]:
@@ -49,13 +55,34 @@ def rows(series: str, *sizes: tuple[str, dict], num_seeds: int = 3, **fields: An
 ROWS = [
     SOURCE,
     *rows("union", G4, method="union", num_seeds=1),
-    *rows("average", G4, G2, THREE_PAIRS, method="average"),
+    *rows("average", G4, THREE_PAIRS, method="average"),
+    *rows("average by frequency", G4, method="average", method_options={"weights": "frequency"}),
     *rows("select first", G4, method="select", method_options={"layer": "first"}),
     *rows("select last", G4, method="select", method_options={"layer": "last"}),
+    *rows("select best", G4, method="select", method_options={"layer": "best"}),
+    *rows("align", G4, THREE_PAIRS, method="align"),
+    *rows("align, experts by number", G4, method="align", method_options={"experts": "identity"}),
+    *rows("align, experts at random", G4, method="align", method_options={"experts": "random"}),
+    *rows("align, neurons by number", G4, method="align", method_options={"neurons": "identity"}),
+    *rows("least_squares", G4, THREE_PAIRS, method="least_squares"),
+    *rows("prototype", E, G2, WIDE, WIDE_PAIRS, method="prototype"),
+    *rows("prototype, least_squares", E, WIDE, method="prototype", then=["least_squares"]),
+    *rows("prefit", G4, THREE_PAIRS, method="prefit", num_seeds=1),
+    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"], num_seeds=1),
+    *rows("average, residual", ("g=4, rank 18", {"residual_rank": 18}), method="average"),
+    *rows("prefit, residual", ("g=4, rank 18", {"residual_rank": 18}), method="prefit", num_seeds=1),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
     *[
         Row(f"pruned, {keep}", f"{share:.0%} of every layer", {"keep": keep, "share": share}, kind="prune")
         for keep in ("random", "magnitude")
+        for share in (0.5, 0.75)
+    ],
+    *[
+        Row(
+            "prototype within layers",
+            f"{share:.0%} of every layer",
+            EVERY_LAYER | {"method": "prototype", "pool_experts": f"{share}x"},
+        )
         for share in (0.5, 0.75)
     ],
 ]

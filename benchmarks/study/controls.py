@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.demo import DemoConfig
 from transformers_tiedmoe.demo.config import VALIDATION_FRACTION
 from transformers_tiedmoe.demo.source import source_config
@@ -67,26 +67,30 @@ def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
     draft.replace(folder)
 
 
-def prune(source: Path, folder: Path, share: float, keep: str, seed: int) -> None:
+def prune(source: Path, folder: Path, share: float, keep: str = "magnitude", seed: int = 0) -> None:
     """Save the source with `share` of the experts of every layer, and those rows of its router, into `folder`.
+
+    It is saved as a tied model without a group, the family's own but for a balance loss in every layer: what all the
+    study's models are healed with.
 
     Args:
         keep: "random", or "magnitude": those of the largest product of the Frobenius norm of the expert's weights and
             the norm of its row of the router.
     """
     model = AutoModelForCausalLM.from_pretrained(source)
-    config = type(model.config)(**model.config.to_dict() | {"num_experts": round(share * model.config.num_experts)})
+    num_kept = round(share * model.config.num_experts)
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
-    for index in range(config.num_hidden_layers):
+    for index in range(model.config.num_hidden_layers):
         layer = f"model.layers.{index}.mlp."
         parts = [layer + part for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")]
         router, gate_up, down = (state[part].flatten(1) for part in parts)
         magnitude = router.norm(dim=1) * torch.cat([gate_up, down], 1).norm(dim=1)
         scores = {"magnitude": magnitude, "random": torch.rand(len(router), generator=generator)}[keep]
-        chosen = scores.topk(config.num_experts).indices.sort().values
+        chosen = scores.topk(num_kept).indices.sort().values
         state.update({part: state[part][chosen] for part in parts})
-    pruned = type(model)(config)
+    model.config.num_experts = num_kept
+    pruned = TiedMoeForCausalLM(TiedMoeConfig.from_family(model.config, groups=[]))
     pruned.load_state_dict(state)
     pruned.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -33,8 +33,9 @@ BYTES_PER_PARAMETER = 4
 DEMO_SETTINGS = (
     *("data", "source_steps", "source_learning_rate", "batch_size", "block_size", "vocab_size", "hidden_size"),
     *("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok", "seed"),
+    "balance_by_layer",
 )
-KEPT = ("source", "scratch")  # kinds of rows whose checkpoints took long to train
+TRAINED = "scratch"  # the kind of rows whose checkpoints took long
 
 
 @dataclass(frozen=True)
@@ -156,21 +157,19 @@ class Study:
         return self.demo.path("runs", f"{run.name}.json")
 
     def _checkpoint(self, run: Run) -> Path:
-        if run.row.kind == "source":
-            return self.source
         return self.demo.path("checkpoints", f"{run.row.name}.seed{run.seed}")
 
     def _measure_before(self, run: Run) -> dict[str, Any]:
         """Make the checkpoint anew and measure it."""
         folder = self._checkpoint(run)
-        if run.row.kind not in KEPT:
+        if run.row.kind != TRAINED:
             shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
         sizes = self._make(run, folder)
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         measured = {"parameters": model.num_parameters()}
-        if run.row.kind not in KEPT:
+        if run.row.kind != TRAINED:
             measured["conversion_seconds"] = round(seconds, 2)
         measured |= sizes or {"expert_bytes": BYTES_PER_PARAMETER * expert_parameters(model)}
         return measured | perplexity(model, self._validation, self.demo.batch_size)
@@ -182,6 +181,8 @@ class Study:
             steps = self.demo.source_steps + self.heal_steps
             settings = DemoConfig(**{**self.demo.settings(), "source_steps": steps, "seed": run.seed})
             train_tied(settings, self.source, folder)
+        elif row.kind == "source":
+            prune(self.source, folder, share=1.0)
         elif row.kind == "prune":
             prune(self.source, folder, seed=run.seed, **row.recipe)
         elif row.kind == "convert":
@@ -228,5 +229,5 @@ class Study:
     def _clean(self, run: Run) -> None:
         """Delete the run's checkpoint if no other run needs it."""
         same = [other for other in self.runs(run.row) if other.seed == run.seed]
-        if run.row.kind not in KEPT and all(self.result(other) for other in same):
+        if run.row.kind != TRAINED and all(self.result(other) for other in same):
             shutil.rmtree(self._checkpoint(run), ignore_errors=True)
