@@ -11,7 +11,9 @@ from .calibration import Calibration, Residuals, TiedTensors
 from .experts import ExpertFunction
 from .families import FamilyTensors, check_finite
 from .methods.registry import Group, Pool, RoutedInputs
+from .methods.widen import widen
 from .plan import Plan, TensorOperation
+from .residual import residuals
 from .write import Progress
 
 
@@ -66,21 +68,16 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
         held_out_loss=held_out_loss if calibration is not None else None,
     )
     pool: Pool | None = None
-    for method, options in recipe.steps:
+    for step, (method, options) in enumerate(recipe.steps):
         pool = method.build(group, pool, **options) if method.refines else method.build(group, **options)
-        if method is recipe.steps[0][0] and not method.any_width and not method.lossless:
+        if not step and not method.any_width:
             own = method.pool_num_experts(group.num_experts, len(layers))
-            if group.pool_num_experts > own:
-                from .methods.widen import widen
-
-                pool = widen(group, pool, group.pool_num_experts)
+            pool = widen(group, pool, group.pool_num_experts) if group.pool_num_experts > own else pool
     assert pool is not None
     made: Residuals = {}
     if recipe.residual_rank:
-        from .residual import residuals
-
         made = residuals(group, pool, recipe.residual_rank)
-    return MadePool(pool, made, list(getattr(group, "notes", [])))
+    return MadePool(pool, made, list(group.notes))
 
 
 def parameter_names(plan: Plan, index: int) -> tuple[str, ...]:
