@@ -31,6 +31,11 @@ class BlockScaled(TensorInfo):
         """The size on disk in bytes, of weight and scales."""
         return self.weight.num_bytes + self.scale.num_bytes
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all blocks are of one size. transformers 5.23 takes the block's size to be the weight's by the number of blocks."""
+        return all(size % part == 0 for size, part in zip(self.shape[-2:], self.block))
+
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, info: BlockScaled) -> torch.Tensor:
     """The product of fp8 `weight [..., rows, columns]` and its blocks' `scale`, in `info.dtype`."""

@@ -154,6 +154,13 @@ class FamilyTensors:
         tensor = self._last.pop(name)
         return tensor if last is None and not first else tensor[first:last].clone()
 
+    def rows(self, name: str) -> list[tuple[int, int]]:
+        """Consecutive first and last (not included) rows of a state-dict tensor that can be read without reading the others."""
+        unit, length = self.units[name], len(self.meta[name])
+        if unit.converter is None or unit.places(self.source.tensors) is not None:
+            return [(row, row + 1) for row in range(length)]
+        return [(0, length)]
+
     def _read_places(
         self, name: str, places: list[tuple[str, int, int, int]], first: int, last: int | None
     ) -> torch.Tensor:
