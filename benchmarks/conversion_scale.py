@@ -9,7 +9,7 @@ limits are those of the project: twice the seconds of `cp`, and 1.5 times one gr
 import argparse
 import json
 import os
-import resource
+
 import shutil
 import subprocess
 import sys
@@ -25,13 +25,15 @@ GROUP_SIZE = 2
 EXPERTS, HIDDEN, WIDTH, VOCAB = 8, 4096, 14336, 32000
 SHARD_BYTES = 1_000_000_000
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def high_water():  # of this process alone; resource's includes the one that started it
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = high_water()
 start = time.perf_counter()
 report = execute(make_plan(ConversionRecipe(**json.loads(sys.argv[1]))))
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = high_water()
 print(json.dumps({"seconds": seconds, "imports_bytes": before, "peak_bytes": peak, "report": report}))
 """
 

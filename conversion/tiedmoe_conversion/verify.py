@@ -295,7 +295,10 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _loading_problems(folder: Path) -> dict[str, list[str]]:
     """What the Auto class finds missing, unexpected or of another shape when it loads `folder` without memory."""
     with _quietly():
-        _, loading = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+        try:
+            _, loading = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+        except Exception as error:  # a shape, or whatever else in the folder makes transformers raise
+            return {"error": [f"{type(error).__name__}: {error}"]}
     return {key: sorted(map(str, value)) for key, value in loading.items() if value}
 
 
