@@ -21,7 +21,7 @@ def prefit(
     group: Group,
     start: Pool | None = None,
     steps: int = 300,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.05,
     objective: Literal["layer", "expert"] = "layer",
     batch_tokens: int = 1024,
 ) -> Pool:
