@@ -22,6 +22,7 @@ TINY = SIZES | {
     "heal_steps": 3,
     "batch_size": 2,
     "block_size": 16,
+    "calibration_tokens": 128,
     "new_tokens": 4,
 }
 

@@ -29,9 +29,12 @@ class DemoConfig:
     group_size: int = _option(4, "consecutive MoE layers that share one pool of experts")
     skip_first: int = _option(2, "MoE layers left untied at the start")
     skip_last: int = _option(2, "MoE layers left untied at the end")
-    method: str = _option("average", "how a group's experts become a pool, as in `tiedmoe convert`")
+    method: str = _option("least_squares", "how a group's experts become a pool, as in `tiedmoe convert`")
     method_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": 'the method\'s own options, such as {"layer": "last"}'}
+    )
+    calibration_tokens: int = _option(
+        32768, "tokens of the text that the pools are fitted on, where the method needs any"
     )
     heal_steps: int = _option(150, "steps of healing, and extra steps of the control")
     heal_learning_rate: float = _option(5e-4, "peak learning rate of healing and of the control")

@@ -109,11 +109,13 @@ class _Run:
 
     def tie(self, source: Path) -> dict:
         """Convert the source; returns the plan's summary."""
-        from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+        from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan
 
         config, record = self.config, self.config.path("conversion.json")
         if record.is_file() and self.config.path("tied", "config.json").is_file():
             return json.loads(record.read_text())
+        method = METHODS.get(config.method)  # the recipe says so where there is none
+        needs_text = method is not None and method.calibration(**config.method_options)
         recipe = ConversionRecipe(
             source=str(source),
             output=str(config.path("tied")),
@@ -122,6 +124,11 @@ class _Run:
             skip_last=config.skip_last,
             method=config.method,
             method_options=config.method_options,
+            calibration=config.text if needs_text else None,
+            calibration_tokens=config.calibration_tokens,
+            calibration_block_size=config.block_size,
+            measure=False,  # done below, on more text
+            seed=config.seed,
         )
         shutil.rmtree(recipe.output, ignore_errors=True)
         report = execute(make_plan(recipe), progress=self.tell)
