@@ -478,8 +478,18 @@ def test_residual_improves_with_rank_and_is_zero_on_kept_experts(module):
     for row, slots in enumerate(rows_read(group, start)):
         for layer, slot in slots:
             own = torch.equal(group.layer(layer).read("down_proj")[slot], start.read("down_proj")[row])
+            b, a = factors[layer]["down_proj"]
+            assert (b[slot] @ a[slot]).any().item() is not own
             for b, a in factors[layer].values():
-                assert (b[slot] @ a[slot]).any().item() is not own
+                assert not own or not (b[slot] @ a[slot]).any()
+                assert b[slot].any() or a[slot].any(), "healing would have no gradient"
+
+
+def test_residual_does_no_harm_to_a_fitted_pool(module):
+    tensors = [random_tensors(module, place) for place in range(3)]
+    group = make_group(module, tensors, routed=many_inputs(3))
+    start = build(group, "least_squares")
+    assert error(group, start, residuals(group, start, 2)) < error(group, start)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

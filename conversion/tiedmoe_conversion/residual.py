@@ -22,7 +22,8 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
     x^T over the projection's inputs in the slot's tokens, b a = U U^T D, where U are the first `rank` eigenvectors of D G D^T:
     the least |(D - b a) x|^2 over them (arXiv 2403.07378, Section 3, without its roots), and the plain truncated SVD where G
     is the identity: without calibration text, or without tokens. `down` is fitted to what the neurons give with the
-    residual of the layer below it, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`.
+    residual of gate and up, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`. Where a
+    fit of `down` alone is nearer, as it may be to a row that was itself fitted, gate and up have none.
 
     Args:
         group: with calibration inputs where `held_out_loss` is there.
@@ -30,8 +31,8 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
         rank: from 1 to the least of every projection's rows and columns.
 
     Returns:
-        By layer index and projection the pair `(b [E, rows, r], a [E, r, columns])`, as `TiedExperts` registers it; zero where
-        the row is the slot's own expert.
+        By layer index and projection the pair `(b [E, rows, r], a [E, r, columns])`, as `TiedExperts` registers it; b is zero
+        where the row is the slot's own expert.
     """
     function, generator = group.family_function, group.generator()
     dtype, rows = group.layers[0].read("down_proj").dtype, group.pool_experts(pool)
@@ -43,7 +44,8 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
             inputs = torch.zeros(0, rows.up.shape[-1]), torch.zeros(0)
             if group.held_out_loss is not None:
                 inputs = layer.inputs().sample_of_slot(slot, TOKENS_PER_EXPERT, generator)
-            for name, pair in zip(factors, _factors(function, experts[slot], rows[row], rank, *inputs)):
+            pairs_of_slot = _factors(function, experts[slot], rows[row], rank, generator, *inputs)
+            for name, pair in zip(factors, pairs_of_slot):
                 factors[name].append(pair)
         found[layer.index] = {
             name: (
@@ -56,16 +58,25 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
 
 
 def _factors(
-    function: ExpertFunction, own: Experts, row: Experts, rank: int, hidden_states: torch.Tensor, weights: torch.Tensor
+    function: ExpertFunction,
+    own: Experts,
+    row: Experts,
+    rank: int,
+    generator: torch.Generator,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """`(b, a)` of the incoming weights and of the outgoing ones, in the family's layout."""
     if own.equals(row):
-        up, down = (_zeros(each.flatten(0, -2), rank) for each in (row.up[0], row.down[0]))
+        up, down = (_zeros(each.flatten(0, -2), rank, generator) for each in (row.up[0], row.down[0]))
     else:
-        own = match_neurons(function, own, row, hidden_states, weights)
-        up = _low_rank((own.up - row.up)[0].flatten(0, 1), hidden_states * weights[:, None], rank)
+        matched = match_neurons(function, own, row, hidden_states, weights)
+        up = _low_rank((matched.up - row.up)[0].flatten(0, 1), hidden_states * weights[:, None], rank)
         with_up = Experts(row.up + (up[0] @ up[1]).view_as(row.up), row.down, row.up_bias, row.down_bias)
-        down = _fit_down(function, own, with_up, rank, hidden_states, weights)
+        down, error = _fit_down(function, own, with_up, matched.down[0], rank, hidden_states, weights)
+        down_alone, error_alone = _fit_down(function, own, row, row.down[0], rank, hidden_states, weights)
+        if error_alone < error:
+            up, down = _zeros(row.up[0].flatten(0, 1), rank, generator), down_alone
     # The rows of b stand as the weights' own do: interleaved, or gate after up.
     b = function.tensors(Experts(up[0].view(*row.up.shape[:3], rank), row.down), torch.float32)[function.up_name]
     if function.module.is_transposed:
@@ -74,16 +85,24 @@ def _factors(
 
 
 def _fit_down(
-    function: ExpertFunction, own: Experts, row: Experts, rank: int, hidden_states: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of down for a `row` that has its residual of up already."""
-    change = own.down[0] - row.down[0]
+    function: ExpertFunction,
+    own: Experts,
+    row: Experts,
+    near: torch.Tensor,
+    rank: int,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+    """The factors of down for what the neurons of `row` give, its ridge pulling to `near`; and sum w^2 |error|^2."""
+    change = near - row.down[0]
     features = function.features(row, hidden_states)[0] * weights[:, None]
+    targets = function.outputs(own, hidden_states)[0] - (0 if row.down_bias is None else row.down_bias)
+    targets = targets * weights[:, None]
     if len(weights):
-        targets = function.outputs(own, hidden_states)[0] - (0 if row.down_bias is None else row.down_bias)
-        gap = targets * weights[:, None] - features @ own.down[0].T
+        gap = targets - features @ near.T
         change = change + torch.linalg.solve(_gram(features), features.double().T @ gap.double()).T.float()
-    return _low_rank(change, features, rank)
+    b, a = _low_rank(change, features, rank)
+    return (b, a), (targets - features @ (row.down[0] + b @ a).T).square().sum().item()
 
 
 def _gram(inputs: torch.Tensor) -> torch.Tensor:
@@ -104,6 +123,7 @@ def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[to
     return b.float(), (a / size[:, None].clamp(min=torch.finfo(a.dtype).tiny)).float()
 
 
-def _zeros(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """No change of `weight [out, in]`."""
-    return torch.zeros(weight.shape[0], rank), torch.zeros(rank, weight.shape[1])
+def _zeros(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """No change of `weight [out, in]`: b = 0, and a random a, without which healing would have no gradient (arXiv 2106.09685)."""
+    size = weight.square().mean().sqrt()
+    return torch.zeros(weight.shape[0], rank), torch.randn(rank, weight.shape[1], generator=generator) * size
