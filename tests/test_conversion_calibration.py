@@ -1,19 +1,23 @@
 """Calibration text: what the experts are given on it, what is kept, what is refused; and what a conversion cost."""
 
 import contextlib
+import dataclasses
 import json
 from importlib.resources import files
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from checkpoints import make_text, save_source
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, calibration, convert
+from tiedmoe_conversion import ConversionError, ConversionRecipe, calibration, convert, execute, make_plan, making
 from tiedmoe_conversion.calibration import Calibration, CalibrationText, open_calibration, statistics_folder
 from tiedmoe_conversion.families import SourceModel, read_config
 from tiedmoe_conversion.source import open_source
+from tiedmoe_conversion.work import Work
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 NUM_TOKENS, BLOCK = 256, 16
@@ -242,3 +246,98 @@ def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path, e
 def test_nothing_is_left_beside_the_output(folder, tmp_path):
     convert(recipe_for(folder, tmp_path / "out", method="average"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Chains, from end to end
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "least_squares"},
+        {"method": "least_squares", "pool_experts": "1.5x"},
+        {"method": "prototype", "pool_experts": "1.25x", "then": [{"prefit": {"steps": 4}}], "residual_rank": 2},
+        {"method": "select", "method_options": {"layer": "best"}, "pool_experts": "2x"},
+        {"method": "average", "method_options": {"weights": "frequency"}, "residual_rank": 3},
+    ],
+    ids=["default", "wide", "chain", "best", "residual"],
+)
+def test_a_recipe_gives_what_it_planned_and_the_same_again(folder, tmp_path, fields):
+    plans = []
+    report = convert(recipe_for(folder, tmp_path / "one", **fields), show=plans.append)
+    (plan,) = plans
+    width = report["pool_num_experts"][0]
+    found = load_file(tmp_path / "one" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in found.values()) == report["bytes_after"] == plan.bytes_after
+    assert found["model.expert_pools.0.down_proj"].shape[0] == width
+    reached = {row for name, tensor in found.items() if name.endswith("slot_map") for row in tensor.tolist()}
+    assert reached <= set(range(width))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert model.config.residual_rank == [fields.get("residual_rank", 0)]
+    card = (tmp_path / "one" / "README.md").read_text()
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    recipe |= {
+        "source": str(folder / "source"),
+        "output": str(tmp_path / "two"),
+        "calibration": str(folder / "text.txt"),
+    }
+    convert(ConversionRecipe.from_dict(recipe))
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_clones_change_nothing_until_something_refines_them(folder, tmp_path):
+    losses = {}
+    for width in ("1x", "1.5x", "2x"):
+        report = convert(recipe_for(folder, tmp_path / width, method="select", pool_experts=width))
+        losses[width] = report["measured"]["loss_after"]
+    assert len(set(losses.values())) == 1
+
+
+def test_a_killed_run_does_not_make_its_pools_again(folder, tmp_path, monkeypatch):
+    """Ctrl-C after the last pool was made and before its file was complete."""
+    recipe = recipe_for(folder, tmp_path / "out", method="least_squares")
+    plan = make_plan(recipe)
+    stored = []
+
+    def stop(self, name, tensors, metadata=None):
+        store(self, name, tensors, metadata)
+        stored.append(name)
+        raise KeyboardInterrupt
+
+    store = Work.store
+    monkeypatch.setattr(Work, "store", stop)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan)
+    assert stored == ["pool-0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".out.statistics"]
+    monkeypatch.setattr(Work, "store", store)
+    monkeypatch.setattr(making, "make_pool", lambda *args: pytest.fail("the pool is made again"))
+    execute(make_plan(recipe))
+    monkeypatch.undo()
+    execute(make_plan(dataclasses.replace(recipe, output=str(tmp_path / "other"))))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "other")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "union", "pool_experts": "1.5x"}, r"expected 8, all of its layers' experts"),
+        (
+            {"method": "prototype", "pool_experts": 9},
+            r"pool_experts=9 makes pool 0 one of 9 experts; expected from 1 to 8",
+        ),
+        ({"method": "average", "pool_experts": "0.5x"}, r"but method 'average' makes 4 and can only be widened"),
+        ({"method": "average", "pool_experts": [4, 4]}, r"pool_experts has 2 entries for 1 pools"),
+        ({"pool_experts": "many"}, r"pool_experts='many'; expected a number such as 96"),
+        ({"then": ["average"]}, r"then: method 'average' makes a pool and refines none; expected one of"),
+        ({"then": ["prefitt"]}, r"then: unknown method 'prefitt'; did you mean 'prefit'"),
+        ({"then": [{"prefit": {"stepz": 1}}]}, r"method 'prefit' has no option 'stepz'; did you mean 'steps'"),
+        ({"residual_rank": -1}, r"residual_rank=-1; expected an integer of at least 0"),
+    ],
+)
+def test_wrong_chains_and_sizes(folder, tmp_path, fields, message):
+    with pytest.raises(ConversionError, match=message):
+        make_plan(recipe_for(folder, tmp_path / "out", **fields))

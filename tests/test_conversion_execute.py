@@ -35,7 +35,7 @@ SOURCES = pytest.mark.parametrize(
 
 
 def convert(source, output, **fields):
-    fields = {"skip_first": 1, "skip_last": 0, "group_size": 2} | fields
+    fields = {"skip_first": 1, "skip_last": 0, "group_size": 2, "method": "average"} | fields
     plan = make_plan(ConversionRecipe(source=str(source), output=str(output), **fields))
     return plan, execute(plan)
 
@@ -241,7 +241,7 @@ def test_into_an_empty_folder_and_below_new_ones(tmp_path):
 def test_progress_counts_the_written_bytes(tmp_path):
     save_source(tmp_path / "source")
     calls = []
-    plan = make_plan(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "out")))
+    plan = make_plan(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "out"), method="average"))
     execute(plan, progress=lambda *call: calls.append(call))
     done = [call[0] for call in calls]
     assert done == sorted(done)

@@ -100,7 +100,9 @@ def make_group(module, tensors, num_pool_experts=NUM_EXPERTS, idle=(), routed=No
 def build(group, name, start=None, **options):
     method = METHODS[name]
     method.check_options(options)
-    return method.build(group, start, **options) if method.refines else method.build(group, **options)
+    if method.refines is not None:
+        return method.build(group, start or build(group, method.refines), **options)
+    return method.build(group, **options)
 
 
 def slot_experts(group, pool, layer, factors=None):

@@ -17,7 +17,7 @@ def source(tmp_path):
 
 
 def plan(source, **fields):
-    fields = {"skip_first": 1, "skip_last": 1} | fields
+    fields = {"skip_first": 1, "skip_last": 1, "method": "average"} | fields
     return make_plan(ConversionRecipe(source=str(source), output=str(source.parent / "out"), **fields))
 
 

@@ -18,7 +18,7 @@ def test_yaml_round_trip(tmp_path):
 
 def test_yaml_overrides_come_before_the_checks(tmp_path):
     (tmp_path / "recipe.yaml").write_text("output: out\ngroup_size: 0\n")
-    recipe = ConversionRecipe.from_yaml(tmp_path / "recipe.yaml", source="in", group_size=4)
+    recipe = ConversionRecipe.from_yaml(tmp_path / "recipe.yaml", source="in", group_size=4, method="average")
     assert (recipe.source, recipe.output, recipe.group_size) == ("in", "out", 4)
 
 
@@ -36,7 +36,8 @@ def test_shipped_recipes_are_recipes(path):
         ({"grup_size": 2}, "no field 'grup_size'; did you mean 'group_size'"),
         ({"method": "averge"}, "unknown method 'averge'; did you mean 'average'"),
         ({"method": "select", "method_options": {"lyer": 1}}, "no option 'lyer'; did you mean 'layer'"),
-        ({"method_options": {"layer": 1}}, "method 'average' has no option 'layer'; it has none"),
+        ({"method": "union", "method_options": {"layer": 1}}, "method 'union' has no option 'layer'; it has none"),
+        ({}, "method 'least_squares' needs calibration text; give calibration=FILE_OR_DATASET"),
         ({"group_size": 0}, "group_size=0; expected an integer of at least 1"),
         ({"group_size": "2"}, "group_size='2'; expected an integer"),
         ({"group_size": True}, "group_size=True"),
@@ -75,7 +76,7 @@ def test_wrong_yaml(tmp_path, text, message):
 
 
 def test_yaml_holds_no_python(tmp_path):
-    recipe = ConversionRecipe(source=Path("in"), output=Path("out"), groups=((0, 1),))
+    recipe = ConversionRecipe(source=Path("in"), output=Path("out"), groups=((0, 1),), method="average")
     recipe.to_yaml(tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["groups"] == [[0, 1]]
 

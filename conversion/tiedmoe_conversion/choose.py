@@ -98,7 +98,7 @@ class Chosen:
 def choose(recipe: ConversionRecipe, calibration: Calibration, progress: Progress | None = None) -> Chosen:
     """Find the groups and pool sizes that a recipe's `budget` or `max_loss` asks for.
 
-    The scan ties by the recipe's first method; what the recipe does after it is done to the pools that are chosen. Scanned
+    The scan ties by the recipe's method; what `then` and `residual_rank` add is done to the pools that are chosen. Scanned
     losses are kept with the calibration's statistics.
 
     Raises:
@@ -186,6 +186,11 @@ class _Search:
                 "group_size of at least 2"
             )
 
+    @cached_property
+    def _scanned(self) -> ConversionRecipe:
+        """The recipe that groups are tied by while they are scanned: without what it does afterwards."""
+        return dataclasses.replace(self.recipe, budget=None, max_loss=None, then=(), residual_rank=0)
+
     @property
     def calibration(self) -> Calibration:
         assert self._calibration is not None
@@ -254,11 +259,12 @@ class _Search:
 
     def _scans(self) -> Iterator[tuple[int, int, list[tuple[int, ...]]]]:
         """Lengths, widths and disjoint groups, so that together every run of every length comes at every width."""
-        method = self.recipe.steps[0][0]
+        method, *refining = [method for method, _ in self._scanned.steps]
         for length in range(2, min(self.recipe.group_size, len(self.eligible)) + 1):
             own = method.pool_num_experts(self.num_experts, length)
             step = max(1, int(WIDTH_STEP * self.num_experts))
-            widths = range(self.num_experts, length * self.num_experts, step) if method.any_width else [own]
+            some = range(self.num_experts, length * self.num_experts, step)
+            widths = some if method.any_width or refining else [own]  # clones that nothing refines change nothing
             for width in widths:
                 for offset in range(length):
                     starts = range(offset, len(self.eligible) - length + 1, length)
@@ -290,13 +296,7 @@ class _Search:
 
     def _plan(self, groups: Sequence[Sequence[int]], widths: Sequence[int]) -> Plan:
         recipe = dataclasses.replace(
-            self.recipe,
-            groups=[list(group) for group in groups],
-            pool_experts=list(widths),
-            budget=None,
-            max_loss=None,
-            then=(),
-            residual_rank=0,
+            self._scanned, groups=[list(group) for group in groups], pool_experts=list(widths)
         )
         return make_plan(recipe, self.source)
 

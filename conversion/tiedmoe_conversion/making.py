@@ -69,7 +69,10 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
     )
     pool: Pool | None = None
     for step, (method, options) in enumerate(recipe.steps):
-        pool = method.build(group, pool, **options) if method.refines else method.build(group, **options)
+        if method.refines is None:
+            pool = method.build(group, **options)
+        else:
+            pool = method.build(group, pool, **options)
         if not step and not method.any_width:
             own = method.pool_num_experts(group.num_experts, len(layers))
             pool = widen(group, pool, group.pool_num_experts) if group.pool_num_experts > own else pool

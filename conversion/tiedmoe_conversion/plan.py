@@ -24,7 +24,7 @@ from .source import open_source
 from .verify import MAX_BYTES_FOR_LOGITS
 from .write import Planned, check_output, into_files
 
-GROUP_COPIES = 2  # of a group's experts in float32, that calibrated methods hold: the source's and the pool's
+RESIDUAL_COPIES = (1, 1)  # of a group's experts and its pool's in float32, while residuals are made
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,13 @@ def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceMod
     methods = [method for method, _ in recipe.steps]
     if recipe.residual_rank or not all(method.streams for method in methods):
         in_float32 = sum(source.tensors.meta[each].numel() * 4 for each in source.expert_names(group[0]))
-        return GROUP_COPIES * in_float32 * len(group) + _statistics_bytes(recipe, [group], source)
+        pool = operation.shape[0] / source.tensors.meta[name].shape[0] if operation.kind == "pool" else 0
+        copies = [method.group_copies for method in methods if method.group_copies is not None]
+        held = max(
+            own * len(group) + of_pool * pool
+            for own, of_pool in copies + [RESIDUAL_COPIES] * bool(recipe.residual_rank)
+        )
+        return int(held * in_float32) + _statistics_bytes(recipe, [group], source)
     if operation.kind != "pool":
         return operation.num_bytes
     layer = source.tensors.meta[name]

@@ -40,7 +40,7 @@ class ConversionRecipe:
     groups: Sequence[Sequence[int]] | None = _option(
         None, "Layer indices per pool, such as [[2, 3], [4, 5]]; overrides the three numbers above."
     )
-    method: str = _option("average", f"How a group's experts become a pool: {', '.join(METHODS)}.")
+    method: str = _option("least_squares", f"How a group's experts become a pool: {', '.join(METHODS)}.")
     method_options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": 'The method\'s own options, such as {"layer": "last"}.'}
     )
@@ -105,7 +105,6 @@ class ConversionRecipe:
         if self.pool_experts is not None:
             object.__setattr__(self, "pool_experts", _check_pool_experts(self.pool_experts))
         self._check_numbers()
-        self._check_calibration()
         if self.revision is not None and not isinstance(self.revision, str):
             raise ConversionError(
                 f"revision={self.revision!r}; expected a branch, a tag or a commit as text (quote it in YAML)"
@@ -113,12 +112,16 @@ class ConversionRecipe:
         if not isinstance(self.allow_pickle, bool):
             raise ConversionError(f"allow_pickle={self.allow_pickle!r}; expected true or false")
         parse_size(self.max_shard_size)
+        self._check_calibration()
 
     @property
     def steps(self) -> list[tuple[Method, dict[str, Any]]]:
-        """The methods in the order they run, each with its options."""
+        """The methods in the order they run, each with its options; the first one makes a pool, the others refine it."""
         then = [(METHODS[name], dict(options)) for each in self.then for name, options in each.items()]  # type: ignore[union-attr]
-        return [(METHODS[self.method], dict(self.method_options)), *then]
+        steps = [(METHODS[self.method], dict(self.method_options)), *then]
+        while steps[0][0].refines is not None:
+            steps.insert(0, (METHODS[steps[0][0].refines], {}))
+        return steps
 
     def pool_num_experts(self, pool: int, num_pools: int, num_experts: int, group_size: int) -> int:
         """P of a pool of `group_size` layers of `num_experts` experts each.
@@ -126,7 +129,7 @@ class ConversionRecipe:
         Raises:
             ConversionError: there is not one size per pool, or a pool would be wider than all its layers' experts.
         """
-        method, sizes = METHODS[self.method], self.pool_experts
+        method, sizes = self.steps[0][0], self.pool_experts
         own = method.pool_num_experts(num_experts, group_size)
         if isinstance(sizes, tuple) and len(sizes) != num_pools:
             raise ConversionError(
@@ -193,11 +196,11 @@ class ConversionRecipe:
                 raise ConversionError(f"{name}={value!r}; expected {what}")
             object.__setattr__(self, name, None if value is None else str(value))
         if self.calibration is None and self.needs_calibration():
-            asking = [method.name for method, options in self.steps if method.calibration(**options)]
+            asking = [method.name for method, options in reversed(self.steps) if method.calibration(**options)]
             what = f"method {asking[0]!r}" if asking else "choosing by budget or max_loss"
             raise ConversionError(
                 f"{what} needs calibration text; give calibration=FILE_OR_DATASET (--calibration), text like what the model is "
-                "for, or austen for the novels that ship with the package"
+                "for, or austen for the novels that ship with the package; union, select and average need none"
             )
 
     @classmethod

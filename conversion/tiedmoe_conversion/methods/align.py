@@ -6,13 +6,13 @@ import torch
 
 from ..experts import Experts
 from .matching import match_experts, match_neurons
-from .registry import GROUP_IN_FLOAT32, Group, LayerExperts, Pool, register_method
+from .registry import Group, LayerExperts, Pool, register_method
 
 
 @register_method(
     "align",
     slot_maps=True,
-    float32_copies=GROUP_IN_FLOAT32,
+    group_copies=(0, 6),
     calibration=lambda on="activations", weights=None, **options: on == "activations" or weights == "frequency",
 )
 def align(

@@ -6,18 +6,17 @@ from typing import Literal
 import torch
 
 from ..experts import ExpertFunction, Experts
-from .align import align
 from .matching import match_neurons
 from .readers import Reader, better_pool, slots_of_rows
-from .registry import GROUP_IN_FLOAT32, Group, LayerExperts, Pool, register_method
+from .registry import Group, LayerExperts, Pool, register_method
 
 ROUNDS = 16  # of leaving neurons out; more gave nothing
 
 
-@register_method("least_squares", slot_maps=True, float32_copies=GROUP_IN_FLOAT32, calibration=True, refines=True)
+@register_method("least_squares", slot_maps=True, group_copies=(1, 4), calibration=True, refines="align")
 def least_squares(
     group: Group,
-    start: Pool | None = None,
+    start: Pool,
     up: Literal["neurons", "regmean", "keep"] = "neurons",
     ridge: float = 0.01,
     shrink: float = 0.9,
@@ -38,12 +37,10 @@ def least_squares(
     A row whose fit is not better on held-out tokens stays as it was, and so does the pool if the model's loss is not less.
 
     Args:
-        start: the pool to refine; `align`'s where there is none.
+        start: the pool to refine; `align`'s where the recipe names none before it.
         candidates: neurons to choose from, times I, by what they add to the output.
         tokens_per_expert: calibration tokens per slot, at most.
     """
-    if start is None:
-        start = align(group)
     function, generator = group.family_function, group.generator()
     rows = group.pool_experts(start)
     sources = {layer.index: group.tensors(layer) for layer in group.layers}

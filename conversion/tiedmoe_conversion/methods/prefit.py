@@ -6,9 +6,8 @@ from typing import Literal
 import torch
 
 from ..experts import ExpertFunction, Experts
-from .least_squares import least_squares
 from .readers import better_pool
-from .registry import GROUP_IN_FLOAT32, Group, LayerExperts, Pool, RoutedInputs, register_method
+from .registry import Group, LayerExperts, Pool, RoutedInputs, register_method
 
 CHECKS = 10  # looks at the held-out tokens, at even distances
 PATIENCE = 3  # of them without progress, and it stops
@@ -16,10 +15,10 @@ HELD_OUT_TOKENS = 4096  # of every layer, at most
 BETAS = (0.9, 0.95)  # of Adam; the second forgets early gradients within a few dozen steps
 
 
-@register_method("prefit", slot_maps=True, float32_copies=GROUP_IN_FLOAT32, calibration=True, refines=True)
+@register_method("prefit", slot_maps=True, group_copies=(1, 7), calibration=True, refines="least_squares")
 def prefit(
     group: Group,
-    start: Pool | None = None,
+    start: Pool,
     steps: int = 300,
     learning_rate: float = 0.05,
     objective: Literal["layer", "expert"] = "layer",
@@ -32,13 +31,11 @@ def prefit(
     back to the least, and keeps the start if the model's loss on held-out text is not less.
 
     Args:
-        start: the pool to fit; `least_squares`'s where there is none.
+        start: the pool to fit; `least_squares`'s where the recipe names none before it.
         steps: of Adam at most; the rate falls to zero along a cosine.
         learning_rate: in units of each tensor's root mean square.
         batch_tokens: tokens of every layer in a step.
     """
-    if start is None:
-        start = least_squares(group)
     function, generator = group.family_function, group.generator()
     rows = group.pool_experts(start)
     student = [rows[row].map(lambda tensor: tensor.clone().requires_grad_()) for row in range(len(rows))]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .registry import GROUP_IN_FLOAT32, Group, Pool, register_method
+from .registry import Group, Pool, register_method
 from .union import union
 
 TOKENS_AT_A_TIME = 64  # of all experts of a layer at once
@@ -12,7 +12,7 @@ UNROUTED_TOKENS = 32  # of a layer, that stand for those of a slot without any
 UNROUTED_WEIGHT = 1e-3  # routing weight of theirs: too little to decide which experts are kept, enough to map the slot
 
 
-@register_method("prototype", any_width=True, slot_maps=True, float32_copies=GROUP_IN_FLOAT32, calibration=True)
+@register_method("prototype", any_width=True, slot_maps=True, group_copies=(1, 0), calibration=True)
 def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:
     """P of the group's g*E experts, bit for bit; every slot reads the one of them that is nearest to its own expert.
 

@@ -178,13 +178,14 @@ class Method:
     lossless: bool
     layers_read: Callable[..., Sequence[int]]
     float32_copies: int
+    group_copies: tuple[float, float] | None
     calibration: Callable[..., bool]
-    refines: bool
+    refines: str | None
 
     @property
     def streams(self) -> bool:
         """Whether the pool is made a tensor at a time; the others hold their whole group in float32."""
-        return not self.refines and self.float32_copies < GROUP_IN_FLOAT32
+        return self.group_copies is None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -226,7 +227,6 @@ class Method:
         return get_args(hint) if get_origin(hint) is Literal else ()
 
 
-GROUP_IN_FLOAT32 = 1000  # `float32_copies` of a method that holds its group's experts: more than any layer's size
 METHODS: dict[str, Method] = {}
 
 
@@ -239,8 +239,9 @@ def register_method(
     lossless: bool = False,
     layers_read: Callable[..., Sequence[int]] = lambda layers, **options: layers,
     float32_copies: int = 0,
+    group_copies: tuple[float, float] | None = None,
     calibration: bool | Callable[..., bool] = False,
-    refines: bool = False,
+    refines: str | None = None,
 ) -> Callable[[Callable[..., Pool]], Callable[..., Pool]]:
     """Register `build(group, **options) -> Pool` under `name`; the first line of its docstring is its help.
 
@@ -252,11 +253,12 @@ def register_method(
         lossless: whether the tied model computes the source's logits, bit for bit; verified when it claims so.
         layers_read: the layers of a group, by index, that the method reads; the others' experts are dropped by name.
             Called as `layers_read(layers, **options)`, and raises `ConversionError` for a bad option value.
-        float32_copies: float32 buffers of one layer's size that the method keeps, for the plan's memory estimate;
-            `GROUP_IN_FLOAT32` for a method that works on `Experts`.
+        float32_copies: float32 buffers of one layer's size that a method which streams keeps, for the plan's memory estimate.
+        group_copies: of a method that works on `Experts`: how often it holds the group's experts, and the pool's, in float32.
         calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
         refines: the function is `build(group, start, **options)`, where `start` is the pool of the method before it in
-            the recipe, or None where it is the first; such a method may be named by `then`.
+            the recipe; such a method may be named by `then`. The value names the method that runs before it where it
+            is the recipe's first.
     """
 
     def register(build: Callable[..., Pool]) -> Callable[..., Pool]:
@@ -273,6 +275,7 @@ def register_method(
             lossless,
             layers_read,
             float32_copies,
+            group_copies,
             needs_calibration,
             refines,
         )
