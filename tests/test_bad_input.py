@@ -36,7 +36,7 @@ def folder(tmp_path, pristine):
 
 def refuse(folder, message, error=ConversionError, run=False, **fields):
     """Converting `folder` raises `error` matching `message`, and leaves everything beside it as it was."""
-    recipe = {"source": str(folder), "output": str(folder.parent / "out"), "skip_first": 1, "skip_last": 1} | fields
+    recipe = {"source": str(folder), "output": str(folder.parent / "out"), "skip_first": 1, "skip_last": 1, "method": "average"} | fields
     with unchanged_disk(folder.parent), pytest.raises(error, match=message):
         attempt(recipe, run)
 
@@ -114,7 +114,7 @@ def test_config_with_a_field_of_the_wrong_type(folder):
         ({"groups": [[4, 5, 6]]}, "group 0 names layer 6; expected an integer from 0 to 5"),
         ({"skip_first": 3, "skip_last": 3}, "nothing to tie: .*lower them, or name groups"),
         ({"method": "select", "method_options": {"layer": 2}}, "layer=2 for a group of 2 layers .*from 0 to 1"),
-        ({"method": "select", "method_options": {"layer": "best"}}, "layer='best' .*expected 'first', 'last'"),
+        ({"method": "select", "method_options": {"layer": "middle"}}, "layer='middle' .*expected 'first', 'last'"),
     ],
 )
 def test_groups(folder, fields, message):
@@ -377,6 +377,119 @@ def test_revision_of_a_local_folder(folder):
     refuse(folder, "is a local folder, which has no revision 'main'", revision="main")
 
 
+# Links, pipes and the like: nothing outside of the checkpoint's folder is read
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "README.md", "config.json", "generation_config.json", "LICENSE"])
+def test_small_file_that_links_elsewhere(folder, file):
+    """Or the conversion would copy a file of the user's, such as a key, into what he publishes."""
+    secret = folder.parent / "secret"
+    secret.write_text("{}")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(secret)
+    refuse(folder, rf"{re.escape(file)} is a link to .*secret, outside of the checkpoint's folder", run=True)
+
+
+@pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "sub/../../secret"])
+def test_travelling_file_that_links_elsewhere(folder, target):
+    (folder.parent / "secret").write_text("secret")
+    (folder / "sub").mkdir()
+    (folder / "vocab.bpe").symlink_to(target)
+    refuse(folder, r"vocab.bpe is a link to .*, outside of the checkpoint's folder", run=True)
+
+
+def test_folder_of_templates_that_links_elsewhere(folder):
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "secret.jinja").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to("../elsewhere")
+    refuse(folder, r"secret.jinja is a link to .*, outside of the checkpoint's folder", run=True)
+
+
+def test_weights_that_link_elsewhere(folder):
+    (folder / "model.safetensors").rename(folder.parent / "weights")
+    (folder / "model.safetensors").symlink_to("../weights")
+    refuse(folder, r"model.safetensors is a link to .*weights, outside of .*put a copy of it there if you trust")
+
+
+def test_shard_that_links_elsewhere(sharded):
+    name = "model-00002-of-00003.safetensors"
+    (sharded / name).rename(sharded.parent / name)
+    (sharded / name).symlink_to(sharded.parent / name)
+    refuse(sharded, "is a link to .*, outside of the checkpoint's folder")
+
+
+def test_link_to_nowhere_and_in_a_circle(folder):
+    (folder / "vocab.bpe").symlink_to("missing")
+    refuse(folder, "vocab.bpe is a link to .*missing, which does not exist", run=True)
+    (folder / "vocab.bpe").unlink()
+    (folder / "vocab.bpe").symlink_to("vocab.bpe")
+    refuse(folder, "vocab.bpe is a link to .*, which does not exist", run=True)
+
+
+def test_links_within_the_folder_and_into_the_hubs_cache(tmp_path, pristine):
+    """The two that are honest."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "c0ffee"
+    blobs = tmp_path / "models--some--model" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, path in enumerate(sorted(pristine.iterdir())):
+        shutil.copy(path, blobs / f"blob{i}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob{i}")
+    (snapshot / "vocab.bpe").write_text("within")
+    (snapshot / "vocab.txt").symlink_to("vocab.bpe")
+    execute(make_plan(ConversionRecipe(source=str(snapshot), output=str(tmp_path / "out"), method="average")))
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "within"
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+
+
+def test_a_cache_whose_blob_links_elsewhere(tmp_path, pristine):
+    snapshot = shutil.copytree(pristine, tmp_path / "hub" / "snapshots" / "c0ffee")
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "hub" / "blobs" / "1").symlink_to("../../secret")
+    (snapshot / "vocab.bpe").symlink_to("../../blobs/1")
+    refuse(snapshot, "vocab.bpe is a link to .*secret, outside of the checkpoint's folder", run=True)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json", "LICENSE"]
+)
+def test_pipe_in_the_place_of_a_file(folder, file):
+    """To open one waits for a writer, for ever."""
+    if file.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    with pytest.raises(
+        ConversionError, match=rf"{re.escape(file)} is no regular file; expected one, not a folder, a pipe"
+    ):
+        attempt({"source": str(folder), "output": str(folder.parent / "out")}, run=True)
+    assert not (folder.parent / "out").exists()
+
+
+def test_folder_in_the_place_of_the_weights(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    refuse(folder, "model.safetensors is no regular file")
+
+
+def test_shape_of_a_million_dimensions(folder):
+    """Their product alone would take minutes."""
+    write_header(folder, {"a": {"dtype": "F32", "shape": [2**62] * 1_000_000, "data_offsets": [0, 8]}}, b"\0" * 8)
+    refuse(folder, "at most 64 dimensions")
+
+
+@pytest.mark.parametrize("layers", [10**9, 0, -1, 10**30])
+def test_config_of_a_thousand_million_layers(folder, layers):
+    edit_config(folder, num_hidden_layers=layers)
+    refuse(folder, r"num_hidden_layers=.* by config.json and \d+ tensors|cannot read config.json", error=ValueError)
+
+
+def test_config_of_impossible_values(folder):
+    edit_config(folder, num_attention_heads=0)
+    refuse(folder, "transformers cannot (build a model of|read) config.json")
+
+
 # The output
 
 
@@ -387,7 +500,7 @@ def test_output_folder_that_is_not_empty(folder):
 
 
 def test_output_that_becomes_not_empty_after_the_plan(folder):
-    plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out")))
+    plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out"), method="average"))
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "notes.txt").write_text("mine")
     with unchanged_disk(folder.parent), pytest.raises(ConversionError, match="is not empty"):
@@ -440,7 +553,7 @@ def test_disk_that_is_really_full(folder, tmp_path, monkeypatch):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
-        recipe = ConversionRecipe(source=str(folder), output=str(small / "out"))
+        recipe = ConversionRecipe(source=str(folder), output=str(small / "out"), method="average")
         plan = make_plan(recipe)
         with unchanged_disk(tmp_path), pytest.raises(ConversionError, match="bytes free, and"):
             execute(plan)
@@ -453,7 +566,7 @@ def test_disk_that_is_really_full(folder, tmp_path, monkeypatch):
 
 
 def test_source_that_fails_while_it_is_read_leaves_nothing(folder, monkeypatch):
-    plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out")))
+    plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out"), method="average"))
     real = source.Source.read
 
     def fail(self, name, *rows, **into):
