@@ -223,6 +223,10 @@ def read_config(source: Source) -> PreTrainedConfig:
     """
     fields = source.read_json("config.json")
     family = fields.get("model_type")
+    if not isinstance(family, str | None):
+        raise ConversionError(
+            f"{source.name} is of the unknown family {str(family)[:200]}; expected a name such as 'olmoe'"
+        )
     if family == "tiedmoe":
         raise ConversionError(
             f"{source.name} is already a tiedmoe checkpoint; expected an untied one. "

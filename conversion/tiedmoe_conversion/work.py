@@ -76,6 +76,7 @@ class Work:
         planned = [Planned(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
         planned.sort(key=lambda each: -each.dtype.itemsize)
         written = write_file(path, planned, lambda each: [tensors[each.target]])
+        flush(path)
         flush(self._stored)
         self._results[name] = {"stored": name, "written": written, "metadata": dict(metadata or {})}
         append(self._journal, self._results[name])

@@ -125,13 +125,23 @@ def write_weights(
         done += tensor.num_bytes
         return make(tensor)
 
-    for file, tensors in files.items():
-        if file in work.files:
-            done += sum(tensor.num_bytes for tensor in tensors)
-        else:
+    def finish(file: str, written: dict[str, Any]) -> None:
+        flush(work.folder / file)
+        flush(work.folder)
+        work.finish(file, written)
+
+    with ThreadPoolExecutor(1) as disk:  # one file is flushed while the next is written
+        finishing: Future[None] | None = None
+        for file, tensors in files.items():
+            if file in work.files:
+                done += sum(tensor.num_bytes for tensor in tensors)
+                continue
             written = write_file(work.folder / file, tensors, reported)
-            flush(work.folder)
-            work.finish(file, written)
+            if finishing is not None:
+                finishing.result()
+            finishing = disk.submit(finish, file, written)
+        if finishing is not None:
+            finishing.result()
     if list(files) != [WEIGHTS]:
         index = {"metadata": {"total_size": total}, "weight_map": {t.target: t.file for t in planned}}
         (work.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -142,7 +152,7 @@ def write_weights(
 def write_file(
     path: Path, planned: Sequence[PlannedT], make: Callable[[PlannedT], Iterable[torch.Tensor]]
 ) -> dict[str, Any]:
-    """Write one safetensors file and have it on the disk; returns its size and hash as `file_digest` gives them."""
+    """Write one safetensors file; returns its size and hash as `file_digest` gives them. It may not be on the disk yet."""
     with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
         writer.put(_header(planned))
         for tensor in planned:
@@ -176,9 +186,8 @@ class _Writer:
         return len(data)
 
     def finish(self) -> dict[str, Any]:
-        """Wait until everything is on the disk."""
+        """Wait until everything is written."""
         self._wait()
-        flush(self._file.name)
         return {"bytes": self._size, HASH: self._digest.hexdigest()}
 
     def _wait(self) -> None:

@@ -1,0 +1,252 @@
+"""Checkpoints that nobody made on purpose: a config, an index or a header with anything in it gives an error or a valid plan.
+
+A few hundred cases here; `TIEDMOE_FUZZ_CASES=10000` (`make fuzz`) asks for as many as it says, and other ones every time. Every case
+has 20 seconds and 2 GB; whatever raises anything but a `ValueError`, or changes a file, fails.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conversions import save_source
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+from tiedmoe_conversion.plan import Plan
+
+CASES = int(os.environ.get("TIEDMOE_FUZZ_CASES", "240"))
+FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "qwen2_moe")
+SECONDS, BYTES = 20, 2 << 30
+EXTRA_FIELDS = (
+    "quantization_config", "auto_map", "text_config", "architectures", "tie_word_embeddings", "torch_dtype", "dtype", "model_type",
+    "rope_scaling", "rope_parameters", "layer_types", "num_experts", "num_local_experts", "head_dim", "per_layer_config",
+    "sliding_window", "n_group", "first_k_dense_replace", "mlp_only_layers", "pad_token_id", "groups", "family", "_name_or_path",
+)  # fmt: skip
+
+numbers = st.one_of(
+    st.sampled_from([0, 1, -1, 2, 3, 4, 5, 7, 32, 33, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]),
+    st.integers(-(2**70), 2**70),
+    st.integers(0, 64),
+)
+words = st.one_of(
+    st.sampled_from(
+        [
+            "mixtral",
+            "olmoe",
+            "gpt2",
+            "tiedmoe",
+            "../x",
+            "/etc/passwd",
+            "",
+            ".",
+            "bfloat16",
+            "float8_e4m3fn",
+            "F32",
+            "BF16",
+            "F4",
+            "BOOL",
+            "model.safetensors",
+            "silu",
+            "nan",
+            "\ud800",
+            "a" * 5000,
+            "a\0b",
+            "__class__",
+        ]
+    ),
+    st.text(max_size=12),
+)
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.floats(), words),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(words, inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def cases(share):
+    """How many, and whether they are the same ones every time."""
+    return settings(
+        max_examples=max(round(CASES * share), 1),
+        deadline=None,
+        database=None,
+        derandomize="TIEDMOE_FUZZ_CASES" not in os.environ,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """By family a tiny source in shards; do not change them."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    for family in FAMILIES:
+        save_source(folder / family, family, num_hidden_layers=4, max_shard_size="60KB")
+    return folder
+
+
+class Limits:
+    """Time and memory for one case."""
+
+    def __enter__(self):
+        self.soft, self.hard = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, self.hard))
+        self.handler = signal.signal(signal.SIGALRM, self.stop)
+        signal.alarm(SECONDS)
+
+    def __exit__(self, *error):
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, self.handler)
+        resource.setrlimit(resource.RLIMIT_AS, (self.soft, self.hard))
+
+    @staticmethod
+    def stop(*args):
+        raise TimeoutError(f"the case took more than {SECONDS} s")
+
+
+def attempt(sources, family, edit, run=False):
+    """Edit a copy of the family's source; the plan, or the conversion, succeeds or raises a ValueError with a text."""
+    folder = sources / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    source = shutil.copytree(sources / family, folder / "source")
+    edit(source)
+    before = tree(sources)
+    plan: Plan | None = None
+    recipe = ConversionRecipe(
+        source=str(source), output=str(folder / "out"), method="select", skip_first=1, skip_last=0, groups=None
+    )
+    with Limits():
+        try:
+            plan = make_plan(recipe)
+            if run:
+                execute(plan)
+        except ValueError as error:
+            text = str(error)
+        else:
+            text = ""
+    assert not text or len(text) > 20, text
+    if plan is not None:
+        assert isinstance(plan, Plan)
+        assert plan.bytes_after > 0
+        str(plan)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    assert tree(sources) == before
+
+
+def tree(folder):
+    """Every path below, with size and time of change."""
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        for path in Path(folder).rglob("*")
+        if path != Path(folder) / "case"
+    }
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def spliced(draw, content):
+    """A few bytes of `content` replaced, left out or put in."""
+    start = draw(st.integers(0, len(content)))
+    end = draw(st.integers(start, min(len(content), start + 16)))
+    return content[:start] + draw(st.binary(max_size=16)) + content[end:]
+
+
+@cases(0.4)
+@given(data=st.data())
+def test_config(sources, data):
+    family = data.draw(st.sampled_from(FAMILIES))
+
+    def edit(source):
+        path = source / "config.json"
+        config = json.loads(path.read_text())
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.one_of(st.sampled_from(sorted(config)), st.sampled_from(EXTRA_FIELDS), words))
+            if data.draw(st.integers(0, 5)) == 0:
+                config.pop(name, None)
+            else:
+                config[name] = data.draw(anything)
+        write_json(path, config)
+        if data.draw(st.integers(0, 9)) == 0:
+            path.write_bytes(spliced(data.draw, path.read_bytes()))
+
+    attempt(sources, family, edit, run=data.draw(st.integers(0, 9)) == 0)
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_header(sources, data):
+    family = data.draw(st.sampled_from(FAMILIES))
+
+    def edit(source):
+        path = data.draw(st.sampled_from(sorted(source.glob("*.safetensors"))))
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        text, rest = content[8 : 8 + length], content[8 + length :]
+        header = json.loads(text)
+        kind = data.draw(
+            st.sampled_from(["entry", "field", "name", "swap", "offsets", "splice", "length", "cut", "twice"])
+        )
+        name = data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
+        if kind == "entry":
+            header[data.draw(st.one_of(st.just(name), words))] = data.draw(anything)
+        elif kind == "field":
+            header[name][data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"]))] = data.draw(anything)
+        elif kind == "name":
+            header[data.draw(st.one_of(words, st.just(name + "_scale_inv"), st.just("x." + name)))] = header.pop(name)
+        elif kind == "swap":
+            other = data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
+            header[name], header[other] = header[other], header[name]
+        elif kind == "offsets":
+            header[name]["data_offsets"] = [data.draw(numbers), data.draw(numbers)]
+            header[name]["shape"] = data.draw(st.lists(numbers, max_size=70))
+        text = json.dumps(header).encode() if kind in ("entry", "field", "name", "swap", "offsets") else text
+        if kind == "twice":
+            text = text[:-1].rstrip() + b"," + json.dumps({name: header[name]}).encode()[1:]
+        if kind == "splice":
+            text = spliced(data.draw, text)
+        length = data.draw(st.one_of(numbers, st.just(len(text) - 1))) % 2**64 if kind == "length" else len(text)
+        content = length.to_bytes(8, "little") + text + rest
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if kind == "cut" else content)
+
+    attempt(sources, family, edit, run=data.draw(st.integers(0, 9)) == 0)
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_index(sources, data):
+    family = data.draw(st.sampled_from(FAMILIES))
+
+    def edit(source):
+        path = source / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        names = sorted(index["weight_map"])
+        kind = data.draw(st.sampled_from(["file", "files", "name", "map", "whole", "splice", "gone", "shard"]))
+        if kind == "file":
+            index["weight_map"][data.draw(st.sampled_from(names))] = data.draw(anything)
+        elif kind == "files":
+            file = data.draw(words)
+            index["weight_map"] = dict.fromkeys(index["weight_map"], file)
+        elif kind == "name":
+            index["weight_map"][data.draw(words)] = index["weight_map"].pop(data.draw(st.sampled_from(names)))
+        elif kind == "map":
+            index["weight_map"] = data.draw(anything)
+        elif kind == "whole":
+            index = data.draw(anything)
+        elif kind == "gone":
+            del index["weight_map"][data.draw(st.sampled_from(names))]
+        elif kind == "shard":
+            shard = data.draw(st.sampled_from(sorted(source.glob("*.safetensors"))))
+            with contextlib.suppress(OSError, ValueError):
+                shard.rename(source / data.draw(st.sampled_from(["model.safetensors", "x", shard.name])))
+        write_json(path, index)
+        if kind == "splice":
+            path.write_bytes(spliced(data.draw, path.read_bytes()))
+
+    attempt(sources, family, edit, run=data.draw(st.integers(0, 9)) == 0)
