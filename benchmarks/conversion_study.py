@@ -5,14 +5,15 @@ One source is trained on the novels that ship with the package, or found in OUTP
 training tokens) and measured again. Writes conversion_study.json, .md and .png. Kill it and start it again: runs that
 are there are not run again.
 
-    python benchmarks/conversion_study.py --output study --workers 2       # some 50 minutes and the source's 15
-    python benchmarks/conversion_study.py --output quick --quick --results quick    # the whole path in a minute
+    python benchmarks/conversion_study.py --output study --workers 2       # an hour or two on two idle cores
+    python benchmarks/conversion_study.py --output quick --quick --results quick/study    # the whole path in a minute
 """
 
 import argparse
 import dataclasses
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from timing import machine, versions
 
 from transformers_tiedmoe.demo import DemoConfig
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}
 TINY = {
     "vocab_size": 300,
@@ -54,13 +55,14 @@ SETTINGS = "study.json"
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("study"), help="working folder; what is there is reused")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for table, JSON and plot")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file name without .json, .md, .png")
     parser.add_argument("--data", help="text to train, heal and measure on instead of the novels")
     parser.add_argument("--learning-rate", type=float, default=HEAL_LEARNING_RATE, help="peak, of every healing")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run starts later")
-    parser.add_argument("--only", default="", help="rows whose name contains one of these words, comma between them")
-    parser.add_argument("--before", action="store_true", help="convert and measure only, heal nothing")
+    parser.add_argument(
+        "--only", default="", help=r"runs whose name this regular expression finds, e.g. seed0\.before"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
     parser.add_argument("--quick", action="store_true", help="a tiny source and few steps: whether it all works")
     return parser
@@ -73,19 +75,17 @@ def main(arguments: list[str] | None = None) -> None:
     rows = QUICK if options.quick else ROWS
     training = study.train_source(show)
     if not options.report:
-        words = options.only.split(",")
-        chosen = [row for row in rows if any(word in row.name for word in words)]
-        run_all(study, chosen, training, options)
+        run_all(study, rows, training, options)
     results = [(row, [(run, study.result(run)) for run in study.runs(row)]) for row in rows]
     summary = summarize(study, training, results) | {
-        "command": "python benchmarks/conversion_study.py" + (" --quick" if options.quick else ""),
+        "command": "make study-conversion" + (" ARGS=--quick" if options.quick else ""),
         "versions": versions(),
         "machine": machine(torch.device("cpu")) | {"threads of a process": torch.get_num_threads()},
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "conversion_study.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (options.results / "conversion_study.md").write_text(markdown(summary))
-    save_plot(summary, options.results / "conversion_study.png")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    options.results.with_suffix(".md").write_text(markdown(summary))
+    save_plot(summary, options.results.with_suffix(".png"))
     print(markdown(summary))
 
 
@@ -110,7 +110,7 @@ def make_study(options: argparse.Namespace) -> Study:
 def run_all(study: Study, rows: list[Row], training: dict, options: argparse.Namespace) -> None:
     """Run what is not there yet: first every conversion, then the healings."""
     deadline = time.time() + 60 * options.minutes
-    runs = [run for run in study.all_runs(rows) if not study.result(run) and not (options.before and run.share)]
+    runs = [run for run in study.all_runs(rows) if re.search(options.only, run.name) and not study.result(run)]
     steps = sum(study.steps(run.share) for run in runs)
     # A healing step is a step of training and a forward of the teacher, about a third of one.
     minutes = steps * training["seconds"] / training["steps"] * 4 / 3 / 60

@@ -15,7 +15,13 @@ SHARES = ("0.0", "0.25", "1.0")
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    arguments = ["--quick", "--output", str(folder / "work"), "--results", str(folder / "results")]
+    arguments = [
+        "--quick",
+        "--output",
+        str(folder / "work"),
+        "--results",
+        str(folder / "results" / "conversion_study"),
+    ]
     conversion_study.main(arguments)
     return folder, arguments, json.loads((folder / "results" / "conversion_study.json").read_text())
 
@@ -46,8 +52,10 @@ def test_main_counts_bytes_and_keeps_losses_consistent(quick):
     assert 1 < union["expert_share"] < 1.1  # slot maps
     assert rows["average", "g=4"]["expert_share"] == 0.5
     assert rows["tied from scratch", "g=4"]["expert_share"] == 0.5
-    assert rows["pruned, random", "50% of every layer"]["expert_share"] == 0.5
-    assert rows["pruned, random", "50% of every layer"]["loss"]["0.0"]["standard_deviation"] > 0  # other experts
+    assert rows["within layers, random", "50% of every layer"]["expert_share"] == 0.5
+    assert (
+        rows["within layers, random", "50% of every layer"]["loss"]["0.0"]["standard_deviation"] > 0
+    )  # other experts
     assert rows["average", "g=4"]["loss"]["0.0"]["standard_deviation"] == 0
 
 
@@ -58,8 +66,8 @@ def test_main_writes_a_table_and_a_plot(quick):
     assert len(lines) == 2 + len(summary["rows"])
     for row in summary["rows"]:
         (line,) = [cells for cells in lines if [cells[0].strip(), cells[1].strip()] == [row["series"], row["size"]]]
-        assert f"{row['loss']['1.0']['mean']:.4f}" in line[-3]
-        assert f"{row['percent_above_control']['mean']:+.2f}" in line[-2]
+        assert f"{row['loss']['1.0']['mean']:.4f}" in line[-4]
+        assert f"{row['percent_above_control']['mean']:+.2f}" in line[-3]
     assert text.count("of the control's perplexity: ") == 2
     assert (folder / "results" / "conversion_study.png").read_bytes().startswith(b"\x89PNG")
 
@@ -77,7 +85,9 @@ def test_main_runs_nothing_twice_and_leaves_no_checkpoint(quick, monkeypatch):
 def test_main_refuses_the_folder_of_another_study(quick):
     folder, _, _ = quick
     with pytest.raises(ValueError, match="other settings"):
-        conversion_study.main(["--output", str(folder / "work"), "--results", str(folder / "results")])
+        conversion_study.main(
+            ["--output", str(folder / "work"), "--results", str(folder / "results" / "conversion_study")]
+        )
 
 
 def test_rows_have_names_of_their_own():

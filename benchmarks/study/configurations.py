@@ -37,7 +37,6 @@ class Row:
 
 SOURCE = Row("source", "untied", kind="source")
 PAIRS = {"groups": [[3, 4], [5, 6], [7, 8]]}
-EVERY_LAYER = {"groups": [[layer] for layer in range(12)]}
 G4, G2, THREE_PAIRS = ("g=4", {}), ("g=2", {"group_size": 2}), ("three pairs", PAIRS)
 # Of methods that make pools of any width: 50 %, 75 % and once more 75 % of the expert bytes.
 E, WIDE, WIDE_PAIRS = (
@@ -52,39 +51,41 @@ def rows(series: str, *sizes: tuple[str, dict], num_seeds: int = 3, **fields: An
     return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds) for size, extra in sizes]
 
 
+HALF, MOST = (0.5, "50% of every layer"), (0.75, "75% of every layer")
+# What says most comes first: a study that is stopped lacks the end.
 ROWS = [
     SOURCE,
-    *rows("union", G4, method="union", num_seeds=1),
     *rows("average", G4, THREE_PAIRS, method="average"),
-    *rows("average by frequency", G4, method="average", method_options={"weights": "frequency"}),
-    *rows("select first", G4, method="select", method_options={"layer": "first"}),
-    *rows("select last", G4, method="select", method_options={"layer": "last"}),
-    *rows("select best", G4, method="select", method_options={"layer": "best"}),
+    *rows("prototype", E, WIDE, WIDE_PAIRS, G2, method="prototype"),
+    *rows("least_squares", G4, THREE_PAIRS, method="least_squares"),
+    *rows("prototype, least_squares", E, WIDE, method="prototype", then=["least_squares"]),
+    *rows("prefit", G4, THREE_PAIRS, method="prefit", num_seeds=1),
+    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"], num_seeds=1),
+    *[
+        Row(f"within layers, {keep}", size, {"keep": keep, "share": share}, kind="prune")
+        for keep in ("random", "magnitude")
+        for share, size in (HALF, MOST)
+    ],
+    *rows(
+        "within layers, prototype",
+        *((size, {"pool_experts": f"{share}x"}) for share, size in (HALF, MOST)),
+        method="prototype",
+        groups=[[layer] for layer in range(12)],
+    ),
     *rows("align", G4, THREE_PAIRS, method="align"),
     *rows("align, experts by number", G4, method="align", method_options={"experts": "identity"}),
     *rows("align, experts at random", G4, method="align", method_options={"experts": "random"}),
     *rows("align, neurons by number", G4, method="align", method_options={"neurons": "identity"}),
-    *rows("least_squares", G4, THREE_PAIRS, method="least_squares"),
-    *rows("prototype", E, G2, WIDE, WIDE_PAIRS, method="prototype"),
-    *rows("prototype, least_squares", E, WIDE, method="prototype", then=["least_squares"]),
-    *rows("prefit", G4, THREE_PAIRS, method="prefit", num_seeds=1),
-    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"], num_seeds=1),
     *rows("average, residual", ("g=4, rank 18", {"residual_rank": 18}), method="average"),
     *rows("prefit, residual", ("g=4, rank 18", {"residual_rank": 18}), method="prefit", num_seeds=1),
+    *rows("select first", G4, method="select", method_options={"layer": "first"}),
+    *rows("select last", G4, method="select", method_options={"layer": "last"}),
+    *rows("select best", G4, method="select", method_options={"layer": "best"}),
+    *rows("average by frequency", G4, method="average", method_options={"weights": "frequency"}),
+    *rows("union", G4, method="union", num_seeds=1),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
-    *[
-        Row(f"pruned, {keep}", f"{share:.0%} of every layer", {"keep": keep, "share": share}, kind="prune")
-        for keep in ("random", "magnitude")
-        for share in (0.5, 0.75)
-    ],
-    *[
-        Row(
-            "prototype within layers",
-            f"{share:.0%} of every layer",
-            EVERY_LAYER | {"method": "prototype", "pool_experts": f"{share}x"},
-        )
-        for share in (0.5, 0.75)
-    ],
 ]
-QUICK = [row for row in ROWS if row.size in ("untied", "g=4", "50% of every layer")]
-QUICK = [row for row in QUICK if row.series in ("source", "union", "average", "tied from scratch", "pruned, random")]
+QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1])]
+QUICK = [
+    row for row in QUICK if row.series in ("source", "union", "average", "tied from scratch", "within layers, random")
+]

@@ -4,30 +4,41 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
-# Okabe and Ito's colours, told apart by people who are colour-blind as well; a marker each where they come round again.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "oDsv^PX<>*"
+# Okabe and Ito's colours, told apart by people who are colour-blind as well, and two greys.
+COLOURS = ("#E69F00", "#D55E00", "#009E73", "#000000", "#0072B2", "#CC79A7", "#56B4E9", "0.45", "0.7")
+MARKERS = "oDs^vPX"
+LINEAR_BELOW = 0.01  # nats; a logarithmic scale above
+TICKS = (-0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 def save_plot(summary: dict[str, Any], path: Path) -> None:
     """Draw `summary`, of `summarize`, into the PNG file `path`."""
     figure = Figure(figsize=(15, 6.2), layout="constrained", dpi=130)
     before, after, healing = figure.subplots(1, 3)
+    after.sharex(before)
+    for axes in (before, after, healing):
+        # The good methods lie between a thousandth and a tenth of a nat, the bad ones ten times above.
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axes.yaxis.set_major_locator(FixedLocator(TICKS))
+        axes.yaxis.set_major_formatter("{x:g}")
     rows = [row for row in summary["rows"] if row["kind"] != "source"]
     series = list(dict.fromkeys(row["series"] for row in rows))
-    for place, name in enumerate(series):
+    families = list(dict.fromkeys(map(_family, series)))
+    for name in series:
         own = sorted((row for row in rows if row["series"] == name), key=lambda row: row["expert_share"])
+        relatives = [each for each in series if _family(each) == _family(name)]
         style = {
-            "color": COLOURS[place % len(COLOURS)],
-            "marker": MARKERS[place % len(MARKERS)],
-            "linestyle": "--" if own[0]["kind"] != "convert" else "-",
+            "color": COLOURS[families.index(_family(name)) % len(COLOURS)],
+            "marker": MARKERS[relatives.index(name) % len(MARKERS)],
+            "linestyle": "-" if own[0]["kind"] == "convert" else "--",
             "linewidth": 1.2,
             "markersize": 6,
             "alpha": 0.85,
         }
-        _draw_sizes(before, own, summary, "0.0", style | {"label": name})
-        _draw_sizes(after, own, summary, "1.0", style | {"label": name})
+        _draw_sizes(before, own, "0.0", style | {"label": name})
+        _draw_sizes(after, own, "1.0", style | {"label": name})
         _draw_healing(healing, own, summary, style)
     for axes, when in ((before, "before healing"), (after, "after all of the healing budget")):
         axes.set_xlabel("expert bytes, % of the source's")
@@ -36,7 +47,7 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
     healing.set_title("What healing does, smallest size of each")
     for axes in (before, after, healing):
         axes.axhline(0, color="0.4", linewidth=1)
-        axes.set_ylabel("nats per token")
+        axes.set_ylabel("nats per token, logarithmic above 0.01")
         axes.grid(alpha=0.3)
     handles = {label: handle for axes in (before, after) for handle, label in zip(*axes.get_legend_handles_labels())}
     ordered = [name for name in series if name in handles]
@@ -46,15 +57,20 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
     draft.replace(path)
 
 
-def _draw_sizes(axes, rows: list[dict], summary: dict[str, Any], share: str, style: dict[str, Any]) -> None:
-    control = summary["control_loss"][share]
-    points = [(100 * row["expert_share"], row["loss"][share]) for row in rows if row["loss"].get(share)]
-    if not points or not control:
+def _family(series: str) -> str:
+    """What series share a colour by: the first word."""
+    return series.replace(",", " ").split()[0]
+
+
+def _draw_sizes(axes, rows: list[dict], share: str, style: dict[str, Any]) -> None:
+    points = [(100 * row["expert_share"], row["loss_above_control"][share]) for row in rows]
+    points = [(size, above) for size, above in points if above]
+    if not points:
         return
     axes.errorbar(
         [size for size, _ in points],
-        [loss["mean"] - control["mean"] for _, loss in points],
-        yerr=[loss["standard_deviation"] or 0 for _, loss in points],
+        [above["mean"] for _, above in points],
+        yerr=[above["standard_deviation"] or 0 for _, above in points],
         capsize=2,
         **style,
     )
@@ -62,11 +78,11 @@ def _draw_sizes(axes, rows: list[dict], summary: dict[str, Any], share: str, sty
 
 def _draw_healing(axes, rows: list[dict], summary: dict[str, Any], style: dict[str, Any]) -> None:
     shares = ["0.0", *map(str, summary["settings"]["shares"])]
-    loss, control = rows[0]["loss"], summary["control_loss"]
+    above = rows[0]["loss_above_control"]
     points = [
-        (100 * summary["settings"]["heal_share"] * float(share), loss[share]["mean"] - control[share]["mean"])
+        (100 * summary["settings"]["heal_share"] * float(share), above[share]["mean"])
         for share in shares
-        if loss.get(share) and control[share]
+        if above[share]
     ]
     if len(points) > 1:
         axes.plot(*zip(*points), **style)

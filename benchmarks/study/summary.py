@@ -20,8 +20,8 @@ def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
     return {
         "rows": rows,
         "goals": [_goal(rows, *goal) for goal in GOALS],
-        "control_loss": {str(share): _spread(_values(control, share, "loss")) for share in (BEFORE, *study.shares)},
         "control_perplexity": _spread(_values(control, 1.0, "perplexity")),
+        "source_perplexity": control[0, BEFORE]["perplexity"],
         "held_out_tokens": next(iter(control.values()))["tokens"],
         "training": training,
         "healing_steps": {str(share): study.steps(share) for share in study.shares},
@@ -33,15 +33,15 @@ def markdown(summary: dict[str, Any]) -> str:
     """The table, the largest row first and the best first among equals, and what became of the goals."""
     settings, steps = summary["settings"], summary["healing_steps"]
     shares = [str(share) for share in settings["shares"]]
-    columns = ["", "size", "expert bytes", "seeds", "loss before"]
+    columns = ["", "size", "expert bytes", "seeds healed", "loss before"]
     columns += [f"after {float(share):.0%} ({steps[share]} steps)" for share in shares]
-    columns += ["perplexity against the control", "seconds to convert"]
+    columns += ["perplexity against the control", "against the source", "seconds to convert"]
     tokens = settings["source"]["batch_size"] * settings["source"]["block_size"]
     lines = [
         f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens of "
         f"training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, source as "
         f"teacher, peak learning rate {settings['heal_learning_rate']:g}. Control: the source with the same tokens, "
-        f"perplexity {_plus_minus(summary['control_perplexity'], 2)}. Mean ± sample standard deviation over the seeds of "
+        f"perplexity {_plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample standard deviation over the seeds of "
         "calibration text and healing.",
         "",
         f"| {' | '.join(columns)} |",
@@ -50,7 +50,8 @@ def markdown(summary: dict[str, Any]) -> str:
     for row in sorted(summary["rows"], key=_order):
         cells = [row["series"], row["size"], f"{row['expert_share']:.1%}", str(row["num_seeds"])]
         cells += [_plus_minus(row["loss"][share], 4) for share in (str(BEFORE), *shares)]
-        cells += [_plus_minus(row["percent_above_control"], 2, " %", "+"), _plus_minus(row["conversion_seconds"], 1)]
+        cells += [_plus_minus(row[f"percent_above_{model}"], 2, " %", "+") for model in ("control", "source")]
+        cells.append(_plus_minus(row["conversion_seconds"], 1))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *map(_goal_line, summary["goals"]), ""])
 
@@ -65,27 +66,40 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
     first = next(result for result in found.values() if "expert_bytes" in result)
     if row.kind == "scratch":  # its tokens are the source's and the healing's
         found = {(seed, 1.0): result for (seed, _), result in found.items()}
-    # By its own seed's control; a control of one seed less may not be there yet.
-    above = [
-        100 * (result["perplexity"] / control[key]["perplexity"] - 1)
-        for key, result in found.items()
-        if key[1] == 1.0 and key in control
-    ]
+    healed = {seed: result["perplexity"] for (seed, share), result in found.items() if share == 1.0}
     return {
         "name": row.name,
         "series": row.series,
         "size": row.size,
         "kind": row.kind,
         "recipe": dict(row.recipe),
-        "num_seeds": len({seed for seed, _ in found}),
+        "num_seeds": len(healed),
         "parameters": first["parameters"],
         "expert_bytes": first["expert_bytes"],
         "expert_share": first["expert_bytes"] / source_bytes,
         "loss": {str(share): _spread(_values(found, share, "loss")) for share in (BEFORE, *shares)},
-        "percent_above_control": _spread(above),
+        "loss_above_control": {str(share): _loss_above(found, control, share) for share in (BEFORE, *shares)},
+        "percent_above_control": _above(healed, {seed: control.get((seed, 1.0)) for seed in healed}),
+        "percent_above_source": _above(healed, dict.fromkeys(healed, control[0, BEFORE])),
         "conversion_seconds": _spread(_values(found, BEFORE, "conversion_seconds")),
         "healing_seconds": _spread(_values(found, 1.0, "heal_seconds")),
     }
+
+
+def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | None:
+    """By how many nats losses are above the control's of the same seed after the same healing."""
+    return _spread(
+        [
+            result["loss"] - control[seed, each]["loss"]
+            for (seed, each), result in found.items()
+            if each == share and (seed, each) in control
+        ]
+    )
+
+
+def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
+    """By how many % perplexities are above those of `other`, by seed; a seed that `other` has not run yet is left out."""
+    return _spread([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
 def _values(results: dict, share: float, figure: str) -> list[float]:
