@@ -9,8 +9,8 @@ limits are those of the project: twice the seconds of `cp`, and 1.5 times one gr
 import argparse
 import json
 import os
-
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -172,8 +172,14 @@ def table(result: dict) -> str:
         f"{row['peak_bytes'] / 1e9:.2f} | {row['limit_bytes'] / 1e9:.2f} | {row['bytes_after'] / 1e9:.1f} |"
         for row in result["rows"]
     ]
+    lines.append("")
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        ratios = [row["ratio"] for row in result["rows"] if row["method"] == method]
+        lines.append(
+            f"- `{method}`: {statistics.median(ratios):.2f} times the seconds of `cp`, the median of {len(ratios)}"
+        )
     where = ", ".join(f"{name} {value}" for name, value in {**result["machine"], **result["versions"]}.items())
-    return "\n".join([*lines, "", where, ""])
+    return "\n".join([*lines, "", f"{where}. {result['note']}".strip(), ""])
 
 
 def main() -> None:
@@ -182,9 +188,11 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=20)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--note", default="", help="what else there is to say, such as what else ran on the machine")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     result = run(args.folder, args.gigabytes, args.pairs, tuple(args.methods.split(",")))
+    result["note"] = args.note
     args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(table(result))
     print(table(result))

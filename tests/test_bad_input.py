@@ -36,7 +36,13 @@ def folder(tmp_path, pristine):
 
 def refuse(folder, message, error=ConversionError, run=False, **fields):
     """Converting `folder` raises `error` matching `message`, and leaves everything beside it as it was."""
-    recipe = {"source": str(folder), "output": str(folder.parent / "out"), "skip_first": 1, "skip_last": 1, "method": "average"} | fields
+    recipe = {
+        "source": str(folder),
+        "output": str(folder.parent / "out"),
+        "skip_first": 1,
+        "skip_last": 1,
+        "method": "average",
+    } | fields
     with unchanged_disk(folder.parent), pytest.raises(error, match=message):
         attempt(recipe, run)
 

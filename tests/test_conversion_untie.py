@@ -4,10 +4,13 @@ import pytest
 import torch
 from conversions import FAMILIES, assert_equal_tensors, read_tensors, save_source, save_tokenizer, unchanged_disk
 from families import tiny_config
+from test_conversion_execute import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie
+from tiedmoe_conversion.journal import file_digest
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.configuration_tiedmoe import TYING_FIELDS
 
 
 def save_tied(folder, **fields):
@@ -101,3 +104,41 @@ def test_progress(tmp_path):
     report = untie(tmp_path / "tied", tmp_path / "untied", progress=lambda *call: calls.append(call))
     assert calls[-1][:2] == (report["bytes_after"], report["bytes_after"])
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_tiedmoe_is_left(tmp_path, family):
+    """What vLLM, SGLang and llama.cpp read: the family's own config and files."""
+    model = save_source(tmp_path / "source", family)
+    recipe = {"source": str(tmp_path / "source"), "output": str(tmp_path / "tied"), "skip_first": 1, "skip_last": 0}
+    execute(make_plan(ConversionRecipe(**recipe, method="average")))
+    report = untie(tmp_path / "tied", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == (model.config.model_type, [type(model).__name__])
+    assert not set(config) & {*TYING_FIELDS, "auto_map"}
+    assert not [
+        path for path in (tmp_path / "back").iterdir() if "tied" in path.name or "tied" in path.read_text("latin1")
+    ]
+    before, after = read_tensors(tmp_path / "source"), read_tensors(tmp_path / "back")
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    assert report["files"] == {"model.safetensors": file_digest(tmp_path / "back" / "model.safetensors")}
+
+
+def test_slot_map_beyond_the_pool_is_refused(tmp_path):
+    model = save_tied(tmp_path / "tied", slot_maps=[True, False], pool_num_experts=[6, 4])
+    model.get_submodule("model.layers.2.mlp.experts").slot_map.copy_(torch.tensor([5, 0, 6, 3]))
+    model.save_pretrained(tmp_path / "tied")
+    with unchanged_disk(tmp_path), pytest.raises(ConversionError, match=r"names row 6 of .*which has 6 experts"):
+        untie(tmp_path / "tied", tmp_path / "untied")
+
+
+def test_a_wide_pool_is_not_read_at_once(tmp_path):
+    """A union of eight layers: never more than some copies of one layer's projection in memory."""
+    save_source(tmp_path / "source", num_hidden_layers=8, intermediate_size=192)
+    fields = {"method": "union", "groups": [list(range(8))]}
+    plan = make_plan(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "tied"), **fields))
+    execute(plan)
+    with LiveBytes() as counter:
+        untie(tmp_path / "tied", tmp_path / "back")
+    layer = max(tensor.nbytes for name, tensor in plan.source.tensors.meta.items() if ".experts." in name)
+    assert layer < counter.peak < 3.5 * layer

@@ -26,7 +26,6 @@ from .verify import verify_output
 from .work import open_work
 from .write import Planned, Progress, check_output, check_space, into_files, write_weights
 
-_LayerTensors = LayerTensors  # TODO: until measure.py imports it from layers.py
 
 
 @dataclass(frozen=True)

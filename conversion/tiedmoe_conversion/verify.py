@@ -249,10 +249,10 @@ def _check_source(
         name for layer in source.experts if config.group_of(layer) is not None for name in source.expert_names(layer)
     }
     of_output, of_source = output.tensors.meta, source.tensors.meta
-    lost = sorted(name for name in of_source.keys() - of_output.keys() - tied_experts - source.tensors.copies.keys())
-    if lost:
+    absent = sorted(name for name in of_source.keys() - of_output.keys() - tied_experts - source.tensors.copies.keys())
+    if absent:
         raise ConversionError(
-            f"{output.tensors.source.name} lacks {len(lost)} tensors of {opened.name}, such as {lost[:3]}; expected every one "
+            f"{output.tensors.source.name} lacks {len(absent)} tensors of {opened.name}, such as {absent[:3]}; expected every one "
             "that no pool stands for: convert the source again"
         )
     if manifest is not None:
