@@ -312,7 +312,19 @@ def test_with_flags_requires_nothing_where_a_recipe_may_give_it(tmp_path):
 
 def test_main_speaks_through_the_streams_and_the_status_of_the_process(source, tmp_path, monkeypatch, capfd):
     """Not typer's test runner: what libraries write to the file descriptors is caught, too."""
-    command = ["tiedmoe", "convert", source, str(tmp_path / "tied"), "--skip-first", "1", "--skip-last", "1", "--json", "--method", "average"]
+    command = [
+        "tiedmoe",
+        "convert",
+        source,
+        str(tmp_path / "tied"),
+        "--skip-first",
+        "1",
+        "--skip-last",
+        "1",
+        "--json",
+        "--method",
+        "average",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit:
         cli.main()

@@ -287,7 +287,7 @@ class LiveBytes(TorchDispatchMode):
 @LAYOUTS
 @pytest.mark.parametrize("method", ["average", "select", "union"])
 def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
-    """One layer's projection, its float32 sum and the block that is being written, whatever the group and the checkpoint's size."""
+    """An expert of every layer that is averaged and the block that is being written, whatever the checkpoint's size."""
     save_source(tmp_path / "source", num_hidden_layers=10, intermediate_size=192, original=original)
     monkeypatch.setattr(verify, "MAX_BYTES_FOR_LOGITS", 0)  # the streaming part; the logits load whole models
     recipe = ConversionRecipe(
@@ -298,10 +298,8 @@ def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
     gc.collect()
     with LiveBytes() as counter:
         execute(plan)
-    block = max(tensor.nbytes for name, tensor in plan.source.tensors.meta.items() if ".experts." in name)
-    assert (
-        counter.peak <= plan.peak_memory_bytes + block + 16384
-    )  # slot maps, the check for NaN, the sample's activations
+    piece = 4 * 12288 if method == "average" else 0  # in float32; an expert here, 32768 elements at most
+    assert counter.peak <= plan.peak_memory_bytes + piece + 16384  # slot maps, the sample's activations
     assert counter.peak > plan.peak_memory_bytes / 2
     one_group = 6 * plan.bytes_before * plan.expert_parameters_before // plan.parameters_before // 10
     assert counter.peak < 0.8 * one_group

@@ -40,8 +40,11 @@ class Layer:
     tensors: dict
     routed: RoutedInputs
 
-    def read(self, name):
-        return self.tensors[name].clone()
+    def read(self, name, first=0, last=None):
+        return self.tensors[name][first:last].clone()
+
+    def rows(self, name):
+        return [(row, row + 1) for row in range(len(self.tensors[name]))]
 
     def inputs(self):
         return self.routed

@@ -109,11 +109,11 @@ def test_is_immutable_printable_and_json(source):
     assert f"{made.parameters_after:,}" in text
 
 
-def test_fused_source_needs_less_memory_than_one_tensor_per_expert(tmp_path):
+def test_fused_source_needs_as_much_memory_as_one_tensor_per_expert(tmp_path):
     save_source(tmp_path / "source")
     save_source(tmp_path / "fused", original=False)
     per_expert, fused = plan(tmp_path / "source", method="select"), plan(tmp_path / "fused", method="select")
-    assert fused.peak_memory_bytes == per_expert.peak_memory_bytes // 2
+    assert fused.peak_memory_bytes == per_expert.peak_memory_bytes
     assert {operation.kind for operation in fused.operations} == {"copy", "pool"}
 
 

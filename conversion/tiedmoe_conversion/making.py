@@ -27,8 +27,11 @@ class SourceExperts:
     calibration: Calibration | None = None
     _inputs: list[RoutedInputs] = field(default_factory=list, repr=False)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors.read(f"{self.path}.{name}")
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        return self.tensors.read(f"{self.path}.{name}", first, last)
+
+    def rows(self, name: str) -> list[tuple[int, int]]:
+        return self.tensors.rows(f"{self.path}.{name}")
 
     def inputs(self) -> RoutedInputs:
         assert self.calibration is not None, "a method that was not registered to need calibration asks for it"
@@ -116,7 +119,9 @@ class TensorMaker:
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
         """The operation's tensor in blocks along dimension 0."""
         if operation.pool < 0:
-            yield self.plan.source.tensors.read(operation.target)
+            tensors = self.plan.source.tensors
+            for rows in tensors.rows(operation.target) if len(operation.shape) > 2 else [(0, None)]:
+                yield tensors.read(operation.target, *rows)
             return
         made = self._pool(operation.pool)
         if operation.kind == "slot_map":
@@ -126,8 +131,10 @@ class TensorMaker:
             name, factor = operation.parameter.rsplit("_residual_", 1)
             yield made.residuals[operation.layer][name]["ba".index(factor)]
         else:
+            is_copy = self._streams and not any(method.float32_copies for method, _ in self.plan.recipe.steps)
             for block in made.pool.blocks(operation.parameter):
-                check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
+                if not is_copy:  # what was read was checked
+                    check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
                 yield block
                 del block  # as the writer does
 

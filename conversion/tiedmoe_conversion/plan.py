@@ -226,7 +226,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         expert_parameters_before=sum(source.tensors.meta[name].numel() for name in expert_names),
         expert_parameters_after=sum(math.prod(operation.shape) for operation in tied_experts),
         bytes_before=bytes_before,
-        peak_memory_bytes=max(peaks),
+        peak_memory_bytes=max(peaks) + max(map(_block_bytes, operations)),
         statistics_bytes=_statistics_bytes(recipe, groups, source),
     )
 
@@ -361,9 +361,9 @@ def _made_by(recipe: ConversionRecipe) -> str:
 
 
 def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceModel, recipe: ConversionRecipe) -> int:
-    """Bytes of tensors in memory while the operation runs; a rule that fuses holds its inputs beside its output."""
+    """Bytes of tensors in memory while the operation runs, beside the block that is being written."""
     if operation.pool < 0:
-        return operation.num_bytes * (2 if operation.kind == "fuse" else 1)
+        return operation.num_bytes if len(operation.shape) <= 2 else _read_bytes(operation.target, source)
     group = groups[operation.pool]
     name = f"{source.experts[group[0]]}.{operation.parameter}"
     methods = [method for method, _ in recipe.steps]
@@ -378,10 +378,22 @@ def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceMod
         return int(held * in_float32) + _statistics_bytes(recipe, [group], source)
     if operation.kind != "pool":
         return operation.num_bytes
-    layer = source.tensors.meta[name]
-    is_fused = source.tensors.units[name].converter is not None
-    read = layer.nbytes * (2 if is_fused or _is_lossless(recipe) else 1)  # comparing a lossless pool needs two, too
-    return read + max(method.float32_copies for method in methods) * layer.numel() * 4
+    adds_layers = any(method.float32_copies for method in methods)
+    return _read_bytes(name, source) * (len(group) if adds_layers else 1 + _is_lossless(recipe))  # that is compared
+
+
+def _read_bytes(name: str, source: SourceModel) -> int:
+    """Bytes in memory while a block of a source tensor is read; a rule that rearranges holds all of it twice."""
+    first, last = source.tensors.rows(name)[0]
+    tensor = source.tensors.meta[name]
+    return tensor[first:last].nbytes * (
+        2 if source.tensors.units[name].converter and last - first == len(tensor) else 1
+    )
+
+
+def _block_bytes(operation: TensorOperation) -> int:
+    """Bytes that are written while the next block is made: of an expert, or of a whole matrix."""
+    return operation.num_bytes // operation.shape[0] if len(operation.shape) > 2 else operation.num_bytes
 
 
 def _statistics_bytes(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> int:

@@ -27,7 +27,6 @@ from .work import open_work
 from .write import Planned, Progress, check_output, check_space, into_files, write_weights
 
 
-
 @dataclass(frozen=True)
 class _Untied(Planned):
     """A tensor of the output and the unit that makes it, from state-dict tensors of the family."""

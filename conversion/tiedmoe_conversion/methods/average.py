@@ -1,11 +1,13 @@
 """`average`: the control. Experts with the same number in neighbouring layers are nearly orthogonal, so it costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 
 from .registry import Group, Pool, register_method
+
+PIECE = 1 << 15  # elements; torch works on more of them with several threads, which wait for each other
 
 
 @register_method("average", float32_copies=1, calibration=lambda weights="uniform", **options: weights == "frequency")
@@ -24,25 +26,37 @@ def average(group: Group, weights: Literal["uniform", "frequency"] = "uniform") 
         _note_unrouted(group, total)
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
-        total = group.layers[0].read(name)  # ours to change: every read is new memory
-        dtype = total.dtype
-        total = total.to(torch.promote_types(dtype, torch.float32))
-        if weights == "uniform":
-            for layer in group.layers[1:]:
-                total += layer.read(name)
-            total.div_(len(group.layers))
-        else:
-            total.mul_(_column(shares[0], total))
-            for share, layer in zip(shares[1:], group.layers[1:]):
-                for row, own, factor in zip(total, layer.read(name), share.tolist()):
-                    row.add_(own, alpha=factor)
-        yield total.to(dtype)
+        for first, last in group.layers[0].rows(name):
+            yield _block(group, name, first, last, shares if weights == "frequency" else None)
 
     return Pool(blocks)
 
 
-def _column(share: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return share.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def _block(group: Group, name: str, first: int, last: int, shares: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the experts `first` to `last` (not included)."""
+    layers = [layer.read(name, first, last) for layer in group.layers]  # ours to change: every read is new memory
+    for expert, rows in zip(range(first, last), zip(*layers)):
+        _mean(rows, None if shares is None else shares[:, expert].tolist())
+    return layers[0]
+
+
+def _mean(rows: Sequence[torch.Tensor], shares: Sequence[float] | None) -> None:
+    """Put the mean of one expert's `rows`, by `shares` or uniform, into the first of them.
+
+    In pieces that stay in the processor's cache: a float32 copy of the whole would be memory that is touched for the first time.
+    """
+    wide = torch.promote_types(rows[0].dtype, torch.float32)
+    for pieces in zip(*(row.view(-1).split(PIECE) for row in rows)):
+        total = pieces[0].to(wide)
+        if shares is None:
+            for piece in pieces[1:]:
+                total += piece
+            total /= len(rows)
+        else:
+            total *= shares[0]
+            for share, piece in zip(shares[1:], pieces[1:]):
+                total.add_(piece, alpha=share)
+        pieces[0].copy_(total)
 
 
 def _note_unrouted(group: Group, counts: torch.Tensor) -> None:

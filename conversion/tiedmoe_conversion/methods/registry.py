@@ -66,8 +66,14 @@ class LayerExperts(Protocol):
     def index(self) -> int:
         """The layer's index in the model."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """The experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new memory."""
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new memory.
+
+        With `first` and `last` (not included) only those experts of it.
+        """
+
+    def rows(self, name: str) -> list[tuple[int, int]]:
+        """`first` and `last` for reading the parameter `name` a block at a time: an expert each, wherever the family allows it."""
 
     def inputs(self) -> RoutedInputs:
         """The layer's inputs on the calibration text; only where the method was registered to need calibration."""

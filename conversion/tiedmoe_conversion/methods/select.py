@@ -41,6 +41,7 @@ def select(group: Group, layer: str | int = "first") -> Pool:
 
 def _pool_of(layer: LayerExperts) -> Pool:
     def blocks(name: str) -> Iterator[torch.Tensor]:
-        yield layer.read(name)
+        for rows in layer.rows(name):
+            yield layer.read(name, *rows)
 
     return Pool(blocks)

@@ -22,7 +22,8 @@ def union(group: Group) -> Pool:
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         for layer in group.layers:
-            yield layer.read(name)
+            for rows in layer.rows(name):
+                yield layer.read(name, *rows)
 
     experts = torch.arange(group.num_experts)
     return Pool(blocks, {layer.index: j * group.num_experts + experts for j, layer in enumerate(group.layers)})
