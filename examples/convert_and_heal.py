@@ -17,12 +17,21 @@ parser.add_argument("source")
 parser.add_argument("text")
 parser.add_argument("work")
 parser.add_argument("--group-size", type=int, default=2)
+parser.add_argument("--calibration-tokens", type=int, default=32768)
 parser.add_argument("--max-steps", type=int, default=200)
 parser.add_argument("--block-size", type=int, default=512)
 arguments = parser.parse_args()
 tied, healed = f"{arguments.work}/tied", f"{arguments.work}/healed"
 
-plan = make_plan(ConversionRecipe(arguments.source, tied, group_size=arguments.group_size))  # reads headers only
+recipe = ConversionRecipe(
+    source=arguments.source,
+    output=tied,
+    group_size=arguments.group_size,
+    calibration=arguments.text,
+    calibration_tokens=arguments.calibration_tokens,
+    calibration_block_size=arguments.block_size,
+)
+plan = make_plan(recipe)  # reads headers only
 print(plan)
 execute(plan)
 

@@ -45,7 +45,7 @@ def text(tmp_path):
 
 def test_convert_and_heal(tmp_path, text, monkeypatch, capsys):
     source = save_source(tmp_path / "source", num_hidden_layers=6)
-    options = ["--max-steps", "4", "--block-size", "16"]
+    options = ["--max-steps", "4", "--block-size", "16", "--calibration-tokens", "128"]
     monkeypatch.setattr(sys, "argv", ["convert_and_heal.py", source, str(text), str(tmp_path / "work"), *options])
     runpy.run_path(EXAMPLES / "convert_and_heal.py", run_name="__main__")
     out = capsys.readouterr().out

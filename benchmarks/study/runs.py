@@ -169,7 +169,7 @@ class Study:
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         measured = {"parameters": model.num_parameters()}
-        if run.row.kind != TRAINED:
+        if run.row.kind in ("convert", "prune"):
             measured["conversion_seconds"] = round(seconds, 2)
         measured |= sizes or {"expert_bytes": BYTES_PER_PARAMETER * expert_parameters(model)}
         return measured | perplexity(model, self._validation, self.demo.batch_size)

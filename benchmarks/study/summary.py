@@ -30,7 +30,7 @@ def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table, the largest row first and the best first among equals, and what became of the goals."""
+    """The table, the largest row first, among equals the best first and what was not healed last, and what became of the goals."""
     settings, steps = summary["settings"], summary["healing_steps"]
     shares = [str(share) for share in settings["shares"]]
     columns = ["", "size", "expert bytes", "seeds healed", "loss before"]
@@ -144,7 +144,7 @@ def _goal_line(goal: dict[str, Any]) -> str:
 def _order(row: dict[str, Any]) -> tuple:
     after, before = row["loss"].get("1.0"), row["loss"][str(BEFORE)]
     mean = (after or before)["mean"] if after or before else 0.0
-    return row["kind"] != "source", -round(row["expert_share"], 2), mean
+    return row["kind"] != "source", -round(row["expert_share"], 2), after is None, mean
 
 
 def _plus_minus(spread: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:

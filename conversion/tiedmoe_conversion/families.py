@@ -5,6 +5,7 @@ modules (3-D, fused). A `Unit` is one application of such a rule; it runs on met
 ones for the conversion, so what is planned is what is done.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from transformers_tiedmoe.configuration_tiedmoe import canonical_family
+from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig, canonical_family
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .dequantise import BlockScaled, block_size
@@ -253,11 +254,11 @@ def read_config(source: Source) -> PreTrainedConfig:
         ) from error
     try:
         config = AutoConfig.from_pretrained(source.folder)
+        text_config = config.get_text_config(decoder=True)
+        if text_config.dtype is None:  # a multimodal config has it at the top
+            text_config.dtype = config.dtype
     except Exception as error:  # whatever a field of the wrong type makes transformers raise
         raise ConversionError(f"{source.name}: transformers cannot read config.json: {error}") from error
-    text_config = config.get_text_config(decoder=True)
-    if text_config.dtype is None:  # a multimodal config has it at the top
-        text_config.dtype = config.dtype
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config  # what is read is not quantised any more
     layers = getattr(text_config, "num_hidden_layers", None)
@@ -268,6 +269,8 @@ def read_config(source: Source) -> PreTrainedConfig:
         )
     try:
         family_model(text_config)
+        with contextlib.suppress(ValueError):  # of groups that nobody asked for
+            TiedMoeConfig.from_family(text_config, skip_first=0, skip_last=0)
     except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
         raise ConversionError(
             f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use the "
