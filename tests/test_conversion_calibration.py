@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 from importlib.resources import files
 
@@ -243,6 +244,35 @@ def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path, e
     assert found[0].exists() == stays
 
 
+def test_a_second_process_leaves_the_first_ones_statistics_alone(folder, tmp_path):
+    recipe = recipe_for(folder, tmp_path / "out", method="least_squares")
+    (tmp_path / ".out.statistics").mkdir()
+    (tmp_path / ".out.statistics" / "layer-1.safetensors").write_bytes(b"of the first")
+    with open(tmp_path / ".out.statistics.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that converts to the same output
+        with pytest.raises(ConversionError, match=r"another process uses the statistics in .*wait until it is done"):
+            convert(recipe)
+    assert (tmp_path / ".out.statistics" / "layer-1.safetensors").read_bytes() == b"of the first"
+
+
+def test_a_record_that_a_kill_cut_off_is_written_again(folder, tmp_path):
+    hidden = tmp_path / ".out.statistics"
+    hidden.mkdir()
+    (hidden / ".statistics.json.draft").write_text('{"identity": {')
+    convert(recipe_for(folder, tmp_path / "out", method="least_squares"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_plan_counts_the_model_that_runs_on_the_text(folder, tmp_path):
+    """It fits into memory here: all of it in float32, and the tied one beside it where losses are compared."""
+    plans = [
+        make_plan(recipe_for(folder, tmp_path / "out", method="average", **fields))
+        for fields in ({"calibration": None}, {"measure": False}, {})
+    ]
+    peaks = [plan.peak_memory_bytes for plan in plans]
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1] >= plans[0].bytes_before
+
+
 def test_nothing_is_left_beside_the_output(folder, tmp_path):
     convert(recipe_for(folder, tmp_path / "out", method="average"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -336,6 +366,7 @@ def test_a_killed_run_does_not_make_its_pools_again(folder, tmp_path, monkeypatc
         ({"then": ["prefitt"]}, r"then: unknown method 'prefitt'; did you mean 'prefit'"),
         ({"then": [{"prefit": {"stepz": 1}}]}, r"method 'prefit' has no option 'stepz'; did you mean 'steps'"),
         ({"residual_rank": -1}, r"residual_rank=-1; expected an integer of at least 0"),
+        ({"residual_rank": 9}, r"residual_rank=9, but the experts' smallest side is 8; expected at most that"),
     ],
 )
 def test_wrong_chains_and_sizes(folder, tmp_path, fields, message):

@@ -60,7 +60,7 @@ def test_dequantised_as_transformers_does_it(tmp_path):
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(found[name], tensor), name
     assert report["verification"]["lossless"] == {"compared": "logits", "tokens": 32, "equal": True}
-    assert set(report["verification"]["sample"]["layers"].values()) == {0.0}
+    assert set(report["verification"]["experts_relative_error"]["layers"].values()) == {0.0}
     verify_folder(tmp_path / "out", str(folder))
 
 

@@ -79,7 +79,7 @@ def test_a_good_folder(pristine):
     assert report["config"] == {"pools": 2, "unreachable_experts": {}}
     assert report["not_checked"] == {}
     assert report["source"]["changed_tensors"] == []
-    assert report["source"]["sample"]["layers"] == {"1": 0.0, "4": 0.0}
+    assert report["source"]["experts_relative_error"]["layers"] == {"1": 0.0, "4": 0.0}
 
 
 def test_without_a_source(pristine):
@@ -91,14 +91,14 @@ def test_without_a_source(pristine):
 def test_a_method_that_loses_says_how_much(tmp_path):
     converted(tmp_path, "average")
     report = verify_folder(tmp_path / "out", str(tmp_path / "source"))
-    errors = report["source"]["sample"]["layers"]
+    errors = report["source"]["experts_relative_error"]["layers"]
     assert errors.keys() == {"1", "4"}
     assert all(0.3 < error < 2 for error in errors.values())  # random experts have nothing in common
 
 
 def test_select_has_no_error_in_the_layer_that_it_keeps(tmp_path):
     converted(tmp_path, "select")
-    layers = verify_folder(tmp_path / "out", str(tmp_path / "source"))["source"]["sample"]["layers"]
+    layers = verify_folder(tmp_path / "out", str(tmp_path / "source"))["source"]["experts_relative_error"]["layers"]
     assert layers["1"] == 0.0
     assert layers["4"] > 0.3
 
@@ -107,7 +107,7 @@ def test_select_has_no_error_in_the_layer_that_it_keeps(tmp_path):
 def test_families(tmp_path, family):
     converted(tmp_path, "union", family, skip_last=0)
     report = verify_folder(tmp_path / "out", str(tmp_path / "source"))
-    assert set(report["source"]["sample"]["layers"].values()) == {0.0}
+    assert set(report["source"]["experts_relative_error"]["layers"].values()) == {0.0}
 
 
 def test_a_flipped_bit(folder):
@@ -216,7 +216,7 @@ def test_healed_since(folder):
     assert report["not_checked"].keys() == {"hashes", "copies"}
     assert "may have been trained" in report["not_checked"]["copies"]
     assert len(report["source"]["changed_tensors"]) > 20
-    assert 0 < report["source"]["sample"]["layers"]["1"] < 0.2
+    assert 0 < report["source"]["experts_relative_error"]["layers"]["1"] < 0.2
 
 
 def test_healed_into_the_same_folder(folder):

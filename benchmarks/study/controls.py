@@ -1,24 +1,17 @@
 """Controls that no conversion makes: a tied model trained from scratch, and a source with fewer experts in every layer."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.demo import DemoConfig
-from transformers_tiedmoe.demo.config import VALIDATION_FRACTION
-from transformers_tiedmoe.demo.source import source_config
-from transformers_tiedmoe.training.data import load_blocks
+from transformers_tiedmoe.demo.source import source_config, train_on_text
 
 
 def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
@@ -35,33 +28,8 @@ def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
     set_seed(config.seed)
     tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
     model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
-    train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
     draft = folder.with_name(f".{folder.name}.draft")
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(draft),
-            max_steps=config.source_steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.source_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=config.source_steps // 20,
-            adam_beta2=0.95,
-            weight_decay=0.1,
-            logging_steps=10,
-            save_strategy="no",
-            seed=config.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=train,
-        data_collator=default_data_collator,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    shutil.rmtree(draft, ignore_errors=True)
-    model.config.use_cache = True  # Trainer switched it off
+    train_on_text(model, tokenizer, config, draft, lambda done, total, what: None)
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     draft.replace(folder)

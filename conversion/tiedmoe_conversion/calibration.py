@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -25,8 +25,10 @@ from transformers_tiedmoe.training.data import load_blocks
 
 from .errors import ConversionError
 from .families import SourceModel, family_model
+from .manifest import versions
 from .methods.registry import Pool, RoutedInputs
 from .recipe import ConversionRecipe
+from .residual import Residuals
 from .source import Source
 from .streamed import StreamedModel
 from .write import Progress
@@ -35,8 +37,6 @@ BUNDLED = {"austen": "austen.txt.xz"}  # texts that ship with the package
 HELD_OUT_SHARE = 0.25  # of the calibration tokens, held out in addition to them
 LEFT_ALONE = 0.05  # of the text, at its end, which `tiedmoe heal` holds out: no decision is taken on it
 IDENTITY = "statistics.json"
-# By layer index and projection the factors `(b [E, rows, r], a [E, r, columns])`.
-Residuals = Mapping[int, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,57 @@ def _tokenizer(source: Source) -> Any:
 def statistics_folder(recipe: ConversionRecipe) -> Iterator[Path]:
     """Where a recipe's statistics are: the folder it names, which stays, or a hidden one beside OUTPUT, which goes.
 
-    The hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
+    The hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it. Within a process that holds
+    the folder it may be entered again.
+
+    Raises:
+        ConversionError: another process uses the same folder.
     """
-    if recipe.statistics is not None:
-        yield Path(recipe.statistics).expanduser()
+    if recipe.calibration is None:
+        yield Path()  # nothing asks for it
         return
     output = Path(recipe.output).expanduser().absolute()
     folder = output.parent / f".{output.name}.statistics"
+    if recipe.statistics is not None:
+        folder = Path(recipe.statistics).expanduser().absolute()
+    with _held(folder):
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            _remove_hidden(folder, recipe)
+            raise
+        _remove_hidden(folder, recipe)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """No other process is in the block for the same `folder`; the lock stands beside it and goes with its last holder."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name.lstrip('.')}.lock"), is_singleton=True)
     try:
-        yield folder
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConversionError(
+            f"another process uses the statistics in {folder}; expected to be the only one: wait until it is done, or choose "
+            "another output and another statistics folder"
+        ) from error
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        for parent in made:  # the deepest first; only those that nobody has written into
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _remove_hidden(folder: Path, recipe: ConversionRecipe) -> None:
+    if recipe.statistics is None:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_calibration(recipe: ConversionRecipe, source: SourceModel, folder: Path) -> "Calibration | None":
@@ -159,7 +195,7 @@ class Calibration:
             "tokens_sha256": digest,
             "source": [source.opened.fingerprint(), source.opened.stamps()],
         }
-        self._identity["transformers"] = transformers.__version__
+        self._identity |= versions()
         self._record = self._read_record()
 
     @property
@@ -223,7 +259,8 @@ class Calibration:
     def _read_record(self) -> dict[str, Any]:
         path = self.folder / IDENTITY
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            drafts = f".{IDENTITY}.draft"  # of a run that was killed while it wrote the first file
+            if self.folder.is_dir() and any(path.name != drafts for path in self.folder.iterdir()):
                 raise ConversionError(f"statistics folder {self.folder} holds something else; give a new or empty one")
             return {}
         try:

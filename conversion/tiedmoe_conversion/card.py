@@ -91,9 +91,8 @@ def save_card(plan: "Plan", folder: Path, measured: Mapping[str, Any] | None = N
         "metadata": data.to_yaml().strip(),
         "title": title,
         "source": f"[{name}](https://huggingface.co/{name})" if on_hub else name,
-        "provenance": f"revision `{source.commit}`"
-        if on_hub
-        else f"a local folder, headers and config `{source.fingerprint()}`",
+        "provenance": (f"revision `{source.commit}`" if on_hub else "a local folder")
+        + f", sha256 of its config and headers `{source.fingerprint()}`",
         "methods": "\n".join(
             [f"- `{method.name}`: {method.summary}" for method, _ in plan.recipe.steps]
             + [f"- a residual of rank {plan.recipe.residual_rank} in every tied layer"]

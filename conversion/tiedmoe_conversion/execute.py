@@ -75,7 +75,7 @@ def _verify(plan: Plan, folder: Path) -> dict[str, Any]:
         "used": len(plan.source.opened.tensors) - len(plan.dropped),
         "dropped": len(plan.dropped),
     }
-    verification["sample"] = verify_sample(plan, folder)
+    verification["experts_relative_error"] = verify_sample(plan, folder)
     if plan.is_lossless:
         verification["lossless"] = verify_lossless(plan, folder)
     return verification

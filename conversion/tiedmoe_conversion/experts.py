@@ -47,7 +47,7 @@ class Experts:
     def __getitem__(self, rows: "int | slice | torch.Tensor") -> "Experts":
         """The experts `rows`, N of them again: an integer gives one."""
         if isinstance(rows, int):
-            rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
+            rows = slice(rows, rows + 1 or None)
         return self.map(lambda tensor: tensor[rows])
 
     def renumbered(self, neurons: torch.Tensor) -> "Experts":

@@ -279,6 +279,23 @@ def read_config(source: Source) -> PreTrainedConfig:
     return text_config
 
 
+def read_tied_config(source: Source) -> TiedMoeConfig:
+    """The config of a tied checkpoint.
+
+    Raises:
+        ConversionError: unreadable, or of a checkpoint that is not tied.
+    """
+    family = source.read_json("config.json").get("model_type")
+    if family != "tiedmoe":
+        raise ConversionError(
+            f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
+        )
+    try:
+        return AutoConfig.from_pretrained(source.folder)
+    except Exception as error:  # whatever a field of the wrong type makes transformers raise
+        raise ConversionError(f"{source.name}: cannot read config.json: {error}") from error
+
+
 def family_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM of `config`, tied or not, on the meta device: names and shapes, no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops():

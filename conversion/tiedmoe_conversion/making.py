@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,9 @@ from .methods.widen import widen
 from .plan import Plan, TensorOperation
 from .residual import residuals
 from .write import Progress
+
+if TYPE_CHECKING:
+    from .work import Work
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,11 @@ class TensorMaker:
     """
 
     def __init__(
-        self, plan: Plan, calibration: Calibration | None = None, work: Any = None, progress: Progress | None = None
+        self,
+        plan: Plan,
+        calibration: Calibration | None = None,
+        work: "Work | None" = None,
+        progress: Progress | None = None,
     ):
         self.plan, self.calibration, self.work, self.progress = plan, calibration, work, progress
         self.notes: dict[int, list[str]] = {}
@@ -154,6 +161,7 @@ class TensorMaker:
 
     def _stored(self, index: int) -> MadePool:
         """The pool from the working folder, where an earlier run that was killed has left it."""
+        assert self.work is not None
         name = f"pool-{index}"
         found = self.work.load(name)
         if found is None:

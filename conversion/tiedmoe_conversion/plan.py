@@ -21,6 +21,7 @@ from .errors import ConversionError
 from .families import SourceModel, family_model, read_config, saved_tensors
 from .recipe import ConversionRecipe, parse_size
 from .source import open_source
+from .streamed import held_bytes
 from .verify import MAX_BYTES_FOR_LOGITS
 from .write import Planned, check_output, into_files
 
@@ -188,6 +189,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
     pool_num_experts = [
         recipe.pool_num_experts(p, len(groups), num_experts, len(group)) for p, group in enumerate(groups)
     ]
+    _check_rank(recipe, source)
     maps = any(method.slot_maps for method, _ in recipe.steps)
     config = TiedMoeConfig.from_family(
         family_config,
@@ -226,7 +228,9 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         expert_parameters_before=sum(source.tensors.meta[name].numel() for name in expert_names),
         expert_parameters_after=sum(math.prod(operation.shape) for operation in tied_experts),
         bytes_before=bytes_before,
-        peak_memory_bytes=max(peaks) + max(map(_block_bytes, operations)),
+        peak_memory_bytes=max(peaks)
+        + max(map(_block_bytes, operations))
+        + _streamed_bytes(recipe, source, bytes_before),
         statistics_bytes=_statistics_bytes(recipe, groups, source),
     )
 
@@ -285,6 +289,19 @@ def _num_experts(source: SourceModel) -> int:
             "for all layers, which is all that pools can be made of here"
         )
     return next(iter(rows.values()))[0]
+
+
+def _check_rank(recipe: ConversionRecipe, source: SourceModel) -> None:
+    """Raise where a residual would have a higher rank than a projection can have."""
+    shapes = [
+        tuple(source.tensors.meta[name].shape) for layer in source.experts for name in source.expert_names(layer)
+    ]
+    most = min(min(shape[1:]) for shape in shapes if len(shape) == 3)
+    if recipe.residual_rank > most:
+        raise ConversionError(
+            f"residual_rank={recipe.residual_rank}, but the experts' smallest side is {most}; expected at most that, and far less "
+            "to save anything"
+        )
 
 
 def _operations(
@@ -394,6 +411,15 @@ def _read_bytes(name: str, source: SourceModel) -> int:
 def _block_bytes(operation: TensorOperation) -> int:
     """Bytes that are written while the next block is made: of an expert, or of a whole matrix."""
     return operation.num_bytes // operation.shape[0] if len(operation.shape) > 2 else operation.num_bytes
+
+
+def _streamed_bytes(recipe: ConversionRecipe, source: SourceModel, bytes_before: int) -> int:
+    """Weights that running the source on text holds, and the tied model beside it where the two are compared."""
+    if recipe.calibration is None:
+        return 0
+    layers = [sum(source.tensors.meta[name].nbytes for name in source.expert_names(layer)) for layer in source.experts]
+    one = held_bytes(bytes_before, bytes_before - sum(layers) + max(layers))
+    return one * (2 if recipe.measure else 1)
 
 
 def _statistics_bytes(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> int:

@@ -21,6 +21,7 @@ from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 from .families import Read, saved_tensors
 
 TOKENS_AT_A_TIME = 4096  # in a layer and in the head
+IN_FLOAT32 = 2  # times the bytes of bfloat16; on a GPU, which keeps the model's dtype, an estimate from above
 Capture = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -42,8 +43,7 @@ class StreamedModel:
         self.experts = expert_layers(model)
         self._overrides: Mapping[str, torch.Tensor] = {}
         self._capture: Capture | None = None
-        factor = 2 if self.device.type == "cpu" else 1  # float32 of bfloat16
-        self._keeps = num_bytes * factor < psutil.virtual_memory().available / 2
+        self._keeps = _fits(num_bytes)
         self._layers = self._find_layers()
         self._materialise_buffers()
         names = list(saved_tensors(model))
@@ -166,6 +166,15 @@ class StreamedModel:
                 self._capture(layer, *(given[name] for name in names))
 
         return watch
+
+
+def held_bytes(num_bytes: int, at_a_time: int) -> int:
+    """Bytes of weights in memory while a model of `num_bytes` runs: all of it where it fits, else those of `at_a_time`."""
+    return IN_FLOAT32 * (num_bytes if _fits(num_bytes) else at_a_time)
+
+
+def _fits(num_bytes: int) -> bool:
+    return IN_FLOAT32 * num_bytes < psutil.virtual_memory().available / 2
 
 
 def _returns(outputs: Any, rows: slice) -> Callable[..., Any]:

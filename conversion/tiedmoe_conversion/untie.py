@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .errors import ConversionError
-from .families import Unit, family_model, hub_units, map_tensors, saved_tensors
+from .families import Unit, family_model, hub_units, map_tensors, read_tied_config, saved_tensors
 from .layers import LayerTensors
 from .manifest import identity
 from .recipe import parse_size
@@ -58,7 +58,7 @@ def untie(
     folder = check_output(output)
     shard_size = parse_size(max_shard_size)
     opened = open_source(str(source))
-    config = _read_config(opened)
+    config = read_tied_config(opened)
     family_config = _family_config(config, opened)
     tied, model = family_model(config), family_model(family_config)
     tensors = map_tensors(opened, tied, rules=model)
@@ -114,18 +114,6 @@ class _Maker:
             self._made = {}
             self._made = operation.unit.convert(self.reader.read)
         yield self._made.pop(operation.target)
-
-
-def _read_config(source: Source) -> TiedMoeConfig:
-    family = source.read_json("config.json").get("model_type")
-    if family != "tiedmoe":
-        raise ConversionError(
-            f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
-        )
-    try:
-        return AutoConfig.from_pretrained(source.folder)
-    except Exception as error:  # whatever a field of the wrong type makes transformers raise
-        raise ConversionError(f"{source.name}: cannot read config.json: {error}") from error
 
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils import logging
 
 from transformers_tiedmoe import TiedMoeConfig
@@ -22,7 +22,7 @@ from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .dequantise import BlockScaled
 from .errors import ConversionError
-from .families import SourceModel, family_model, map_tensors, read_config
+from .families import SourceModel, family_model, map_tensors, read_config, read_tied_config
 from .journal import file_digest
 from .layers import LayerTensors
 from .source import Source, open_source, regular_file
@@ -39,8 +39,11 @@ _PIECE = 1 << 14
 MANIFEST = "tiedmoe_conversion.json"
 
 
-class VerificationError(RuntimeError):
+class VerificationError(ConversionError):
     """What was written is not what was planned: a mistake of ours or of the disk, never of the user's."""
+
+    def __init__(self, found: str):
+        super().__init__(f"{found}. Nothing is kept of it: convert again, and report a bug if it stays")
 
 
 def verify_output(folder: Path, planned: Iterable[Planned]) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
         report["not_checked"]["hashes"] = f"there is no {MANIFEST}: made by another command, such as a healing"
     else:
         report["hashes"] = _check_hashes(opened, manifest)
-    config = _tied_config(opened)
+    config = read_tied_config(opened)
     try:
         tensors = tied_layers(opened, config)
     except ValueError as error:
@@ -199,18 +202,6 @@ def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, int]
             f"were converted: delete {MANIFEST} if they were changed on purpose"
         )
     return {"files": len(files)}
-
-
-def _tied_config(output: Source) -> TiedMoeConfig:
-    family = output.read_json("config.json").get("model_type")
-    if family != "tiedmoe":
-        raise ConversionError(
-            f"{output.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
-        )
-    try:
-        return AutoConfig.from_pretrained(output.folder)
-    except Exception as error:  # whatever a field of the wrong type makes transformers raise
-        raise ConversionError(f"{output.name}: cannot read config.json: {error}") from error
 
 
 def _check_config(config: TiedMoeConfig, tensors: LayerTensors) -> dict[str, Any]:
@@ -283,7 +274,7 @@ def _check_source(
     return {
         "equal_tensors": len(of_source.keys() & of_output.keys()) - len(different),
         "changed_tensors": different,
-        "sample": sample,
+        "experts_relative_error": sample,
     }
 
 

@@ -89,9 +89,7 @@ def _matched(
         else:
             pairs = [layer.inputs().sample_of_slot(each, limit, generator) for layer, each in zip(layers, (slot, row))]
             hidden_states, weights = (torch.cat(each) for each in zip(*pairs))
-        matched.append(
-            match_neurons(group.family_function, own[slice(row, row + 1)], reference[row], hidden_states, weights)
-        )
+        matched.append(match_neurons(group.family_function, own[row], reference[row], hidden_states, weights))
     return Experts.concatenated(matched)
 
 

@@ -11,6 +11,7 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -49,12 +50,35 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
         trained.load_state_dict(model.state_dict())
     else:
         trained = model
-    train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
     draft = folder.with_name(f".{folder.name}.draft")
+    start = time.perf_counter()
+    train_on_text(trained, tokenizer, config, draft, progress)
+    report = {
+        "steps": config.source_steps,
+        "tokens": config.source_steps * config.batch_size * config.block_size,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    model.load_state_dict(trained.state_dict())
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    (draft / REPORT).write_text(json.dumps(report) + "\n")
+    draft.replace(folder)
+    return report
+
+
+def train_on_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DemoConfig,
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    """`config.source_steps` steps of AdamW on the text but its held-out part; nothing is left in `folder`."""
+    train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
     trainer = Trainer(
-        model=trained,
+        model=model,
         args=TrainingArguments(
-            output_dir=str(draft),
+            output_dir=str(folder),
             max_steps=config.source_steps,
             per_device_train_batch_size=config.batch_size,
             learning_rate=config.source_learning_rate,
@@ -76,21 +100,9 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
     trainer.train()
-    report = {
-        "steps": config.source_steps,
-        "tokens": config.source_steps * config.batch_size * config.block_size,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    shutil.rmtree(draft, ignore_errors=True)
-    model.load_state_dict(trained.state_dict())
+    shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # Trainer switched it off
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    (draft / REPORT).write_text(json.dumps(report) + "\n")
-    draft.replace(folder)
-    return report
 
 
 def source_config(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> OlmoeConfig:
