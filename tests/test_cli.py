@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,6 +80,36 @@ def test_help_has_every_field_of_the_dataclass_and_an_example(command, tiedmoe):
 def test_help_lists_the_commands_that_there_are(tiedmoe):
     lines = tiedmoe("--help").stdout.split("Commands:")[1].splitlines()
     assert [line.split()[0] for line in lines if line.strip()] == list(COMMANDS)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def documented_commands():
+    """The commands of the READMEs' code blocks and of the help's examples, as arguments."""
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "conversion" / "README.md")]
+    texts += [command.epilog.removeprefix("Example: ") for command in cli.build_app().registered_commands]
+    lines = "\n".join(texts).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tiedmoe ")]
+
+
+@pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
+def test_documented_commands_are_valid(arguments, monkeypatch):
+    """Every flag exists and every recipe is one; what the commands do with them is for other tests."""
+    seen = []
+    for name, config_class in COMMANDS.items():
+
+        def command(config, progress, config_class=config_class):
+            """Only look."""
+            assert isinstance(config, config_class)
+            seen.append(config)
+            return {}, ""
+
+        command.__name__ = name
+        monkeypatch.setattr(cli, name, command)
+    result = CliRunner().invoke(cli.build_app(), arguments)
+    assert result.exit_code == 0, result.output
+    assert len(seen) == 1
 
 
 def test_plan_prints_and_writes_nothing(source, tmp_path, tiedmoe):

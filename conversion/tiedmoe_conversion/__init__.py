@@ -1,7 +1,7 @@
 """Conversion of an untied MoE checkpoint into a tied one, and back: recipe -> plan -> execute.
 
 Example:
-    >>> recipe = ConversionRecipe(source="allenai/OLMoE-1B-7B-0924", output="olmoe-g2", group_size=2)
+    >>> recipe = ConversionRecipe(source="allenai/OLMoE-1B-7B-0924", output="olmoe-g2", calibration="text.txt")
     >>> plan = make_plan(recipe)  # reads headers only
     >>> print(plan)
     >>> report = execute(plan)

@@ -69,8 +69,13 @@ def build_app() -> typer.Typer:
     app.callback()(common_options)
     two_folders = ("source", "output")
     for command, config_class, arguments, example in (
-        (plan, ConversionRecipe, two_folders, "tiedmoe plan allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
-        (convert, ConversionRecipe, two_folders, "tiedmoe convert allenai/OLMoE-1B-7B-0924 tied --group-size 4"),
+        (plan, ConversionRecipe, two_folders, "tiedmoe plan allenai/OLMoE-1B-7B-0924 tied --method union"),
+        (
+            convert,
+            ConversionRecipe,
+            two_folders,
+            "tiedmoe convert allenai/OLMoE-1B-7B-0924 tied --calibration text.txt",
+        ),
         (verify, VerifyConfig, ("output",), "tiedmoe verify tied --source allenai/OLMoE-1B-7B-0924"),
         (untie, UntieConfig, two_folders, "tiedmoe untie tied untied"),
         (heal, HealConfig, ("model",), "tiedmoe heal tied --data text.txt --output healed --max-steps 500"),

@@ -255,7 +255,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             if not isinstance(found, TiedMoeConfig):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a {found.model_type!r} model; expected 'tiedmoe'. "
-                    "Convert it first: tiedmoe convert SOURCE OUTPUT --group-size 2"
+                    "Convert it first: tiedmoe convert SOURCE OUTPUT --calibration TEXT"
                 )
         return cls._auto_model.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
