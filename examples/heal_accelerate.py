@@ -88,6 +88,8 @@ def main():
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(args.output, state_dict=weights)
         tokenizer.save_pretrained(args.output)
+    # DDP must not outlive the process group: freed last, it would wait for gloo's threads while it keeps them waiting.
+    model, optimizer, scheduler = accelerator.free_memory(model, optimizer, scheduler)
     accelerator.end_training()
 
 

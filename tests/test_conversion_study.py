@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -96,11 +97,28 @@ def test_rows_have_names_of_their_own():
 
 
 def test_rows_make_recipes_of_the_size_they_are_called(quick, tmp_path):
+    """Every row can be planned on a source as wide and deep as the study's own, and keeps the bytes that it says."""
     from tiedmoe_conversion import make_plan
+    from transformers_tiedmoe.demo import DemoConfig
+    from transformers_tiedmoe.demo.source import source_config
 
-    work = quick[0] / "work"
-    options = conversion_study.parser().parse_args(["--quick", "--output", str(work)])
-    study = conversion_study.make_study(options)
+    demo = DemoConfig(**conversion_study.SOURCE, output=str(tmp_path), data=str(quick[0] / "work" / "text.txt"))
+    study = conversion_study.Study(demo)
+    tokenizer = AutoTokenizer.from_pretrained(quick[0] / "work" / "source")
+    AutoModelForCausalLM.from_config(source_config(demo, tokenizer)).save_pretrained(study.source)
+    tokenizer.save_pretrained(study.source)
+    shares = {
+        "g=4": 0.5,
+        "g=4, 2.5E": 0.75,
+        "g=2, 1.25E": 0.75,
+        "g=2": 2 / 3,
+        "three pairs": 0.75,
+        "g=4, rank 18": 0.75,
+    }
+    shares |= {"50% of every layer": 0.5, "75% of every layer": 0.75}
     for row in ROWS:
         if row.kind == "convert":
-            make_plan(study.recipe(row, tmp_path / row.name, seed=0))
+            plan = make_plan(study.recipe(row, tmp_path / row.name, seed=0))
+            others = plan.bytes_before - 4 * plan.expert_parameters_before
+            share = (plan.bytes_after - others) / (4 * plan.expert_parameters_before)
+            assert share == pytest.approx(1 if row.series == "union" else shares[row.size], abs=0.01), row.name

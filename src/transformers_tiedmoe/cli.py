@@ -6,6 +6,7 @@ Ctrl-C.
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -159,9 +160,13 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     Start the same command again to continue a run that was killed. For several devices put `accelerate launch -m
     transformers_tiedmoe.cli` in the place of `tiedmoe`.
     """
+    from accelerate import PartialState
+
     from .training.heal import heal
 
     report = heal(config, progress)
+    gc.collect()  # DDP, which must not outlive the process group: freed last, it would wait for threads that wait for it
+    PartialState().destroy_process_group()
     table = Table("held out", "loss", "perplexity")
     for when in ("before", "after"):
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
