@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import yaml
+from checkpoints import make_text, make_tokenizer
 from conversions import (
     FAMILIES,
     assert_equal_tensors,
@@ -309,3 +310,37 @@ def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
     assert counter.peak > plan.peak_memory_bytes / 2
     one_group = 6 * plan.bytes_before * plan.expert_parameters_before // plan.parameters_before // 10
     assert counter.peak < 0.8 * one_group
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("align", {}),
+        ("prototype", {"pool_experts": "1.5x"}),
+        ("least_squares", {}),
+        ("least_squares", {"method_options": {"up": "regmean"}}),
+        ("prefit", {"method_options": {"steps": 10}}),
+        ("prototype", {"then": ["least_squares"], "pool_experts": "1.5x"}),
+        ("average", {"residual_rank": 4}),
+    ],
+)
+def test_memory_of_calibrated_methods_is_below_the_planned_one(tmp_path, method, fields):
+    """Experts are so wide that the matrices of one outweigh all of the group's."""
+    save_source(tmp_path / "source", "qwen3_moe", num_hidden_layers=7, moe_intermediate_size=384, vocab_size=320)
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(make_text())
+    recipe = ConversionRecipe(
+        source=str(tmp_path / "source"),
+        output=str(tmp_path / "out"),
+        group_size=3,
+        method=method,
+        calibration=str(tmp_path / "text.txt"),
+        calibration_tokens=512,
+        calibration_block_size=32,
+        **fields,
+    )
+    plan = make_plan(recipe)
+    gc.collect()
+    with LiveBytes() as counter:
+        execute(plan)
+    assert plan.peak_memory_bytes / 6 < counter.peak <= plan.peak_memory_bytes  # scipy's copy is not counted

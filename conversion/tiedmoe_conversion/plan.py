@@ -1,5 +1,6 @@
 """`make_plan`: what a conversion will do, tensor by tensor, from the source's config and headers alone."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from transformers_tiedmoe import TiedMoeConfig
 from .calibration import HELD_OUT_SHARE
 from .errors import ConversionError
 from .families import SourceModel, family_model, read_config, saved_tensors
+from .methods import Sizes
 from .recipe import ConversionRecipe, parse_size
+from .residual import scratch_bytes as residual_scratch_bytes
 from .source import open_source
 from .streamed import held_bytes
 from .verify import MAX_BYTES_FOR_LOGITS
@@ -210,7 +213,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
     tied_experts = [o for o in operations if o.kind in ("pool", "residual") or o.target in expert_names]
     ignored_bytes = sum(opened.tensors[name].num_bytes for name in source.tensors.dropped)
     bytes_before = sum(info.num_bytes for info in opened.tensors.values()) - ignored_bytes
-    peaks = [_peak(operation, groups, source, recipe) for operation in operations]
+    peaks = [_peak(operation, groups, source, recipe, config) for operation in operations]
     peaks += [2 * source.tensors.meta[name].nbytes for name in source.tensors.copies]  # the two are compared
     if _is_lossless(recipe) and bytes_before <= MAX_BYTES_FOR_LOGITS:
         peaks.append(sum(operation.num_bytes for operation in operations))  # the verification loads the output
@@ -377,7 +380,13 @@ def _made_by(recipe: ConversionRecipe) -> str:
     return ", ".join(names + [f"residual {recipe.residual_rank}"] * bool(recipe.residual_rank))
 
 
-def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceModel, recipe: ConversionRecipe) -> int:
+def _peak(
+    operation: TensorOperation,
+    groups: list[list[int]],
+    source: SourceModel,
+    recipe: ConversionRecipe,
+    config: TiedMoeConfig,
+) -> int:
     """Bytes of tensors in memory while the operation runs, beside the block that is being written."""
     if operation.pool < 0:
         return operation.num_bytes if len(operation.shape) <= 2 else _read_bytes(operation.target, source)
@@ -392,11 +401,35 @@ def _peak(operation: TensorOperation, groups: list[list[int]], source: SourceMod
             own * len(group) + of_pool * pool
             for own, of_pool in copies + [RESIDUAL_COPIES] * bool(recipe.residual_rank)
         )
-        return int(held * in_float32) + _statistics_bytes(recipe, [group], source)
+        return (
+            int(held * in_float32)
+            + _scratch_bytes(recipe, group, source, config)
+            + _statistics_bytes(recipe, [group], source)
+        )
     if operation.kind != "pool":
         return operation.num_bytes
     adds_layers = any(method.float32_copies for method in methods)
     return _read_bytes(name, source) * (len(group) if adds_layers else 1 + _is_lossless(recipe))  # that is compared
+
+
+def _scratch_bytes(recipe: ConversionRecipe, group: list[int], source: SourceModel, config: TiedMoeConfig) -> int:
+    """What the recipe's methods hold beside the experts themselves, at most."""
+    down = source.tensors.meta[f"{source.experts[group[0]]}.down_proj"]
+    sizes = Sizes(
+        num_layers=len(group),
+        num_experts=len(down),
+        width=down.shape[1:].numel() // config.hidden_size,
+        hidden_size=config.hidden_size,
+        top_k=config.experts_per_token,
+        num_readers=len(group),
+        num_tokens=recipe.calibration_tokens if recipe.calibration else 0,
+    )
+    found = []
+    for method, options in recipe.steps:
+        found.append(method.scratch_bytes(sizes, **options))
+        if method.any_width:  # any number of slots may read a row of it
+            sizes = dataclasses.replace(sizes, num_readers=len(group) * len(down))
+    return max(found + [residual_scratch_bytes(sizes)] * bool(recipe.residual_rank))
 
 
 def _read_bytes(name: str, source: SourceModel) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from .experts import ExpertFunction, Experts
-from .methods.matching import match_neurons
-from .methods.registry import Group, Pool
+from .methods.matching import match_neurons, matching_bytes
+from .methods.registry import Group, Pool, Sizes
 
 # By layer index and name of the projection: `b [E, rows, r]` and `a [E, r, columns]` in the family's own layout.
 Residuals = Mapping[int, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]
@@ -55,6 +55,14 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
             for name, pairs in factors.items()
         }
     return found
+
+
+def scratch_bytes(sizes: Sizes) -> int:
+    """Bytes held beside the experts, at most: one expert's tokens, and four matrices in float64 of neurons or of inputs."""
+    num_tokens = min(TOKENS_PER_EXPERT, sizes.num_tokens)
+    tokens = num_tokens * (32 * sizes.width + 40 * sizes.hidden_size)
+    low_rank = 4 * 8 * min(2 * sizes.width, sizes.hidden_size) ** 2 + 4 * 8 * 2 * sizes.width * sizes.hidden_size
+    return tokens + max(low_rank, 4 * 8 * sizes.width**2, matching_bytes(sizes, num_tokens))
 
 
 def _factors(
@@ -115,8 +123,13 @@ def _gram(inputs: torch.Tensor) -> torch.Tensor:
 
 def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`change [out, in]` as `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`; exactly zero where it is zero."""
-    change = change.double()
-    directions = torch.linalg.eigh(change @ _gram(inputs) @ change.T).eigenvectors[:, -rank:].flip(1)
+    change, gram = change.double(), _gram(inputs)
+    if len(change) <= len(gram):
+        directions = torch.linalg.eigh(change @ gram @ change.T).eigenvectors[:, -rank:].flip(1)
+    else:  # the same space, from the eigenvectors of the smaller matrix
+        shaped = change @ torch.linalg.cholesky(gram)
+        shaped = shaped @ torch.linalg.eigh(shaped.T @ shaped).eigenvectors[:, -rank:].flip(1)
+        directions = torch.linalg.qr(shaped).Q
     a = directions.T @ change
     size = a.norm(dim=1).sqrt()  # shared between both, so that neither is out of a half's range
     b = directions * size

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from ..experts import Experts
-from .matching import match_experts, match_neurons
+from .matching import match_experts, match_neurons, matching_bytes
 from .registry import Group, LayerExperts, Pool, register_method
 
 
@@ -13,6 +13,9 @@ from .registry import Group, LayerExperts, Pool, register_method
     "align",
     slot_maps=True,
     group_copies=(0, 6),
+    scratch_bytes=lambda sizes, tokens_per_expert=512, **options: matching_bytes(
+        sizes, 2 * min(tokens_per_expert, sizes.num_tokens)
+    ),
     calibration=lambda on="activations", weights=None, **options: on == "activations" or weights == "frequency",
 )
 def align(

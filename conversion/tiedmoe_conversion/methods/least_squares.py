@@ -6,14 +6,32 @@ from typing import Literal
 import torch
 
 from ..experts import ExpertFunction, Experts
-from .matching import match_neurons
+from .matching import match_neurons, matching_bytes
 from .readers import Reader, better_pool, slots_of_rows
-from .registry import Group, LayerExperts, Pool, register_method
+from .registry import Group, LayerExperts, Pool, Sizes, register_method
 
 ROUNDS = 16  # of leaving neurons out; more gave nothing
 
 
-@register_method("least_squares", slot_maps=True, group_copies=(1, 4), calibration=True, refines="align")
+def _scratch_bytes(
+    sizes: Sizes, up: str = "neurons", candidates: int = 4, tokens_per_expert: int = 4096, **options
+) -> int:
+    """A row's tokens; their features; and four Gram matrices in float64: of the neurons to choose from, or of one expert's."""
+    side = sizes.width * min(candidates, sizes.num_readers) if up == "neurons" else max(sizes.width, sizes.hidden_size)
+    num_tokens = min(tokens_per_expert, sizes.num_tokens)
+    tokens = num_tokens * (8 * sizes.num_readers * sizes.hidden_size + 24 * (side + sizes.hidden_size))
+    matrices = 4 * 8 * (side + 1) ** 2 + 2 * 8 * side * sizes.hidden_size
+    return tokens + max(matrices, matching_bytes(sizes, num_tokens))
+
+
+@register_method(
+    "least_squares",
+    slot_maps=True,
+    group_copies=(1, 4),
+    scratch_bytes=_scratch_bytes,
+    calibration=True,
+    refines="align",
+)
 def least_squares(
     group: Group,
     start: Pool,

@@ -8,8 +8,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..experts import ExpertFunction, Experts
+from .registry import Sizes
 
 TOKENS_AT_A_TIME = 128  # of all experts at once
+
+
+def matching_bytes(sizes: Sizes, num_tokens: int) -> int:
+    """Bytes that `match_experts` and `match_neurons` on that many tokens hold, scipy's copy of the matrix included."""
+    of_experts = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 24 * sizes.hidden_size)
+    return max(of_experts, 24 * sizes.width**2 + num_tokens * (24 * sizes.width + 4 * sizes.hidden_size))
 
 
 def match_experts(

@@ -7,7 +7,7 @@ import torch
 
 from ..experts import ExpertFunction, Experts
 from .readers import better_pool
-from .registry import Group, LayerExperts, Pool, RoutedInputs, register_method
+from .registry import Group, LayerExperts, Pool, RoutedInputs, Sizes, register_method
 
 CHECKS = 10  # looks at the held-out tokens, at even distances
 PATIENCE = 3  # of them without progress, and it stops
@@ -15,7 +15,21 @@ HELD_OUT_TOKENS = 4096  # of every layer, at most
 BETAS = (0.9, 0.95)  # of Adam; the second forgets early gradients within a few dozen steps
 
 
-@register_method("prefit", slot_maps=True, group_copies=(1, 7), calibration=True, refines="least_squares")
+def _scratch_bytes(sizes: Sizes, batch_tokens: int = 1024, **options) -> int:
+    """Activations of one layer's step with their gradients, and the outputs of its held-out tokens."""
+    step = batch_tokens * sizes.top_k * (40 * sizes.width + 24 * sizes.hidden_size)
+    held_out = min(HELD_OUT_TOKENS, sizes.num_tokens)
+    return max(step, held_out * ((sizes.top_k + 3) * 4 * sizes.hidden_size + 16 * sizes.width))
+
+
+@register_method(
+    "prefit",
+    slot_maps=True,
+    group_copies=(1, 7),
+    scratch_bytes=_scratch_bytes,
+    calibration=True,
+    refines="least_squares",
+)
 def prefit(
     group: Group,
     start: Pool,

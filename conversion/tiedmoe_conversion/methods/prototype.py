@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .registry import Group, Pool, register_method
+from .registry import Group, Pool, Sizes, register_method
 from .union import union
 
 TOKENS_AT_A_TIME = 64  # of all experts of a layer at once
@@ -12,7 +12,22 @@ UNROUTED_TOKENS = 32  # of a layer, that stand for those of a slot without any
 UNROUTED_WEIGHT = 1e-3  # routing weight of theirs: too little to decide which experts are kept, enough to map the slot
 
 
-@register_method("prototype", any_width=True, slot_maps=True, group_copies=(1, 0), calibration=True)
+def _scratch_bytes(sizes: Sizes, tokens_per_expert: int = 256) -> int:
+    """The slots' tokens and their experts' outputs, what all experts of a layer make of some of them, and the costs."""
+    slots = sizes.num_layers * sizes.num_experts
+    at_a_time = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 12 * sizes.hidden_size)
+    tokens = max(min(tokens_per_expert, sizes.num_tokens), UNROUTED_TOKENS)
+    return slots * tokens * 8 * sizes.hidden_size + at_a_time + 4 * 8 * slots**2
+
+
+@register_method(
+    "prototype",
+    any_width=True,
+    slot_maps=True,
+    group_copies=(1, 0),
+    scratch_bytes=_scratch_bytes,
+    calibration=True,
+)
 def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:
     """P of the group's g*E experts, bit for bit; every slot reads the one of them that is nearest to its own expert.
 

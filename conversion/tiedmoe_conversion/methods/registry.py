@@ -172,6 +172,29 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a group's memory depends on beside the calibration text.
+
+    Attributes:
+        num_layers: of the group, g.
+        num_experts: of each of its layers, E.
+        width: neurons of an expert, I.
+        hidden_size: H.
+        top_k: experts of a token, K.
+        num_readers: slots that may read one row of the pool that a method starts from.
+        num_tokens: of the calibration text; 0 without.
+    """
+
+    num_layers: int
+    num_experts: int
+    width: int
+    hidden_size: int
+    top_k: int
+    num_readers: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method; see `register_method` for the fields."""
 
@@ -185,6 +208,7 @@ class Method:
     layers_read: Callable[..., Sequence[int]]
     float32_copies: int
     group_copies: tuple[float, float] | None
+    scratch_bytes: Callable[..., int]
     calibration: Callable[..., bool]
     refines: str | None
 
@@ -246,6 +270,7 @@ def register_method(
     layers_read: Callable[..., Sequence[int]] = lambda layers, **options: layers,
     float32_copies: int = 0,
     group_copies: tuple[float, float] | None = None,
+    scratch_bytes: Callable[..., int] = lambda sizes, **options: 0,
     calibration: bool | Callable[..., bool] = False,
     refines: str | None = None,
 ) -> Callable[[Callable[..., Pool]], Callable[..., Pool]]:
@@ -261,6 +286,8 @@ def register_method(
             Called as `layers_read(layers, **options)`, and raises `ConversionError` for a bad option value.
         float32_copies: float32 buffers of one layer's size that a method which streams keeps, for the plan's memory estimate.
         group_copies: of a method that works on `Experts`: how often it holds the group's experts, and the pool's, in float32.
+        scratch_bytes: what it holds beside those copies while it works, at most: tokens, activations, matrices of one expert.
+            Called as `scratch_bytes(sizes, **options)` with `Sizes`.
         calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
         refines: the function is `build(group, start, **options)`, where `start` is the pool of the method before it in
             the recipe; such a method may be named by `then`. The value names the method that runs before it where it
@@ -282,6 +309,7 @@ def register_method(
             layers_read,
             float32_copies,
             group_copies,
+            scratch_bytes,
             needs_calibration,
             refines,
         )
