@@ -117,8 +117,10 @@ def test_rows_make_recipes_of_the_size_they_are_called(quick, tmp_path):
     }
     shares |= {"50% of every layer": 0.5, "75% of every layer": 0.75}
     for row in ROWS:
-        if row.kind == "convert":
+        if row.kind == "convert" and not row.heal:  # else one with the same recipe is there
             plan = make_plan(study.recipe(row, tmp_path / row.name, seed=0))
             others = plan.bytes_before - 4 * plan.expert_parameters_before
             share = (plan.bytes_after - others) / (4 * plan.expert_parameters_before)
-            assert share == pytest.approx(1 if row.series == "union" else shares[row.size], abs=0.01), row.name
+            assert share == pytest.approx(1 if row.recipe["method"] == "union" else shares[row.size], abs=0.01), (
+                row.name
+            )

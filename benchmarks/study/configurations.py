@@ -1,5 +1,6 @@
 """What the study compares: one line a row. Sizes are those of its source, 12 layers of 16 experts.
 
+Every row is healed with the source as teacher at half the loss, those called "teacher alone" with nothing but the teacher.
 `g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `three pairs` three of their pairs: 50 %, 67 % and 75 % of the expert bytes with
 pools of E experts. Wider pools are named by their multiple of E. Rank 18 of a residual is 25 % of the expert bytes.
 """
@@ -18,6 +19,7 @@ class Row:
         size: how its bytes come about, such as "g=4, 2.5E"; unique within a series.
         recipe: fields of `ConversionRecipe`.
         num_seeds: how many seeds it is run with, at most the study's.
+        heal: fields of `HealConfig` where the row is healed differently.
         kind: "convert"; or a control: "source" as it is, "scratch" (tied, trained from random weights), "prune" (fewer
             experts in every layer, chosen by `recipe["keep"]`).
     """
@@ -26,6 +28,7 @@ class Row:
     size: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     num_seeds: int = 3
+    heal: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "convert"
 
     @property
@@ -46,11 +49,14 @@ E, WIDE, WIDE_PAIRS = (
 )
 
 
-def rows(series: str, *sizes: tuple[str, dict], num_seeds: int = 3, **fields: Any) -> list[Row]:
+def rows(
+    series: str, *sizes: tuple[str, dict], num_seeds: int = 3, heal: Mapping[str, Any] | None = None, **fields: Any
+) -> list[Row]:
     """The rows of one series, one a size, with g=4 unless the size says otherwise."""
-    return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds) for size, extra in sizes]
+    return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds, heal or {}) for size, extra in sizes]
 
 
+TEACHER_ALONE = {"teacher_weight": 1.0}
 HALF, MOST = (0.5, "50% of every layer"), (0.75, "75% of every layer")
 # What says most comes first: a study that is stopped lacks the end.
 ROWS = [
@@ -59,8 +65,12 @@ ROWS = [
     *rows("prototype", E, WIDE, WIDE_PAIRS, G2, method="prototype"),
     *rows("least_squares", G4, THREE_PAIRS, method="least_squares"),
     *rows("prototype, least_squares", E, WIDE, method="prototype", then=["least_squares"]),
-    *rows("prefit", G4, THREE_PAIRS, method="prefit", num_seeds=1),
-    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"], num_seeds=1),
+    *rows("prefit", G4, THREE_PAIRS, method="prefit"),
+    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"]),
+    *rows("union; teacher alone", G4, method="union", heal=TEACHER_ALONE),
+    *rows("prefit; teacher alone", G4, method="prefit", heal=TEACHER_ALONE),
+    *rows("least_squares; teacher alone", G4, method="least_squares", heal=TEACHER_ALONE),
+    *rows("prototype, prefit; teacher alone", WIDE, method="prototype", then=["prefit"], heal=TEACHER_ALONE),
     *[
         Row(f"within layers, {keep}", size, {"keep": keep, "share": share}, kind="prune")
         for keep in ("random", "magnitude")
@@ -82,7 +92,7 @@ ROWS = [
     *rows("select last", G4, method="select", method_options={"layer": "last"}),
     *rows("select best", G4, method="select", method_options={"layer": "best"}),
     *rows("average by frequency", G4, method="average", method_options={"weights": "frequency"}),
-    *rows("union", G4, method="union", num_seeds=1),
+    *rows("union", G4, method="union"),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
 ]
 QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1])]

@@ -32,7 +32,7 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
         style = {
             "color": COLOURS[families.index(_family(name)) % len(COLOURS)],
             "marker": MARKERS[relatives.index(name) % len(MARKERS)],
-            "linestyle": "-" if own[0]["kind"] == "convert" else "--",
+            "linestyle": {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--"),
             "linewidth": 1.2,
             "markersize": 6,
             "alpha": 0.85,
@@ -59,7 +59,7 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
 
 def _family(series: str) -> str:
     """What series share a colour by: the first word."""
-    return series.replace(",", " ").split()[0]
+    return series.replace(",", " ").replace(";", " ").split()[0]
 
 
 def _draw_sizes(axes, rows: list[dict], share: str, style: dict[str, Any]) -> None:

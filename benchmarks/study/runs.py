@@ -118,7 +118,8 @@ class Study:
         if not path.is_file():
             return None
         result = json.loads(path.read_text())
-        return result if result["recipe"] == json.loads(json.dumps(dict(run.row.recipe))) else None
+        made_by = json.loads(json.dumps([dict(run.row.recipe), dict(run.row.heal)]))
+        return result if [result["recipe"], result.get("heal", {})] == made_by else None
 
     def has_checkpoint(self, run: Run) -> bool:
         """Whether what the run heals is there."""
@@ -139,6 +140,7 @@ class Study:
             "seed": run.seed,
             "share": run.share,
             "recipe": dict(run.row.recipe),
+            "heal": dict(run.row.heal),
         } | measured
         path = self._result_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +223,7 @@ class Study:
             validation_fraction=VALIDATION_FRACTION,
             save_steps=self.steps(run.share),
             seed=run.seed,
+            **run.row.heal,
         )
         report = heal(config, lambda done, total, what: None)
         shutil.rmtree(folder)

@@ -40,7 +40,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [
         f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens of "
         f"training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, source as "
-        f"teacher, peak learning rate {settings['heal_learning_rate']:g}. Control: the source with the same tokens, "
+        f"teacher at half the loss (or all of it: teacher alone), peak learning rate {settings['heal_learning_rate']:g}. Control: the source with the same tokens, "
         f"perplexity {_plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample standard deviation over the seeds of "
         "calibration text and healing.",
         "",
@@ -73,6 +73,7 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
         "size": row.size,
         "kind": row.kind,
         "recipe": dict(row.recipe),
+        "heal": dict(row.heal),
         "num_seeds": len(healed),
         "parameters": first["parameters"],
         "expert_bytes": first["expert_bytes"],
@@ -127,6 +128,7 @@ def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, An
         "percent": percent,
         "best": best and best["name"],
         "found": best and best["percent_above_control"],
+        "above_source": best and best["percent_above_source"],
         "is_met": best and best["percent_above_control"]["mean"] <= percent,
     }
 
@@ -138,7 +140,9 @@ def _goal_line(goal: dict[str, Any]) -> str:
     if goal["best"] is None:
         return aim + "not measured"
     found = _plus_minus(goal["found"], 2, " %", "+")
-    return aim + f"{'met' if goal['is_met'] else 'missed'}, {found} (`{goal['best']}`)"
+    above_source = _plus_minus(goal["above_source"], 2, " %", "+")
+    verdict = "met" if goal["is_met"] else "missed"
+    return aim + f"{verdict}, {found} (`{goal['best']}`; {above_source} above the untouched source)"
 
 
 def _order(row: dict[str, Any]) -> tuple:

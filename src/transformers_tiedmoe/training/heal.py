@@ -52,7 +52,9 @@ class HealConfig:
     output: str = field(metadata={"help": "Folder to write; one that holds an unfinished healing is continued."})
     teacher: str | None = _option(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _option(
-        0.5, "Share of the distillation loss where there is a teacher; the text has the rest."
+        0.5,
+        "Share of the distillation loss where there is a teacher; the text has the rest. 1 where the source was trained on "
+        "that text: it has nothing more to learn from it.",
     )
     temperature: float = _option(1.0, "Softens both distributions in the distillation loss.")
     max_steps: int = _option(200, "Optimizer steps.")
