@@ -377,15 +377,22 @@ def test_ctrl_c_ends_the_process_with_130(tied, text, tmp_path):
     output = tmp_path / "healed"
     command = [sys.executable, "-m", "transformers_tiedmoe.cli", "heal", tied, "--data", text, "--output", output]
     process = subprocess.Popen(
-        [*command, "--block-size", "16", "--max-steps", "100000"], stderr=subprocess.PIPE, text=True
+        [*command, "--block-size", "16", "--max-steps", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where these tests run in a shell's background, SIGINT is ignored, and so it would be by the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not (output / "heal_progress.json").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "heal_progress.json").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "interrupted" in stderr
