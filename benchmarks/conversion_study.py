@@ -5,7 +5,7 @@ One source is trained on the novels that ship with the package, or found in OUTP
 training tokens) and measured again. Writes conversion_study.json, .md and .png. Kill it and start it again: runs that
 are there are not run again.
 
-    python benchmarks/conversion_study.py --output study --workers 2       # an hour or two on two idle cores
+    python benchmarks/conversion_study.py --output study --workers 2       # two or three hours on two idle cores
     python benchmarks/conversion_study.py --output quick --quick --results quick/study    # the whole path in a minute
 """
 

@@ -426,7 +426,7 @@ def _scratch_bytes(recipe: ConversionRecipe, group: list[int], source: SourceMod
     )
     found = []
     for method, options in recipe.steps:
-        found.append(method.scratch_bytes(sizes, **options))
+        found.append(method.scratch_bytes(sizes, **{**method.options, **options}))
         if method.any_width:  # any number of slots may read a row of it
             sizes = dataclasses.replace(sizes, num_readers=len(group) * len(down))
     return max(found + [residual_scratch_bytes(sizes)] * bool(recipe.residual_rank))

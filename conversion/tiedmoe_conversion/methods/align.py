@@ -13,7 +13,7 @@ from .registry import Group, LayerExperts, Pool, register_method
     "align",
     slot_maps=True,
     group_copies=(0, 6),
-    scratch_bytes=lambda sizes, tokens_per_expert=512, **options: matching_bytes(
+    scratch_bytes=lambda sizes, tokens_per_expert, **options: matching_bytes(
         sizes, 2 * min(tokens_per_expert, sizes.num_tokens)
     ),
     calibration=lambda on="activations", weights=None, **options: on == "activations" or weights == "frequency",

@@ -13,9 +13,7 @@ from .registry import Group, LayerExperts, Pool, Sizes, register_method
 ROUNDS = 16  # of leaving neurons out; more gave nothing
 
 
-def _scratch_bytes(
-    sizes: Sizes, up: str = "neurons", candidates: int = 4, tokens_per_expert: int = 4096, **options
-) -> int:
+def _scratch_bytes(sizes: Sizes, up: str, candidates: int, tokens_per_expert: int, **options) -> int:
     """A row's tokens; their features; and four Gram matrices in float64: of the neurons to choose from, or of one expert's."""
     side = sizes.width * min(candidates, sizes.num_readers) if up == "neurons" else max(sizes.width, sizes.hidden_size)
     num_tokens = min(tokens_per_expert, sizes.num_tokens)

@@ -15,7 +15,7 @@ HELD_OUT_TOKENS = 4096  # of every layer, at most
 BETAS = (0.9, 0.95)  # of Adam; the second forgets early gradients within a few dozen steps
 
 
-def _scratch_bytes(sizes: Sizes, batch_tokens: int = 1024, **options) -> int:
+def _scratch_bytes(sizes: Sizes, batch_tokens: int, **options) -> int:
     """Activations of one layer's step with their gradients, and the outputs of its held-out tokens."""
     step = batch_tokens * sizes.top_k * (40 * sizes.width + 24 * sizes.hidden_size)
     held_out = min(HELD_OUT_TOKENS, sizes.num_tokens)

@@ -12,7 +12,7 @@ UNROUTED_TOKENS = 32  # of a layer, that stand for those of a slot without any
 UNROUTED_WEIGHT = 1e-3  # routing weight of theirs: too little to decide which experts are kept, enough to map the slot
 
 
-def _scratch_bytes(sizes: Sizes, tokens_per_expert: int = 256) -> int:
+def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
     """The slots' tokens and their experts' outputs, what all experts of a layer make of some of them, and the costs."""
     slots = sizes.num_layers * sizes.num_experts
     at_a_time = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 12 * sizes.hidden_size)

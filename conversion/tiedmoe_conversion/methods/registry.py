@@ -287,7 +287,7 @@ def register_method(
         float32_copies: float32 buffers of one layer's size that a method which streams keeps, for the plan's memory estimate.
         group_copies: of a method that works on `Experts`: how often it holds the group's experts, and the pool's, in float32.
         scratch_bytes: what it holds beside those copies while it works, at most: tokens, activations, matrices of one expert.
-            Called as `scratch_bytes(sizes, **options)` with `Sizes`.
+            Called as `scratch_bytes(sizes, **options)` with `Sizes` and all of the options, defaults included.
         calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
         refines: the function is `build(group, start, **options)`, where `start` is the pool of the method before it in
             the recipe; such a method may be named by `then`. The value names the method that runs before it where it
