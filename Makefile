@@ -6,7 +6,7 @@ VENV := .venv
 ifdef PY
 INSTALLED :=
 TRITON_OLDEST :=
-export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/kernels/torch-ext:$(CURDIR)/conversion$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/kernels/torch-ext:$(CURDIR)/conversion:$(CURDIR)/examples$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed

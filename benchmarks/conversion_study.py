@@ -28,7 +28,7 @@ from study.runs import BEFORE, Run, Study
 from study.summary import markdown, summarize
 from timing import machine, versions
 
-from transformers_tiedmoe.demo import DemoConfig
+from tiedmoe_demo import DemoConfig
 
 RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import transformers
 
-from transformers_tiedmoe.demo import DemoConfig, run_demo
+from tiedmoe_demo import DemoConfig, run_demo
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("source", "tied", "healed", "control")

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import transformers_tiedmoe  # noqa: F401  the Auto classes learn of tied models
 from tiedmoe_conversion import ConversionRecipe, convert, untie
-from transformers_tiedmoe.demo import DemoConfig
-from transformers_tiedmoe.demo.source import train_tokenizer
+from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.train_source import train_tokenizer
 
 TEXT = "It is a truth universally acknowledged, that a single man"
 TOLERANCE = 1e-4  # of a logit of size 1 to 10 in float32; the source's experts are 0.1 and more away

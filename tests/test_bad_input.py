@@ -15,7 +15,8 @@ from conversions import edit_config, edit_tensors, read_tensors, save_source, un
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, source, write
+from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan
+from tiedmoe_conversion.checkpoint import reader, writer
 
 GATE = "model.layers.{}.mlp.experts.{}.gate_proj.weight"
 
@@ -535,7 +536,7 @@ def test_output_that_is_a_link_to_nowhere(folder):
 
 def test_disk_that_is_known_to_be_too_small(folder, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage(1000))
     refuse(
         folder, "has 1,000 bytes free, and .* are needed; free some", run=True, output=str(folder.parent / "a" / "out")
     )
@@ -544,7 +545,7 @@ def test_disk_that_is_known_to_be_too_small(folder, monkeypatch):
 @pytest.mark.parametrize("at", [0, 1, 20])
 def test_disk_that_fills_up(folder, monkeypatch, at):
     """The write of the nth tensor fails as on a full disk; new parent folders vanish, too."""
-    calls, real = [], write._write
+    calls, real = [], writer._write
 
     def full(file, data):
         calls.append(data)
@@ -553,7 +554,7 @@ def test_disk_that_fills_up(folder, monkeypatch, at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, data)
 
-    monkeypatch.setattr(write, "_write", full)
+    monkeypatch.setattr(writer, "_write", full)
     refuse(folder, "is full; nothing is left of the attempt", run=True, output=str(folder.parent / "new" / "out"))
     assert len(calls) == at + 1
 
@@ -569,7 +570,7 @@ def test_disk_that_is_really_full(folder, tmp_path, monkeypatch):
         plan = make_plan(recipe)
         with unchanged_disk(tmp_path), pytest.raises(ConversionError, match="bytes free, and"):
             execute(plan)
-        module = importlib.import_module("tiedmoe_conversion.execute")  # the package's name is the function
+        module = importlib.import_module("tiedmoe_conversion.run")  # the package's name is the function
         monkeypatch.setattr(module, "check_space", lambda *args: None)
         with unchanged_disk(tmp_path), pytest.raises(ConversionError, match="is full"):
             execute(plan)
@@ -579,13 +580,13 @@ def test_disk_that_is_really_full(folder, tmp_path, monkeypatch):
 
 def test_source_that_fails_while_it_is_read_leaves_nothing(folder, monkeypatch):
     plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out"), method="average"))
-    real = source.Source.read
+    real = reader.Source.read
 
     def fail(self, name, *rows, **into):
         if name == "model.norm.weight":
             raise OSError(errno.EIO, "Input/output error")
         return real(self, name, *rows, **into)
 
-    monkeypatch.setattr(source.Source, "read", fail)
+    monkeypatch.setattr(reader.Source, "read", fail)
     with unchanged_disk(folder.parent), pytest.raises(OSError, match="Input/output error"):
         execute(plan)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tiedmoe_conversion import ConversionRecipe
+from tiedmoe_demo import DemoConfig
 from transformers_tiedmoe import cli
-from transformers_tiedmoe.demo import DemoConfig
 from transformers_tiedmoe.flags import with_flags
 from transformers_tiedmoe.training.heal import HealConfig
 

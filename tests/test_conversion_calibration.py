@@ -14,10 +14,12 @@ from checkpoints import make_text, save_source
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, calibration, convert, execute, make_plan, making
-from tiedmoe_conversion.calibration import Calibration, CalibrationText, open_calibration, statistics_folder
-from tiedmoe_conversion.families import SourceModel, read_config
-from tiedmoe_conversion.source import open_source
+from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, execute, make, make_plan
+from tiedmoe_conversion.calibration import inputs
+from tiedmoe_conversion.calibration.inputs import Calibration, open_calibration, statistics_folder
+from tiedmoe_conversion.calibration.text import CalibrationText
+from tiedmoe_conversion.checkpoint.reader import open_source
+from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from tiedmoe_conversion.work import Work
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
@@ -99,7 +101,7 @@ def test_statistics_are_used_again_and_only_what_lacks_is_computed(folder, tmp_p
     def refuse(*args, **kwargs):
         raise AssertionError("the source is run again")
 
-    monkeypatch.setattr(calibration, "StreamedModel", refuse)
+    monkeypatch.setattr(inputs, "StreamedModel", refuse)
     third = open_text(folder, tmp_path / "statistics")
     assert third.source_loss == loss
     assert len(third.inputs(2).hidden_states) == len(first.inputs(2).hidden_states)
@@ -342,7 +344,7 @@ def test_a_killed_run_does_not_make_its_pools_again(folder, tmp_path, monkeypatc
     assert stored == ["pool-0"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".out.statistics"]
     monkeypatch.setattr(Work, "store", store)
-    monkeypatch.setattr(making, "make_pool", lambda *args: pytest.fail("the pool is made again"))
+    monkeypatch.setattr(make, "make_pool", lambda *args: pytest.fail("the pool is made again"))
     execute(make_plan(recipe))
     monkeypatch.undo()
     execute(make_plan(dataclasses.replace(recipe, output=str(tmp_path / "other"))))

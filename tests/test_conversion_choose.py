@@ -10,11 +10,11 @@ import torch
 from checkpoints import make_text, save_source
 
 from tiedmoe_conversion import METHODS, ConversionError, ConversionRecipe, choose, convert, make_plan, preview
-from tiedmoe_conversion.calibration import open_calibration
-from tiedmoe_conversion.choose import Candidate, _Search
-from tiedmoe_conversion.families import SourceModel, read_config
+from tiedmoe_conversion.calibration.inputs import open_calibration
+from tiedmoe_conversion.checkpoint.reader import Source, open_source
+from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from tiedmoe_conversion.methods import Pool
-from tiedmoe_conversion.source import Source, open_source
+from tiedmoe_conversion.search import Candidate, _Search
 
 
 @pytest.fixture(scope="module")

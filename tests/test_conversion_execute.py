@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan, verify
-from tiedmoe_conversion.headers import read_header
+from tiedmoe_conversion.checkpoint.headers import read_header
 from tiedmoe_conversion.methods import Pool
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
-execute_module = importlib.import_module("tiedmoe_conversion.execute")  # the package's name is the function
+execute_module = importlib.import_module("tiedmoe_conversion.run")  # the package's name is the function
 plan_module = importlib.import_module("tiedmoe_conversion.plan")
 LAYOUTS = pytest.mark.parametrize("original", [True, False], ids=["per_expert", "fused"])
 # Every family as it is on the Hub; the fused layout where it differs most from that.

@@ -7,7 +7,8 @@ import torch
 from conversions import edit_config, edit_tensors, read_tensors, save_source
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, source, untie, verify_folder
+from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie, verify_folder
+from tiedmoe_conversion.checkpoint import reader
 
 BLOCK = 16
 EXPERT = "model.layers.3.mlp.experts.1.gate_proj.weight"
@@ -188,7 +189,7 @@ def test_a_quantised_config_beside_plain_weights(tmp_path):
 
 def test_rows_of_a_dequantised_tensor(tmp_path):
     folder = save_fp8(tmp_path / "source")
-    opened = source.open_source(str(folder))
+    opened = reader.open_source(str(folder))
     whole = opened.read(EXPERT)
     assert whole.dtype == torch.bfloat16
     assert opened.read(EXPERT, 3, 9).equal(whole[3:9])

@@ -10,11 +10,11 @@ from families import tiny_config
 from transformers import AutoModelForCausalLM
 
 from tiedmoe_conversion.errors import ConversionError
-from tiedmoe_conversion.experts import ExpertFunction, Experts
+from tiedmoe_conversion.layout.neurons import ExpertFunction, Experts
 from tiedmoe_conversion.methods import METHODS, Group, Pool, RoutedInputs
 from tiedmoe_conversion.methods.prototype import choose, replacement_costs
+from tiedmoe_conversion.methods.residual import residuals
 from tiedmoe_conversion.methods.widen import widen
-from tiedmoe_conversion.residual import residuals
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 # Why each: plain; another module; shared experts beside it; interleaved, transposed, with biases; transposed; no gate.

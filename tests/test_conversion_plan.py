@@ -7,7 +7,7 @@ from families import tiny_config
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from tiedmoe_conversion import ConversionRecipe, make_plan
-from tiedmoe_conversion.source import Source
+from tiedmoe_conversion.checkpoint.reader import Source
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import torch
 from conversions import edit_config, save_source, unchanged_disk
 from safetensors.torch import load_file, save_file
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, journal, make_plan, untie, work, write
+from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, journal, make_plan, untie, work
+from tiedmoe_conversion.checkpoint import writer
 from tiedmoe_conversion.work import open_work
 
 # Runs a conversion in a process that sends itself SIGKILL at the n-th of the moments counted below, or when a timer says so.
@@ -24,7 +25,8 @@ KILLED = textwrap.dedent(
     import torch
     torch.set_num_threads(1)
     from pathlib import Path
-    from tiedmoe_conversion import ConversionRecipe, execute, journal, make_plan, untie, work, write
+    from tiedmoe_conversion import ConversionRecipe, execute, journal, make_plan, untie, work
+    from tiedmoe_conversion.checkpoint import writer
 
     def count(module, name, real):
         def counted(*args, **kwargs):
@@ -40,7 +42,7 @@ KILLED = textwrap.dedent(
             os.kill(os.getpid(), signal.SIGKILL)
 
     for module, name in (
-        (write, "_write"), (write, "flush"), (journal, "flush"), (work, "flush"), (work, "append"), (work, "_remove"),
+        (writer, "_write"), (writer, "flush"), (journal, "flush"), (work, "flush"), (work, "append"), (work, "_remove"),
         (os, "truncate"), (Path, "rename"), (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
     ):
         count(module, name, getattr(module, name))
@@ -144,7 +146,7 @@ def _named(files, before, after):
     if "tiedmoe_conversion.json" in files:
         manifest = json.loads(renamed["tiedmoe_conversion.json"])
         card = manifest["files"]["README.md"]
-        card.update(bytes=len(renamed["README.md"]), xxh3_128=write.xxhash.xxh3_128(renamed["README.md"]).hexdigest())
+        card.update(bytes=len(renamed["README.md"]), xxh3_128=writer.xxhash.xxh3_128(renamed["README.md"]).hexdigest())
         renamed["tiedmoe_conversion.json"] = json.dumps(manifest, indent=2).encode() + b"\n"
     return renamed
 
@@ -178,8 +180,8 @@ def test_ctrl_c_keeps_the_work_and_the_next_run_goes_on(source, monkeypatch):
     finished = {json.loads(line)["file"] for line in (partial / "journal.jsonl").read_text().splitlines()[1:]}
     assert len(finished) >= 2
     written = []
-    real = write.write_file
-    monkeypatch.setattr(write, "write_file", lambda path, *args: written.append(path.name) or real(path, *args))
+    real = writer.write_file
+    monkeypatch.setattr(writer, "write_file", lambda path, *args: written.append(path.name) or real(path, *args))
     report = execute(plan_of(source))
     assert report["resumed_files"] == len(finished)
     assert not finished & set(written)
@@ -224,9 +226,9 @@ def test_untie_does_not_go_on_with_a_conversion(source):
 
 def test_other_versions_are_refused(source, monkeypatch):
     interrupt(source)
-    from tiedmoe_conversion import manifest
+    from tiedmoe_conversion import provenance
 
-    monkeypatch.setattr(manifest, "version", lambda name: "0.0")
+    monkeypatch.setattr(provenance, "version", lambda name: "0.0")
     with unchanged_disk(source.parent), pytest.raises(ConversionError, match=r"differs in its versions: .* is '0.0'"):
         execute(plan_of(source))
 
@@ -252,7 +254,7 @@ def test_an_error_in_a_resumed_run_leaves_nothing(source, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "_write", fail)
+    monkeypatch.setattr(writer, "_write", fail)
     with pytest.raises(ConversionError, match="is full; nothing is left"):
         execute(plan_of(source))
     assert {path.name for path in source.parent.iterdir()} == {"source"}
@@ -263,7 +265,7 @@ def test_an_error_after_ctrl_c_removes_the_parents_that_were_made(source, monkey
     with pytest.raises(KeyboardInterrupt):
         execute(plan_of(source, output=output), progress=lambda *call: (_ for _ in ()).throw(KeyboardInterrupt))
     assert (source.parent / "new" / "deep").is_dir()
-    monkeypatch.setattr(write, "_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(writer, "_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ConversionError, match="is full"):
         execute(plan_of(source, output=output))
     assert {path.name for path in source.parent.iterdir()} == {"source"}

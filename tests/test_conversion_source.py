@@ -11,9 +11,10 @@ from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, source
-from tiedmoe_conversion.headers import DTYPES, read_header
-from tiedmoe_conversion.source import open_source
+from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan
+from tiedmoe_conversion.checkpoint import reader
+from tiedmoe_conversion.checkpoint.headers import DTYPES, read_header
+from tiedmoe_conversion.checkpoint.reader import open_source
 
 
 def test_reads_what_safetensors_wrote(tmp_path):
@@ -64,13 +65,13 @@ class FakeHub:
         self.folder, self.cache, self.downloads = folder, cache / "snapshots" / "c0ffee", []
 
     def install(self, monkeypatch):
-        monkeypatch.setattr(source, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(source, "hf_hub_download", self.hf_hub_download)
+        monkeypatch.setattr(reader, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(reader, "hf_hub_download", self.hf_hub_download)
         api = SimpleNamespace(
             file_exists=lambda repo, file, revision: (self.folder / file).is_file(),
             parse_safetensors_file_metadata=self.parse_safetensors_file_metadata,
         )
-        monkeypatch.setattr(source, "HfApi", lambda: api)
+        monkeypatch.setattr(reader, "HfApi", lambda: api)
 
     def snapshot_download(self, repo, revision, allow_patterns):
         assert repo == "some/model"

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from conversions import save_source
 from transformers import AutoModelForCausalLM
 
-from tiedmoe_conversion import streamed
-from tiedmoe_conversion.families import SourceModel, read_config
-from tiedmoe_conversion.source import open_source
-from tiedmoe_conversion.streamed import StreamedModel
+from tiedmoe_conversion.calibration import streamed_model as streamed
+from tiedmoe_conversion.calibration.streamed_model import StreamedModel
+from tiedmoe_conversion.checkpoint.reader import open_source
+from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 
 # Why each: per-expert keys; interleaved and biased; a float32 buffer beside the router; state-space layers; linear
 # attention; several kinds of layers and per-layer inputs; several residual streams; logits that are scaled.

@@ -99,8 +99,8 @@ def test_rows_have_names_of_their_own():
 def test_rows_make_recipes_of_the_size_they_are_called(quick, tmp_path):
     """Every row can be planned on a source as wide and deep as the study's own, and keeps the bytes that it says."""
     from tiedmoe_conversion import make_plan
-    from transformers_tiedmoe.demo import DemoConfig
-    from transformers_tiedmoe.demo.source import source_config
+    from tiedmoe_demo import DemoConfig
+    from tiedmoe_demo.train_source import source_config
 
     demo = DemoConfig(**conversion_study.SOURCE, output=str(tmp_path), data=str(quick[0] / "work" / "text.txt"))
     study = conversion_study.Study(demo)

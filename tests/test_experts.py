@@ -16,9 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from tiedmoe_kernels import ACTIVATIONS, autograd, experts_forward, experts_forward_reference
-from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel, experts, modeling_tiedmoe
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel, experts_interface, modeling_tiedmoe
 from transformers_tiedmoe.configuration_tiedmoe import canonical_family
-from transformers_tiedmoe.experts import activation_of
+from transformers_tiedmoe.experts_interface import activation_of
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 T, H, I, E, K = 7, 8, 4, 5, 3  # rows of 16 bytes in float32, for which the CPU backend has a path of its own
@@ -375,7 +375,7 @@ def test_recompute_experts_is_a_config_field_and_changes_no_result(tmp_path):
 def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(experts, "has_triton", lambda: True)
+    monkeypatch.setattr(experts_interface, "has_triton", lambda: True)
     model = TiedMoeForCausalLM(tied_config())
     assert model.config._experts_implementation == ("tiedmoe" if gpu else "grouped_mm")
     model.save_pretrained(tmp_path)
@@ -390,13 +390,13 @@ def test_the_default_is_ours_where_a_gpu_is_present(gpu, monkeypatch, tmp_path):
 def test_the_default_is_not_ours_where_the_kernels_cannot_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))  # a T4
-    monkeypatch.setattr(experts, "has_triton", lambda: True)
+    monkeypatch.setattr(experts_interface, "has_triton", lambda: True)
     assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "grouped_mm"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "tiedmoe"
     model = TiedMoeForCausalLM(tied_config(hidden_act="tanh"))
     assert model.config._experts_implementation == "grouped_mm"
-    monkeypatch.setattr(experts, "has_triton", lambda: False)
+    monkeypatch.setattr(experts_interface, "has_triton", lambda: False)
     assert TiedMoeForCausalLM(tied_config()).config._experts_implementation == "grouped_mm"
 
 
@@ -466,4 +466,4 @@ def test_slot_maps_and_wide_pools(calls):
 
 
 def test_it_is_registered():
-    assert ALL_EXPERTS_FUNCTIONS["tiedmoe"] is experts.tiedmoe_experts_forward
+    assert ALL_EXPERTS_FUNCTIONS["tiedmoe"] is experts_interface.tiedmoe_experts_forward

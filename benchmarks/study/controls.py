@@ -9,9 +9,9 @@ from transformers import (
     set_seed,
 )
 
+from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.train_source import source_config, train_on_text
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
-from transformers_tiedmoe.demo import DemoConfig
-from transformers_tiedmoe.demo.source import source_config, train_on_text
 
 
 def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
-from transformers_tiedmoe.demo import DemoConfig
-from transformers_tiedmoe.demo.config import VALIDATION_FRACTION
-from transformers_tiedmoe.demo.measure import expert_parameters
-from transformers_tiedmoe.demo.source import train_source
+from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.config import VALIDATION_FRACTION
+from tiedmoe_demo.figures import expert_parameters
+from tiedmoe_demo.train_source import train_source
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal
 

@@ -9,13 +9,13 @@ Example:
 or, where `budget` or `max_loss` leave the groups open, all of it at once: `report = convert(recipe)`.
 """
 
-from .choose import choose, preview
 from .convert import convert
 from .errors import ConversionError
-from .execute import execute
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
+from .run import execute
+from .search import choose, preview
 from .untie import untie
 from .verify import verify_folder
 

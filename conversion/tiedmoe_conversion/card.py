@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .source import Source
+from .checkpoint.reader import Source
 
 if TYPE_CHECKING:
     from .plan import Plan

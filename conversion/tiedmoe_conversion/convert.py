@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from .calibration import open_calibration, statistics_folder
-from .choose import choose, preview
-from .execute import execute
-from .families import SourceModel, read_config
+from .calibration.inputs import open_calibration, statistics_folder
+from .checkpoint.reader import open_source
+from .checkpoint.writer import Progress, check_output
 from .hub import check_upload, push_to_hub
+from .layout.source_model import SourceModel, read_config
 from .plan import make_plan
 from .recipe import ConversionRecipe
-from .source import open_source
-from .write import Progress, check_output
+from .run import execute
+from .search import choose, preview
 
 
 def convert(

@@ -3,8 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+from transformers_tiedmoe.errors import TiedMoeError
 
-class ConversionError(ValueError):
+
+class ConversionError(TiedMoeError):
     """Raised for whatever a source, a recipe or a full disk can do wrong; the disk is then unchanged."""
 
 

@@ -17,16 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_tiedmoe import TiedMoeConfig
 
-from .calibration import HELD_OUT_SHARE
+from .calibration.streamed_model import held_bytes
+from .calibration.text import HELD_OUT_SHARE
+from .checkpoint.reader import open_source
+from .checkpoint.writer import Planned, check_output, into_files
 from .errors import ConversionError
-from .families import SourceModel, family_model, read_config, saved_tensors
+from .layout.keys import saved_tensors
+from .layout.source_model import SourceModel, family_model, read_config
 from .methods import Sizes
+from .methods.residual import scratch_bytes as residual_scratch_bytes
 from .recipe import ConversionRecipe, parse_size
-from .residual import scratch_bytes as residual_scratch_bytes
-from .source import open_source
-from .streamed import held_bytes
 from .verify import MAX_BYTES_FOR_LOGITS
-from .write import Planned, check_output, into_files
 
 RESIDUAL_COPIES = (1, 1)  # of a group's experts and its pool's in float32, while residuals are made
 

@@ -16,15 +16,16 @@ from transformers import PreTrainedConfig
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
+from .checkpoint.reader import Source, open_source
+from .checkpoint.writer import Planned, Progress, check_output, check_space, into_files, write_weights
 from .errors import ConversionError
-from .families import Unit, family_model, hub_units, map_tensors, read_tied_config, saved_tensors
-from .layers import LayerTensors
-from .manifest import identity
+from .layout.keys import Unit, hub_units, map_tensors, saved_tensors
+from .layout.source_model import family_model, read_tied_config
+from .layout.tied_view import LayerTensors
+from .provenance import identity
 from .recipe import parse_size
-from .source import Source, open_source
 from .verify import verify_output
 from .work import open_work
-from .write import Planned, Progress, check_output, check_space, into_files, write_weights
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from transformers.utils import logging
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
-from .dequantise import BlockScaled
+from .checkpoint.quantised import BlockScaled
+from .checkpoint.reader import Source, open_source, regular_file
+from .checkpoint.writer import Planned
 from .errors import ConversionError
-from .families import SourceModel, family_model, map_tensors, read_config, read_tied_config
 from .journal import file_digest
-from .layers import LayerTensors
-from .source import Source, open_source, regular_file
-from .write import Planned
+from .layout.keys import map_tensors
+from .layout.source_model import SourceModel, family_model, read_config, read_tied_config
+from .layout.tied_view import LayerTensors
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -21,9 +21,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
+from .checkpoint.writer import Planned, check_output, write_file
 from .errors import ConversionError
 from .journal import FILES, JOURNAL, append, file_digest, flush, partial_folder, read_journal, was_renamed
-from .write import Planned, check_output, write_file
 
 LOCK, PID, STORED = "lock", "pid", "work"
 FULL = (errno.ENOSPC, errno.EDQUOT)

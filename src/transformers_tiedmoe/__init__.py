@@ -4,7 +4,7 @@ from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_tiedmoe import TiedMoeConfig
-from .experts import tiedmoe_experts_forward
+from .experts_interface import tiedmoe_experts_forward
 from .modeling_tiedmoe import (
     TiedMoeForCausalLM,
     TiedMoeForSequenceClassification,

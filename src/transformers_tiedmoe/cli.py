@@ -55,8 +55,8 @@ def main() -> None:
 def build_app() -> typer.Typer:
     """The typer application; the dataclasses behind its flags, the conversion's too, are imported only here."""
     from tiedmoe_conversion import ConversionRecipe
+    from tiedmoe_demo import DemoConfig
 
-    from .demo import DemoConfig
     from .training.heal import HealConfig
 
     app = typer.Typer(
@@ -176,14 +176,14 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
     """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and what it cost."""
-    from .demo import comparison_table, run_demo
+    from tiedmoe_demo import comparison_table, run_demo
 
     report = run_demo(config, progress)
     return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
 
 
 def measurement_table(measured: dict) -> Table:
-    """What `tiedmoe_conversion.measure` returns, for people."""
+    """What `tiedmoe_conversion.calibration.measure` returns, for people."""
     slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
     table = Table(f"on {measured['tokens']:,} held-out tokens", "source", "tied")
     table.add_row("loss", f"{measured['loss_before']:.4f}", f"{measured['loss_after']:.4f}")

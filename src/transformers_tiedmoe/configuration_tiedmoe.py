@@ -115,7 +115,7 @@ class TiedMoeConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
-        from .remote import write_stub
+        from .hub import write_stub
 
         write_stub(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

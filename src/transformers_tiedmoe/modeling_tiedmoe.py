@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .configuration_tiedmoe import TiedMoeConfig, family_config_class
-from .experts import defer_weight_gradients, is_default_for
+from .experts_interface import defer_weight_gradients, is_default_for
 from .losses import add_router_losses, watch_routers
 from .pools import default_slot_map
 

@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 
-from ..experts import Experts
+from ..layout.neurons import Experts
+from .base import Group, LayerExperts, Pool, register_method
 from .matching import match_experts, match_neurons, matching_bytes
-from .registry import Group, LayerExperts, Pool, register_method
 
 
 @register_method(

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from .registry import Group, Pool, register_method
+from .base import Group, Pool, register_method
 
 PIECE = 1 << 15  # elements; torch works on more of them with several threads, which wait for each other
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch
 
-from ..experts import ExpertFunction, Experts
+from ..layout.neurons import ExpertFunction, Experts
+from .base import Group, LayerExperts, Pool, Sizes, register_method
 from .matching import match_neurons, matching_bytes
 from .readers import Reader, better_pool, slots_of_rows
-from .registry import Group, LayerExperts, Pool, Sizes, register_method
 
 ROUNDS = 16  # of leaving neurons out; more gave nothing
 

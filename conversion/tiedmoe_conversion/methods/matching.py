@@ -7,8 +7,8 @@ by what they compute, which does not depend on how their neurons are numbered; n
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ..experts import ExpertFunction, Experts
-from .registry import Sizes
+from ..layout.neurons import ExpertFunction, Experts
+from .base import Sizes
 
 TOKENS_AT_A_TIME = 128  # of all experts at once
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from ..experts import ExpertFunction, Experts
+from ..layout.neurons import ExpertFunction, Experts
+from .base import Group, LayerExperts, Pool, RoutedInputs, Sizes, register_method
 from .readers import better_pool
-from .registry import Group, LayerExperts, Pool, RoutedInputs, Sizes, register_method
 
 CHECKS = 10  # looks at the held-out tokens, at even distances
 PATIENCE = 3  # of them without progress, and it stops

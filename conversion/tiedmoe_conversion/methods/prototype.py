@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .registry import Group, Pool, Sizes, register_method
+from .base import Group, Pool, Sizes, register_method
 from .union import union
 
 TOKENS_AT_A_TIME = 64  # of all experts of a layer at once

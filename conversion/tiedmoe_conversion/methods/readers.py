@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..experts import ExpertFunction, Experts
-from .registry import Group, LayerExperts, Pool
+from ..layout.neurons import ExpertFunction, Experts
+from .base import Group, LayerExperts, Pool
 
 
 @dataclass(frozen=True)

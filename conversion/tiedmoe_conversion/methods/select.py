@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import ConversionError
-from .registry import Group, LayerExperts, Pool, register_method
+from .base import Group, LayerExperts, Pool, register_method
 
 
 def selected_layers(layers: Sequence[int], layer: str | int = "first") -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .registry import Group, Pool, register_method
+from .base import Group, Pool, register_method
 
 
 @register_method(

@@ -5,8 +5,8 @@ Not a method: it follows one that makes a pool of E experts when the recipe asks
 
 import torch
 
+from .base import Group, LayerExperts, Pool
 from .readers import slots_of_rows
-from .registry import Group, LayerExperts, Pool
 
 
 def widen(group: Group, pool: Pool, num_experts: int) -> Pool:

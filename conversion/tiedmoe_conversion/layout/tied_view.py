@@ -6,8 +6,8 @@ import torch
 
 from transformers_tiedmoe import TiedMoeConfig
 
-from .errors import ConversionError
-from .families import FamilyTensors
+from ..errors import ConversionError
+from .keys import FamilyTensors
 
 
 class LayerTensors:

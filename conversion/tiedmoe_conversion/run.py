@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration, open_calibration, statistics_folder
+from .calibration.inputs import Calibration, open_calibration, statistics_folder
+from .calibration.measure import measure
 from .card import save_card
+from .checkpoint.writer import Progress, check_output, check_space, write_weights
 from .errors import ConversionError
-from .families import FamilyTensors
-from .making import TensorMaker
-from .manifest import identity, save_manifest
-from .measure import measure
+from .layout.keys import FamilyTensors
+from .make import TensorMaker
 from .plan import Plan
+from .provenance import identity, save_manifest
 from .verify import verify_lossless, verify_output, verify_sample
 from .work import Work, open_work
-from .write import Progress, check_output, check_space, write_weights
 
 
 def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:

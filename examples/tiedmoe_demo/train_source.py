@@ -21,10 +21,11 @@ from transformers import (
     set_seed,
 )
 
-from ..configuration_tiedmoe import TiedMoeConfig
-from ..modeling_tiedmoe import TiedMoeForCausalLM
-from ..training.data import _load_texts, load_blocks
-from ..training.trainer import ProgressReport
+from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.modeling_tiedmoe import TiedMoeForCausalLM
+from transformers_tiedmoe.training.data import _load_texts, load_blocks
+from transformers_tiedmoe.training.trainer import ProgressReport
+
 from .config import VALIDATION_FRACTION, DemoConfig
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"

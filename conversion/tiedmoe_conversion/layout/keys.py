@@ -5,7 +5,6 @@ modules (3-D, fused). A `Unit` is one application of such a rule; it runs on met
 ones for the conversion, so what is planned is what is done.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -28,13 +25,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig, canonical_family
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
-
-from .dequantise import BlockScaled, block_size
-from .errors import ConversionError, did_you_mean
-from .headers import TensorInfo
-from .source import Source
+from ..checkpoint.headers import TensorInfo
+from ..checkpoint.quantised import BlockScaled
+from ..checkpoint.reader import Source
+from ..errors import ConversionError
 
 Read = Callable[[str], torch.Tensor]
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -180,126 +174,6 @@ class FamilyTensors:
         tensor = self.source.read(key, first, last, into)
         check_finite(tensor, key, self.source.name)
         return tensor
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """A source as its family sees it: the model on the meta device, where its experts are, and what tensor is what."""
-
-    opened: Source
-    model: PreTrainedModel
-    experts: dict[int, str]
-    tensors: FamilyTensors
-
-    @classmethod
-    def map(cls, opened: Source, config: PreTrainedConfig) -> "SourceModel":
-        """Build the family's model of `config` without memory and find every tensor's place in it."""
-        model = family_model(config)
-        return cls(opened, model, expert_layers(model), map_tensors(opened, model))
-
-    @property
-    def name(self) -> str:
-        """The source as the user calls it."""
-        return self.opened.name
-
-    def expert_names(self, layer: int) -> list[str]:
-        """The state-dict names of a layer's expert parameters, in the model's order."""
-        return [name for name in self.model.state_dict() if name.startswith(f"{self.experts[layer]}.")]
-
-    def describe_experts(self, layer: int) -> dict[str, str]:
-        """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16] bfloat16"}`."""
-        found = {}
-        for name in self.expert_names(layer):
-            tensor = self.tensors.meta[name]
-            dtype = describe_dtype(self.opened.tensors[self.tensors.units[name].keys[0]])
-            found[name.removeprefix(f"{self.experts[layer]}.")] = f"{list(tensor.shape)} {dtype}"
-        return found
-
-
-def read_config(source: Source) -> PreTrainedConfig:
-    """The source's config, of a causal LM with experts; no code of the checkpoint is run.
-
-    Raises:
-        ConversionError: unreadable, unknown to this transformers, without experts, already tied, or quantised.
-    """
-    fields = source.read_json("config.json")
-    family = fields.get("model_type")
-    if not isinstance(family, str | None):
-        raise ConversionError(
-            f"{source.name} is of the unknown family {str(family)[:200]}; expected a name such as 'olmoe'"
-        )
-    if family == "tiedmoe":
-        raise ConversionError(
-            f"{source.name} is already a tiedmoe checkpoint; expected an untied one. "
-            "Untie it first: tiedmoe untie SOURCE OUTPUT"
-        )
-    if fields.get("quantization_config"):
-        block_size(fields, source.name)  # refuses what is not read here
-        if not source.is_quantised:
-            raise ConversionError(
-                f"{source.name} is quantised by its config.json, and none of its weights has scales; expected "
-                "X.weight_scale_inv beside X.weight: remove quantization_config if the weights are plain"
-            )
-    try:
-        canonical_family(family)
-    except ValueError as error:
-        if family in CONFIG_MAPPING:
-            raise ConversionError(
-                f"{source.name} is a {family!r} checkpoint, a family without experts that transformers can tie; expected "
-                "a Mixture-of-Experts causal LM such as olmoe, mixtral, qwen3_moe or deepseek_v3"
-            ) from error
-        raise ConversionError(
-            f"{source.name} is of the unknown family {family!r}; {did_you_mean(family, CONFIG_MAPPING)}. "
-            f"transformers {transformers.__version__} is installed: a newer one may know it"
-        ) from error
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-        text_config = config.get_text_config(decoder=True)
-        if text_config.dtype is None:  # a multimodal config has it at the top
-            text_config.dtype = config.dtype
-    except Exception as error:  # whatever a field of the wrong type makes transformers raise
-        raise ConversionError(f"{source.name}: transformers cannot read config.json: {error}") from error
-    if hasattr(text_config, "quantization_config"):
-        del text_config.quantization_config  # what is read is not quantised any more
-    layers = getattr(text_config, "num_hidden_layers", None)
-    if type(layers) is not int or not 0 < layers <= len(source.tensors):  # before a model of as many is built
-        raise ConversionError(
-            f"{source.name} has num_hidden_layers={layers!r} by config.json and {len(source.tensors)} tensors; expected a "
-            "layer to have one at least: use the config.json that belongs to the weights"
-        )
-    try:
-        family_model(text_config)
-        with contextlib.suppress(ValueError):  # of groups that nobody asked for
-            TiedMoeConfig.from_family(text_config, skip_first=0, skip_last=0)
-    except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
-        raise ConversionError(
-            f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use the "
-            "config.json that belongs to the weights"
-        ) from error
-    return text_config
-
-
-def read_tied_config(source: Source) -> TiedMoeConfig:
-    """The config of a tied checkpoint.
-
-    Raises:
-        ConversionError: unreadable, or of a checkpoint that is not tied.
-    """
-    family = source.read_json("config.json").get("model_type")
-    if family != "tiedmoe":
-        raise ConversionError(
-            f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
-        )
-    try:
-        return AutoConfig.from_pretrained(source.folder)
-    except Exception as error:  # whatever a field of the wrong type makes transformers raise
-        raise ConversionError(f"{source.name}: cannot read config.json: {error}") from error
-
-
-def family_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal LM of `config`, tied or not, on the meta device: names and shapes, no memory."""
-    with torch.device("meta"), init.meta_device_safe_creation_ops():
-        return AutoModelForCausalLM.from_config(config)
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
-from .families import Read, saved_tensors
+from ..layout.keys import Read, saved_tensors
 
 TOKENS_AT_A_TIME = 4096  # in a layer and in the head
 IN_FLOAT32 = 2  # times the bytes of bfloat16; on a GPU, which keeps the model's dtype, an estimate from above

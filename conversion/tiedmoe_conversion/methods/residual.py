@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from .experts import ExpertFunction, Experts
-from .methods.matching import match_neurons, matching_bytes
-from .methods.registry import Group, Pool, Sizes
+from ..layout.neurons import ExpertFunction, Experts
+from .base import Group, Pool, Sizes
+from .matching import match_neurons, matching_bytes
 
 # By layer index and name of the projection: `b [E, rows, r]` and `a [E, r, columns]` in the family's own layout.
 Residuals = Mapping[int, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 import torch
 
 from ..errors import ConversionError, did_you_mean
-from ..experts import ExpertFunction, Experts
+from ..layout.neurons import ExpertFunction, Experts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from ..errors import ConversionError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 MAX_DIMENSIONS = 64  # the limit of torch

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from ..errors import ConversionError
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from rich.table import Table
 
 from transformers_tiedmoe.pools import tie_groups
 
-from .calibration import Calibration, Residuals, TiedTensors
+from .calibration.inputs import Calibration, Residuals, TiedTensors
+from .checkpoint.reader import open_source
+from .checkpoint.writer import Progress
 from .errors import ConversionError
-from .families import SourceModel, read_config
-from .making import make_pool, parameter_names
+from .layout.source_model import SourceModel, read_config
+from .make import make_pool, parameter_names
 from .methods import Pool
 from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
-from .source import open_source
-from .write import Progress
 
 WIDTH_STEP = 0.5  # of E, between two widths of a pool that are tried
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from ..errors import ConversionError
 from .buffers import Buffers
-from .dequantise import SUFFIX, BlockScaled, dequantise, fold_scales
-from .errors import ConversionError
 from .headers import TensorInfo, read_header, tensors_from_header
+from .quantised import SUFFIX, BlockScaled, dequantise, fold_scales
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

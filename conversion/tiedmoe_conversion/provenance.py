@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import PACKAGES, public_recipe
+from .checkpoint.reader import Source
 from .journal import file_digest
-from .source import Source
 from .verify import MANIFEST
 
 if TYPE_CHECKING:
+    from .checkpoint.writer import Planned
     from .plan import Plan
-    from .write import Planned
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from ..errors import ConversionError
 from .headers import TensorInfo
 
 SUFFIX = "_scale_inv"

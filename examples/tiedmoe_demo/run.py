@@ -18,14 +18,15 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
-from ..training.data import load_blocks
-from ..training.heal import HealConfig, heal
-from ..training.output import REPORT as HEAL_REPORT
+from transformers_tiedmoe.training.data import load_blocks
+from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.training.output import REPORT as HEAL_REPORT
+
 from .config import VALIDATION_FRACTION, DemoConfig
-from .measure import measure
+from .figures import measure
+from .page import markdown
 from .plot import save_plot
-from .report import markdown
-from .source import train_source
+from .train_source import train_source
 
 Progress = Callable[[int, int, str], None]
 SETTINGS = "demo.json"

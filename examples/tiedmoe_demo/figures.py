@@ -11,8 +11,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..modeling_tiedmoe import ExpertPool, TiedExperts, expert_layers
-from ..training.data import perplexity
+from transformers_tiedmoe.modeling_tiedmoe import ExpertPool, TiedExperts, expert_layers
+from transformers_tiedmoe.training.data import perplexity
+
 from .config import DemoConfig
 
 

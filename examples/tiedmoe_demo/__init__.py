@@ -5,7 +5,7 @@ extra steps as a control, measures all four and writes the report. Nothing here 
 """
 
 from .config import DemoConfig
-from .report import comparison_table
+from .page import comparison_table
 from .run import run_demo
 
 __all__ = ["DemoConfig", "comparison_table", "run_demo"]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .calibration import Calibration, Residuals, TiedTensors
-from .experts import ExpertFunction
-from .families import FamilyTensors, check_finite
-from .methods.registry import Group, Pool, RoutedInputs
+from .calibration.inputs import Calibration, Residuals, TiedTensors
+from .checkpoint.writer import Progress
+from .layout.keys import FamilyTensors, check_finite
+from .layout.neurons import ExpertFunction
+from .methods.base import Group, Pool, RoutedInputs
+from .methods.residual import residuals
 from .methods.widen import widen
 from .plan import Plan, TensorOperation
-from .residual import residuals
-from .write import Progress
 
 if TYPE_CHECKING:
     from .work import Work

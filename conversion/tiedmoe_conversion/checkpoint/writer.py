@@ -18,13 +18,13 @@ import torch
 import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .errors import ConversionError
+from ..errors import ConversionError
+from ..journal import HASH, flush, partial_folder, was_renamed
 from .headers import DTYPE_NAMES
-from .journal import HASH, flush, partial_folder, was_renamed
-from .source import WEIGHTS, WEIGHTS_INDEX
+from .reader import WEIGHTS, WEIGHTS_INDEX
 
 if TYPE_CHECKING:
-    from .work import Work
+    from ..work import Work
 
 Progress = Callable[[int, int, str], None]
 # In one write: Linux 6.18 takes seven times as long for the pages of 16 MiB in its cache (ext4, a virtual machine; 1 GB of writes

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration import Calibration
-from .families import family_model
-from .layers import LayerTensors
-from .source import open_source
-from .streamed import StreamedModel
-from .verify import tied_layers
+from ..checkpoint.reader import open_source
+from ..layout.source_model import family_model
+from ..layout.tied_view import LayerTensors
+from ..verify import tied_layers
+from .inputs import Calibration
+from .streamed_model import StreamedModel
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from ..plan import Plan
 
 Routing = dict[int, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""A checkpoint on disk: its headers and tensors read, its quantised weights dequantised, its weight files written."""
