@@ -606,4 +606,4 @@ def test_trust_remote_code_in_a_process_that_never_imported_us(tmp_path):
 
     refused = run_python(load, without_us=True)
     assert refused.returncode != 0
-    assert "pip install transformers-tiedmoe" in refused.stderr
+    assert f"pip install 'transformers-tiedmoe>={transformers_tiedmoe.__version__}'" in refused.stderr

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from transformers_tiedmoe.hub import check_upload, push_to_hub
+
 from .calibration.inputs import open_calibration, statistics_folder
 from .checkpoint.reader import open_source
 from .checkpoint.writer import Progress, check_output
-from .hub import check_upload, push_to_hub
 from .layout.source_model import SourceModel, read_config
 from .plan import make_plan
 from .recipe import ConversionRecipe

@@ -1,34 +1,24 @@
-"""`tiedmoe_conversion.json`: what an output is made of, and the hash of every file in it.
-
-It holds no time and no path of this machine: the same recipe gives the same file.
-"""
+"""Where an output comes from: the identity that a killed run is continued by, its manifest and its model card."""
 
 import hashlib
-import json
-from collections.abc import Mapping
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .card import PACKAGES, public_recipe
+from transformers_tiedmoe import hub
+
 from .checkpoint.reader import Source
 from .journal import file_digest
-from .verify import MANIFEST
 
 if TYPE_CHECKING:
     from .checkpoint.writer import Planned
     from .plan import Plan
 
 
-def versions() -> dict[str, str]:
-    """The packages whose version can change what is written."""
-    return {name: version(name) for name in PACKAGES}
-
-
 def identity(
-    command: str, recipe: Mapping[str, Any], source: Source, operations: "tuple[Planned, ...]"
+    command: str, recipe: Mapping[str, Any], source: Source, operations: "Sequence[Planned]"
 ) -> dict[str, Any]:
-    """What decides an output's bytes: a run goes on with the work of another one where all of it is the same."""
+    """Say what decides an output's bytes: a run goes on with the work of another one if all of it is the same."""
     digest = hashlib.sha256()
     for each in operations:
         digest.update(f"{each.target} {each.dtype} {each.shape} {each.file}\n".encode())
@@ -36,7 +26,7 @@ def identity(
     return {
         "recipe": {"command": command, **recipe, **folders, "output": None},
         "source": {"commit": source.commit, "headers_and_config": source.fingerprint(), **source.stamps()},
-        "versions": versions(),
+        "versions": hub.versions(),
         "plan": {"tensors": digest.hexdigest()},
     }
 
@@ -52,17 +42,85 @@ def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verifica
     """
     source, recipe = plan.source.opened, public_recipe(plan)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        "made_by": "tiedmoe convert",
+    fields = {
         "recipe": recipe,
         "source": {
             "name": recipe["source"],
             "commit": source.commit,
             "headers_and_config_sha256": source.fingerprint(),
         },
-        "versions": versions(),
         "dropped": [{"tensor": name, "reason": reason} for name, reason in plan.dropped],
         "verification": verification,
-        "files": {name: files.get(name) or file_digest(folder / name) for name in names if name != MANIFEST},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    digests = {name: files.get(name) or file_digest(folder / name) for name in names if name != hub.MANIFEST}
+    hub.save_manifest(folder, "tiedmoe convert", fields, digests)
+
+
+def save_card(plan: "Plan", folder: Path, measured: Mapping[str, Any] | None = None, text_digest: str = "") -> None:
+    """Write the model card of a converted checkpoint into `folder`; paths of this machine stay out of it.
+
+    Args:
+        plan: what was done.
+        folder: where.
+        measured: what `measure` returned, None if nothing was measured.
+        text_digest: of the calibration text's tokens.
+    """
+    source, recipe = plan.source.opened, public_recipe(plan)
+    on_hub = source.commit is not None
+    where = f"revision `{source.commit}`" if on_hub else "a local folder"
+    hub.save_card(
+        folder,
+        {"name": recipe["source"], "on_hub": on_hub},
+        hub.read_licence(str(source.folder)),
+        title=recipe["output"],
+        made_by=f"Made by `tiedmoe convert` from {where}, sha256 of its config and headers `{source.fingerprint()}`.",
+        methods=[{"name": method.name, "summary": method.summary} for method, _ in plan.recipe.steps],
+        residual_rank=plan.recipe.residual_rank,
+        is_lossless=plan.is_lossless,
+        measured=_measured(recipe, measured, text_digest) if measured else None,
+        recipe=recipe,
+        **_sizes(plan),
+    )
+
+
+def public_recipe(plan: "Plan") -> dict[str, Any]:
+    """Return the recipe as others can use it: names instead of this machine's paths."""
+    source, recipe = plan.source.opened, plan.recipe.to_dict()
+    return {
+        **recipe,
+        "calibration": recipe["calibration"] and hub.public_name(recipe["calibration"]),
+        "source": source.name if source.commit is not None else PurePath(source.name).name,
+        "output": PurePath(plan.recipe.output).name,
+        "revision": source.commit,
+        "statistics": None,
+        "push_to_hub": None,
+    }
+
+
+def _sizes(plan: "Plan") -> dict[str, Any]:
+    names = (
+        *("groups", "pool_num_experts", "parameters_before", "parameters_after"),
+        *("expert_parameters_before", "expert_parameters_after", "bytes_before", "bytes_after"),
+    )
+    summary = plan.summary()
+    return {name: summary[name] for name in names}
+
+
+def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> dict[str, Any]:
+    """What the template shows of `measure`'s report: sums over layers and pools."""
+    slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
+    return {
+        "tokens": measured["tokens"],
+        "text": hub.plain(recipe["calibration"]),
+        "digest": text_digest,
+        "loss_before": measured["loss_before"],
+        "loss_after": measured["loss_after"],
+        "perplexity_before": hub.perplexity_of(measured["loss_before"]),
+        "perplexity_after": hub.perplexity_of(measured["loss_after"]),
+        "agreement": measured["routing_agreement"]["mean"],
+        "slots": sum(each["of"] for each in slots),
+        "dead_slots": sum(each["tied"] for each in slots),
+        "dead_before": sum(each["source"] for each in slots),
+        "experts": sum(each["of"] for each in experts),
+        "dead_experts": sum(each["dead"] for each in experts),
+    }

@@ -7,13 +7,12 @@ import torch
 
 from .calibration.inputs import Calibration, open_calibration, statistics_folder
 from .calibration.measure import measure
-from .card import save_card
 from .checkpoint.writer import Progress, check_output, check_space, write_weights
 from .errors import ConversionError
 from .layout.keys import FamilyTensors
 from .make import TensorMaker
 from .plan import Plan
-from .provenance import identity, save_manifest
+from .provenance import identity, save_card, save_manifest
 from .verify import verify_lossless, verify_output, verify_sample
 from .work import Work, open_work
 

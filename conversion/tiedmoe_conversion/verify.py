@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils import logging
 
 from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.hub import MANIFEST
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 
 from .checkpoint.quantised import BlockScaled
@@ -37,7 +38,6 @@ SAMPLE_LENGTH = 32  # tokens of the compared input
 
 SAMPLE_TOKENS = 4  # that each of them is given
 _PIECE = 1 << 14
-MANIFEST = "tiedmoe_conversion.json"
 
 
 class VerificationError(ConversionError):

@@ -12,8 +12,7 @@ from .modeling_tiedmoe import (
     TiedMoeModel,
 )
 from .pools import tie_groups
-
-__version__ = "0.1.0"
+from .version import __version__
 
 AutoConfig.register("tiedmoe", TiedMoeConfig)  # the models register family by family, in `register_heads`
 ALL_EXPERTS_FUNCTIONS.register("tiedmoe", tiedmoe_experts_forward)
@@ -24,5 +23,6 @@ __all__ = [
     "TiedMoeForSequenceClassification",
     "TiedMoeForTokenClassification",
     "TiedMoeModel",
+    "__version__",
     "tie_groups",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
+from .hub import write_stub
 from .pools import check_groups, tie_groups
 
 # What families call the number of experts of a layer, and the experts active per token; most alias them already.
@@ -115,8 +116,6 @@ class TiedMoeConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
-        from .hub import write_stub
-
         write_stub(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

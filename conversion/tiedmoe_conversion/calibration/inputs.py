@@ -19,12 +19,13 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from transformers_tiedmoe.hub import versions
+
 from ..checkpoint.writer import Progress
 from ..errors import ConversionError
 from ..layout.source_model import SourceModel, family_model
 from ..methods.base import Pool, RoutedInputs
 from ..methods.residual import Residuals
-from ..provenance import versions
 from ..recipe import ConversionRecipe
 from .streamed_model import StreamedModel
 from .text import CalibrationText

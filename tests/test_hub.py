@@ -1,0 +1,173 @@
+"""What a checkpoint carries beside its weights (stub, card, manifest), and its upload, asked for before hours of work."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conversions import save_source
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+import transformers_tiedmoe
+from tiedmoe_conversion import ConversionRecipe, convert
+from transformers_tiedmoe import __version__, hub
+from transformers_tiedmoe.errors import TiedMoeError
+
+
+class Api:
+    """What `HfApi` is asked for, in order."""
+
+    calls: list
+    fails = ""
+
+    def _call(self, name, **arguments):
+        self.calls.append((name, arguments))
+        if self.fails == name:
+            raise LocalTokenNotFoundError("no token")
+        return SimpleNamespace(commit_url="https://example.org/commit/1")
+
+    def whoami(self):
+        return self._call("whoami")
+
+    def create_repo(self, repo_id, **arguments):
+        return self._call("create_repo", repo_id=repo_id, **arguments)
+
+    def upload_folder(self, **arguments):
+        assert (Path(arguments["folder_path"]) / "model.safetensors").is_file()
+        return self._call("upload_folder", **arguments)
+
+
+@pytest.fixture
+def api(monkeypatch):
+    found = type("FakeApi", (Api,), {"calls": []})
+    monkeypatch.setattr(hub, "HfApi", found)
+    return found
+
+
+def recipe(folder, **fields):
+    save_source(folder / "source")
+    fields = {"method": "average", "push_to_hub": "account/tied"} | fields
+    return ConversionRecipe(source=str(folder / "source"), output=str(folder / "out"), **fields)
+
+
+def test_uploads_the_whole_folder_when_it_is_complete(tmp_path, api):
+    report = convert(recipe(tmp_path))
+    assert [name for name, _ in api.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert api.calls[1][1] == {"repo_id": "account/tied", "repo_type": "model", "exist_ok": True}
+    assert report["pushed_to"] == "https://example.org/commit/1"
+    assert (
+        "account/tied" not in (tmp_path / "out" / "README.md").read_text()
+    )  # whose account it was is not the recipe's
+
+
+def test_without_a_login_nothing_begins(tmp_path, api):
+    api.fails = "whoami"
+    with pytest.raises(TiedMoeError, match=r"does not know who you are .*hf auth login"):
+        convert(recipe(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_bad_name_is_refused_before_anything(tmp_path, api):
+    with pytest.raises(TiedMoeError, match=r"push_to_hub='a//b'.*expected a name such as account/model"):
+        convert(recipe(tmp_path, push_to_hub="a//b"))
+    assert api.calls == []
+
+
+def test_a_failed_upload_leaves_the_output_and_says_how_to_go_on(tmp_path, api):
+    api.fails = "upload_folder"
+    with pytest.raises(TiedMoeError, match=r"is complete, but uploading it .*hf upload account/tied"):
+        convert(recipe(tmp_path))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_card_shows_names_as_plain_text(tmp_path):
+    """A name in Markdown, HTML, or with a fence of its own stays what it is: text on one line."""
+    save_source(tmp_path / "source")
+    evil = "out\n# Owned <img src=x onerror=alert(1)> [click](javascript:alert(1)) ```"
+    (tmp_path / "source" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: 'javascript:alert(1)'\n---\n# Source\n"
+    )
+    convert(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / evil), method="average"))
+    text = (tmp_path / evil / "README.md").read_text()
+    body = text.split("---\n", 2)[2]
+    prose = body[: body.index("## Use it")]
+    assert "\n# Owned" not in text
+    assert "<img" not in prose.replace(r"\<", "")
+    assert "](javascript:" not in prose.replace(r"\]", "")
+    assert "javascript" not in text.split("---\n", 2)[1]
+    assert ModelCard.load(tmp_path / evil / "README.md").data.license_name == "mine"
+    (fence,) = re.findall(r"^(`{3,})yaml$", body, re.MULTILINE)
+    recipe = yaml.safe_load(body.split(f"{fence}yaml\n")[1].split(f"\n{fence}\n")[0])
+    assert recipe["output"] == evil
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"license": "apache-2.0"}, {"license": "apache-2.0"}),
+        ({"license": "other", "license_name": "x", "license_link": "LICENSE.md"},) * 2,
+        ({"license": "other", "license_link": "https://example.org/a?b"},) * 2,
+        ({"license": "other", "license_link": "data:text/html,x"}, {"license": "other"}),
+        ({"license": "<b>mine</b>"}, {}),
+        ({"license": ["mit", "apache-2.0"]}, {}),
+        ({}, {}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_licence_is_a_name_and_a_link_to_a_page_or_a_file(tmp_path, fields, kept):
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(fields)}---\n# Source\n")
+    assert hub.read_licence(str(tmp_path)) == kept
+
+
+def test_stub_refuses_a_package_older_than_what_wrote_the_checkpoint(tmp_path, monkeypatch):
+    hub.write_stub(tmp_path)
+    stub = (tmp_path / hub.STUB_NAME).read_text()
+    exec(compile(stub, "stub", "exec"), {})
+    monkeypatch.setattr(transformers_tiedmoe, "__version__", "0.0.9")
+    with pytest.raises(ImportError, match=rf"written by transformers-tiedmoe {__version__}, but 0\.0\.9 is installed"):
+        exec(compile(stub, "stub", "exec"), {})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", '"x"'])
+def test_manifest_of_another_type_is_refused(tmp_path, text):
+    (tmp_path / hub.MANIFEST).write_text(text)
+    with pytest.raises(TiedMoeError, match=r"expected the JSON object that a conversion wrote"):
+        hub.read_manifest(str(tmp_path))
+
+
+HEALING = {
+    "data": "text.txt", "teacher": None, "teacher_weight": 0.5, "steps": 20, "tokens": 5120, "learning_rate": 1e-4,
+    "before": {"loss": 3.5, "perplexity": 33.1, "tokens": 512}, "after": {"loss": 3.25, "perplexity": 25.8, "tokens": 512},
+}  # fmt: skip
+
+
+def test_healed_folder_says_where_it_comes_from(tmp_path):
+    """Source, licence and recipe of the conversion, what healing gave, and a hash of every file; no path of this machine."""
+    save_source(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
+    convert(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "tied"), method="average"))
+    made = hub.read_manifest(str(tmp_path / "tied"))
+    healed = tmp_path / "healed"
+    shutil.copytree(tmp_path / "tied", healed, ignore=shutil.ignore_patterns("README.md", hub.MANIFEST))
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    hub.save_healed(healed, str(tmp_path / "tied"), {**HEALING, "data": str(text)}, {"config.json": {"bytes": 1}})
+    manifest, card = hub.read_manifest(str(healed)), ModelCard.load(healed / "README.md")
+    assert manifest["made_by"] == "tiedmoe heal"
+    assert (manifest["source"], manifest["recipe"]) == (made["source"], made["recipe"])
+    assert manifest["healing"] == HEALING
+    assert manifest["files"] == {"config.json": {"bytes": 1}}
+    assert card.data.license == "mit"
+    for part in (
+        "# healed\n",
+        "from tied.",
+        "20 steps, 5,120 tokens of text.txt",
+        "| 3.5000 | 3.2500 |",
+        "- pool 0: ",
+    ):
+        assert part in card.text
+    assert str(tmp_path) not in card.content
+    assert "has not been trained since" not in card.text
