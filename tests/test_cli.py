@@ -86,8 +86,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def documented_commands():
-    """The commands of the READMEs' code blocks and of the help's examples, as arguments."""
-    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "conversion" / "README.md")]
+    """The commands of the code blocks of README and docs, and of the help's examples, as arguments."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     texts += [command.epilog.removeprefix("Example: ") for command in cli.build_app().registered_commands]
     lines = "\n".join(texts).replace("\\\n", "").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tiedmoe ")]

@@ -17,7 +17,7 @@ def _option(default: Any, help: str) -> Any:
 class DemoConfig:
     """What the demo trains, ties, heals and measures, and where it writes.
 
-    The defaults were chosen by held-out perplexity for two CPU cores and about ten minutes: docs/results.md.
+    The defaults were chosen by held-out perplexity for two CPU cores and about ten minutes: docs/log.md.
 
     Raises:
         ValueError: a field that is wrong whatever the source is.

@@ -85,7 +85,7 @@ def train_on_text(
             learning_rate=config.source_learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=config.source_steps // 20,
-            adam_beta2=0.95,  # 0.99 was much worse over so few steps: docs/results.md
+            adam_beta2=0.95,  # 0.99 was much worse over so few steps: docs/log.md
             weight_decay=0.1,
             logging_steps=10,
             save_strategy="no",
