@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -7,22 +10,28 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+import yaml
 from checkpoints import make_text, save_source, save_tied
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import tiedmoe_conversion
+from tiedmoe_cli import app as cli
+from tiedmoe_cli import terminal
+from tiedmoe_cli.flags import FileOption, with_flags
 from tiedmoe_conversion import ConversionRecipe
 from tiedmoe_demo import DemoConfig
-from transformers_tiedmoe import cli
-from transformers_tiedmoe.flags import with_flags
 from transformers_tiedmoe.training.heal import HealConfig
 
+RECIPES = Path(tiedmoe_conversion.__file__).parent / "recipes"
 COMMANDS = {
     "plan": ConversionRecipe,
     "convert": ConversionRecipe,
@@ -30,6 +39,7 @@ COMMANDS = {
     "untie": cli.UntieConfig,
     "heal": HealConfig,
     "demo": DemoConfig,
+    "recipes": cli.RecipesConfig,
 }
 
 
@@ -80,6 +90,23 @@ def test_help_has_every_field_of_the_dataclass_and_an_example(command, tiedmoe):
 def test_help_lists_the_commands_that_there_are(tiedmoe):
     lines = tiedmoe("--help").stdout.split("Commands:")[1].splitlines()
     assert [line.split()[0] for line in lines if line.strip()] == list(COMMANDS)
+    assert "tiedmoe " + metadata.version("transformers-tiedmoe") == tiedmoe("--version").stdout.strip()
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "recipes", "recipes olmoe-g4-75", "plan --help",
+                                       "convert --help", "verify --help", "untie --help", "demo --help"])  # fmt: skip
+def test_help_needs_neither_torch_nor_transformers(arguments):
+    """What takes seconds to import is imported when a command works."""
+    code = (
+        "import sys, tiedmoe_cli\n"
+        "try: tiedmoe_cli.build_app()(sys.argv[1:])\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert done.stderr == "[]\n"
 
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +302,90 @@ def test_a_mistake_is_one_paragraph_and_status_1(arguments, message, source, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_debug", [False, True])
+def test_a_bug_says_that_it_is_one_and_has_a_status_of_its_own(is_debug, source, monkeypatch, app):
+    def plan(recipe, progress):
+        raise RuntimeError("the size of tensor a\nmust match")
+
+    monkeypatch.setattr(cli, "plan", plan)
+    monkeypatch.setenv("TIEDMOE_DEBUG", "1" if is_debug else "0")
+    result = CliRunner().invoke(app, ["plan", source, "out", "--method", "union"])
+    if is_debug:
+        assert isinstance(result.exception, RuntimeError)
+        return
+    assert result.exit_code == 70
+    (line,) = result.stderr.splitlines()
+    assert "a bug in tiedmoe" in line
+    assert "RuntimeError: the size of tensor a must match" in line
+    assert "tiedmoe --debug" in line
+
+
+def test_too_little_memory_is_no_bug(source, monkeypatch, tiedmoe):
+    def plan(recipe, progress):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "plan", plan)
+    assert "memory of this machine" in tiedmoe("plan", source, "out", "--method", "union", status=1).stderr
+
+
+BOMB = "[" + ", ".join(["&a [1, 1]", *(f"&{b} [{f'*{a}, ' * 9}]" for a, b in zip("abcdefgh", "bcdefghi"))]) + "]"
+
+
+@pytest.mark.parametrize("flag", ["--groups", "--method-options", "--pool-experts", "--then"])
+@pytest.mark.parametrize(("value", "message"), [(BOMB, "alias"), ("[" * 3000, "nests more than 32 deep")])
+def test_yaml_of_a_flag_is_bounded(flag, value, message, source, tiedmoe):
+    start = time.monotonic()
+    error = tiedmoe("plan", source, "out", flag, value, status=2).stderr
+    assert message in " ".join(error.replace("│", " ").split())
+    assert time.monotonic() - start < 5
+
+
+def test_progress_off_a_terminal_is_a_line_a_stage_and_one_after_a_while(capsys):
+    with terminal._lines(seconds=0.05) as progress:
+        for done in range(50):
+            progress(done, 100, f"healing, loss {done}")
+        time.sleep(0.3)
+        progress(1, 1, "evaluating")
+    lines = [line.split(" s ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "  0%  healing, loss 0"
+    repeated = lines[1:-2]
+    assert set(repeated) == {" 49%  healing, loss 49"}
+    assert 2 <= len(repeated) <= 8
+    assert lines[-2:] == ["100%  evaluating", "100%  done"]
+
+
+def test_progress_on_a_terminal_ends_at_100_percent():
+    def shown_last(error=None):
+        console = Console(file=io.StringIO(), force_terminal=True, width=100)
+        with contextlib.suppress(KeyboardInterrupt), terminal._bar(console) as progress:
+            progress(1, 4, "working")
+            if error:
+                raise error
+        return re.findall(r"\d+%", console.file.getvalue())[-1]
+
+    assert shown_last() == "100%"
+    assert shown_last(KeyboardInterrupt()) == "25%"
+
+
+def test_shipped_recipes_are_listed_and_given_by_name(tmp_path, tiedmoe, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = json.loads(tiedmoe("recipes", "--json").stdout)
+    assert [each["name"] for each in listed] == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    shown = tiedmoe("recipes").stdout
+    for each in listed:
+        assert each["name"] in shown
+        assert all(each[key] for key in ("method", "parameters", "summary"))
+    fields = yaml.safe_load(tiedmoe("recipes", "olmoe-g4-select").stdout)
+    assert (fields["method"], fields["method_options"], fields["group_size"]) == ("select", {"layer": "last"}, 4)
+    assert "did you mean 'olmoe-g4-select'?" in tiedmoe("recipes", "olmoe-g4-selct", status=1).stderr
+    (tmp_path / "olmoe-g4-select").mkdir()  # a folder of that name is no file of fields
+    summary = json.loads(tiedmoe("plan", source, "here", "--recipe", "olmoe-g4-select", "--skip-first", 0, "--skip-last",
+                                 0, "--json").stdout)  # fmt: skip
+    assert (summary["groups"], summary["method"], summary["output"]) == ([[0, 1, 2, 3]], "select", "here")
+    error = tiedmoe("plan", source, "here", "--recipe", "olmoe-g4-selct", status=1).stderr
+    assert "did you mean 'olmoe-g4-select'?" in error
+
+
 def test_debug_shows_the_traceback(source, app, monkeypatch):
     monkeypatch.setenv("TIEDMOE_DEBUG", "")  # restored after the test
     result = CliRunner().invoke(app, ["--debug", "plan", source, "out", "--group-size", "0"])
@@ -337,8 +448,17 @@ def test_with_flags_hands_over_what_was_given_with_its_type():
 
 
 def test_with_flags_requires_nothing_where_a_recipe_may_give_it(tmp_path):
-    assert run_flags(Example, arguments=("name",), is_optional=True) == ({}, False, None)
-    assert run_flags(Example, "--recipe", "a.yaml", arguments=(), is_optional=True)[2] == Path("a.yaml")
+    recipe = FileOption("recipe", "a file")
+    assert run_flags(Example, arguments=("name",), file_option=recipe) == ({}, False, None)
+    assert run_flags(Example, "--recipe", "a.yaml", arguments=(), file_option=recipe)[2] == "a.yaml"
+
+
+def test_with_flags_expands_the_home_folder(monkeypatch):
+    """`--name ~/x` is the shell's to expand, `--name=~/x` and a quoted one are ours."""
+    monkeypatch.setenv("HOME", "/root/me")
+    given, _, file = run_flags(Example, "--name=~/x", "--recipe=~/r.yaml", file_option=FileOption("recipe", "a file"))
+    assert (given, file) == ({"name": "/root/me/x"}, "/root/me/r.yaml")
+    assert run_flags(Example, "a~b", arguments=("name",))[0] == {"name": "a~b"}
 
 
 def test_main_speaks_through_the_streams_and_the_status_of_the_process(source, tmp_path, monkeypatch, capfd):

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds it once
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = {
+    "tiedmoe_cli": REPOSITORY / "src",
     "transformers_tiedmoe": REPOSITORY / "src",
     "tiedmoe_kernels": REPOSITORY / "kernels/torch-ext",
     "tiedmoe_conversion": REPOSITORY / "conversion",

@@ -9,26 +9,19 @@ Example:
 or, where `budget` or `max_loss` leave the groups open, all of it at once: `report = convert(recipe)`.
 """
 
-from .convert import convert
-from .errors import ConversionError
-from .methods import METHODS
-from .plan import Plan, make_plan
-from .recipe import ConversionRecipe
-from .run import execute
-from .search import choose, preview
-from .untie import untie
-from .verify import verify_folder
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "METHODS",
-    "ConversionError",
-    "ConversionRecipe",
-    "Plan",
-    "choose",
-    "convert",
-    "execute",
-    "make_plan",
-    "preview",
-    "untie",
-    "verify_folder",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    # Not before somebody asks: the command line reads `recipe.py` for its flags, and torch takes seconds to import.
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = importlib.import_module(".api", __name__)
+    globals().update({each: getattr(api, each) for each in api.__all__})
+    if name not in api.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]

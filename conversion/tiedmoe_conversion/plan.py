@@ -26,7 +26,8 @@ from .layout.keys import saved_tensors
 from .layout.source_model import SourceModel, family_model, read_config
 from .methods import Sizes
 from .methods.residual import scratch_bytes as residual_scratch_bytes
-from .recipe import ConversionRecipe, parse_size
+from .recipe import ConversionRecipe
+from .recipe_types import parse_size
 from .verify import MAX_BYTES_FOR_LOGITS
 
 RESIDUAL_COPIES = (1, 1)  # of a group's experts and its pool's in float32, while residuals are made
@@ -102,7 +103,7 @@ class Plan:
             "family": self.config.family,
             "method": self.recipe.method,
             "method_options": dict(self.recipe.method_options),
-            "then": [dict(each) for each in self.recipe.then],  # type: ignore[arg-type]  # resolved to mappings
+            "then": [dict(each) for each in self.recipe.then],
             "residual_rank": self.recipe.residual_rank,
             "groups": [list(group) for group in self.groups],
             "pool_num_experts": list(self.pool_num_experts),

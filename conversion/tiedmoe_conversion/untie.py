@@ -23,7 +23,7 @@ from .layout.keys import Unit, hub_units, map_tensors, saved_tensors
 from .layout.source_model import family_model, read_tied_config
 from .layout.tied_view import LayerTensors
 from .provenance import identity
-from .recipe import parse_size
+from .recipe_types import parse_size
 from .verify import verify_output
 from .work import open_work
 

@@ -111,7 +111,7 @@ def write_weights(
         work: where to, and which files are finished.
         planned: the tensors of one file next to each other, wide dtypes first, so that every tensor is aligned.
         make: the tensor as one or more blocks along dimension 0.
-        progress: called as `progress(done_bytes, total_bytes, target)` before each tensor and at the end.
+        progress: called as `progress(done_bytes, total_bytes, what)` before each tensor and at the end.
     """
     files: dict[str, list[PlannedT]] = {}
     for tensor in planned:
@@ -121,7 +121,7 @@ def write_weights(
     def reported(tensor: PlannedT) -> Iterable[torch.Tensor]:
         nonlocal done
         if progress:
-            progress(done, total, tensor.target)
+            progress(done, total, f"writing, {tensor.target}")
         done += tensor.num_bytes
         return make(tensor)
 

@@ -1,22 +1,17 @@
-"""The methods that make a pool from a group's experts. A new one is a new file here and a line below."""
+"""The methods that make a pool from a group's experts. A new one is a new file here and its name in NAMES."""
 
-from . import align, average, least_squares, prefit, prototype, select, union
-from .base import METHODS, Group, LayerExperts, Method, Pool, RoutedInputs, Sizes, register_method
+import importlib
+from typing import Any
 
-__all__ = [
-    "METHODS",
-    "Group",
-    "LayerExperts",
-    "Method",
-    "Pool",
-    "RoutedInputs",
-    "Sizes",
-    "align",
-    "average",
-    "least_squares",
-    "prefit",
-    "prototype",
-    "register_method",
-    "select",
-    "union",
-]
+# In the order of the help. The modules are imported, and torch with them, when somebody asks this package for METHODS or
+# for another name of `base`: the command line needs the names alone to show its flags.
+NAMES = ("align", "average", "least_squares", "prefit", "prototype", "select", "union")
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    base = importlib.import_module(".base", __name__)
+    for each in NAMES:
+        importlib.import_module(f".{each}", __name__)
+    return getattr(base, name)

@@ -2,42 +2,58 @@
 
 import dataclasses
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 SIMPLE_TYPES = (bool, int, float, str, Path)
 
 
-def with_flags(run: Callable, config_class: type, arguments: tuple[str, ...], is_optional: bool = False) -> Callable:
-    """The function `run(given, as_json, recipe)` with a signature that typer turns into flags.
+@dataclass(frozen=True)
+class FileOption:
+    """A flag that names a file of fields."""
+
+    name: str
+    help: str
+    metavar: str = "FILE"
+
+
+def with_flags(
+    run: Callable, config_class: type, arguments: tuple[str, ...] = (), file_option: FileOption | None = None
+) -> Callable:
+    """The function `run(given, as_json, file)` with a signature that typer turns into flags.
 
     Args:
-        run: gets the fields that the user named as a dict, whether `--json` was there, and the `--recipe` file or None.
+        run: gets the fields that the user named as a dict, whether `--json` was there, and the named file or None.
         config_class: the dataclass; a field without a default becomes a required flag.
         arguments: fields that are given by position.
-        is_optional: `--recipe FILE` exists and may give any field, so that none is required on the command line.
+        file_option: a flag for a file that may give any field, so that none is required on the command line.
     """
+    file_name = file_option.name if file_option else ""
 
-    def callback(context: typer.Context, as_json: bool, recipe: Path | None = None, **flags: Any) -> None:
+    def callback(context: typer.Context, as_json: bool, **flags: Any) -> None:
+        file = flags.pop(file_name, None)
         sources = {name: context.get_parameter_source(name) for name in flags}
         given = {
-            name: flags[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+            name: _expanded(flags[name])
+            for name, source in sources.items()
+            if source is not None and source.name != "DEFAULT"
         }
-        run(given, as_json, recipe)
+        run(given, as_json, _expanded(file))
 
     hints = typing.get_type_hints(config_class)
     parameters = [_keyword("context", typer.Context)]
     for field in dataclasses.fields(config_class):
-        parameters.append(_flag(field, hints[field.name], field.name in arguments, is_optional))
-    if is_optional:
-        option = typer.Option("--recipe", metavar="FILE", help="YAML file with these fields; what is given here wins.")
-        parameters.append(_keyword("recipe", Annotated[Path | None, option], None))
+        parameters.append(_flag(field, hints[field.name], field.name in arguments, file_option is not None))
+    if file_option is not None:
+        option = typer.Option(f"--{file_option.name}", metavar=file_option.metavar, help=file_option.help)
+        parameters.append(_keyword(file_option.name, Annotated[str | None, option], None))
     option = typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
     parameters.append(_keyword("as_json", Annotated[bool, option], False))
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -77,11 +93,20 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
+def _expanded(value: Any) -> Any:
+    """Expand a leading `~` as the shell does in `--output ~/x`, and does not in `--output=~/x`."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
 def _parse_yaml(text: str) -> Any:
+    # Here, as it takes the seconds that torch takes.
+    from transformers_tiedmoe.errors import TiedMoeError
+    from transformers_tiedmoe.yaml_input import load_yaml
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{text!r} is no YAML: {error}") from error
+        return load_yaml(text, repr(text[:60]))
+    except TiedMoeError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _parse_list(text: str) -> list:

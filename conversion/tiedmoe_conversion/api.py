@@ -1,0 +1,25 @@
+"""The public names of `tiedmoe_conversion`, which hands them out when they are first asked for."""
+
+from .convert import convert
+from .errors import ConversionError
+from .methods import METHODS
+from .plan import Plan, make_plan
+from .recipe import ConversionRecipe
+from .run import execute
+from .search import choose, preview
+from .untie import untie
+from .verify import verify_folder
+
+__all__ = [
+    "METHODS",
+    "ConversionError",
+    "ConversionRecipe",
+    "Plan",
+    "choose",
+    "convert",
+    "execute",
+    "make_plan",
+    "preview",
+    "untie",
+    "verify_folder",
+]

@@ -1,0 +1,304 @@
+"""The commands, each a call of the Python API, and the typer application made of them.
+
+Progress and errors go to stderr; stdout holds the result and, with `--json`, one JSON object and nothing else. Exit
+status: 0; 1 after a mistake of the user (one paragraph, no traceback); 2 after a flag that does not exist; 70 after a
+bug of ours (one paragraph; the traceback with `--debug`); 130 after Ctrl-C.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .flags import FileOption, with_flags
+from .terminal import ProgressCall, errors_as_paragraphs, show_progress
+
+EXAMPLE_SOURCE = "allenai/OLMoE-1B-7B-0924"
+
+
+@dataclass(frozen=True)
+class UntieConfig:
+    """The arguments of `tiedmoe_conversion.untie`."""
+
+    source: str = field(metadata={"help": "Folder or hub id of a tied checkpoint."})
+    output: str = field(metadata={"help": "The folder to write; it must be new or empty."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file to write."})
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The arguments of `tiedmoe_conversion.verify_folder`."""
+
+    output: str = field(metadata={"help": "Folder of a tied checkpoint."})
+    source: str | None = field(
+        default=None, metadata={"help": "What it was made of: a folder or hub id to compare with."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a source on the Hub."})
+
+
+@dataclass(frozen=True)
+class RecipesConfig:
+    """The arguments of `tiedmoe recipes`."""
+
+    name: str | None = field(default=None, metadata={"help": "The recipe to print; without it, all are listed."})
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function of this module as a command of the shell.
+
+    Attributes:
+        run: called as `run(config, progress)`; returns the result for `--json`, and what rich prints without it.
+        config_class: `module:class` of the dataclass that its flags are made from; imported when the command is called.
+        example: a command line for the help.
+        arguments: fields that are given by position.
+        file_option: a flag that names a file of fields, read by the class's `from_yaml(file, **given)`.
+        is_light: it needs neither torch nor transformers.
+    """
+
+    run: Callable[[Any, ProgressCall], tuple[Any, Any]]
+    config_class: str
+    example: str
+    arguments: tuple[str, ...] = ()
+    file_option: FileOption | None = None
+    is_light: bool = False
+
+    @property
+    def name(self) -> str:
+        """The word that calls it."""
+        return self.run.__name__
+
+    def add_to(self, app: typer.Typer, callback: Callable) -> None:
+        """Register it as a command of `app` that calls `callback`."""
+        app.command(self.name, help=self.run.__doc__, epilog=f"Example: {self.example}")(callback)
+
+    def __call__(self, given: dict, as_json: bool, file: str | None) -> None:
+        """Run with the fields that the user gave, and print the result."""
+        # Under `accelerate launch` every process runs the command, and the first one speaks.
+        is_main = os.environ.get("RANK", "0") == "0"
+        # Whatever libraries print belongs to the progress, not to the result.
+        with errors_as_paragraphs(), contextlib.redirect_stdout(sys.stderr), show_progress(is_main) as progress:
+            if not self.is_light:
+                _silence_libraries()
+            config_class = pkgutil.resolve_name(self.config_class)
+            if file is not None:
+                config = config_class.from_yaml(file, **given)
+            else:  # A recipe says which of its fields are missing; elsewhere typer requires them.
+                config = getattr(config_class, "from_dict", lambda fields: config_class(**fields))(given)
+            result, text = self.run(config, progress)
+        if as_json and is_main:
+            print(json.dumps(result, indent=2))
+        elif is_main:
+            print(text) if isinstance(text, str) else Console().print(text)
+
+
+class Commands(TyperGroup):
+    """The group of all commands, which makes a command's flags when it is called: some take torch to be known."""
+
+    def resolve_command(self, ctx, args):
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else _with_flags(_commands()[name]), rest
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    build_app()()
+
+
+def build_app() -> typer.Typer:
+    """The typer application."""
+    app = typer.Typer(name="tiedmoe", cls=Commands, no_args_is_help=True, help=_HELP, **_PLAIN)
+    app.callback()(common_options)
+    for command in _commands().values():
+        command.add_to(app, lambda: None)  # with its flags only when it is called: see Commands
+    return app
+
+
+_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, verify, heal."
+_PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
+def _with_flags(command: Command) -> Any:
+    """The command as click has it, with its flags."""
+    app = typer.Typer(**_PLAIN)
+    config_class = pkgutil.resolve_name(command.config_class)
+    command.add_to(app, with_flags(command, config_class, command.arguments, command.file_option))
+    return typer.main.get_command(app)
+
+
+def _commands() -> dict[str, Command]:
+    """Every command by name, in the order of the help."""
+    recipe = "tiedmoe_conversion.recipe:ConversionRecipe"
+    recipe_option = FileOption("recipe", "A recipe that ships with the package, by name, or a YAML file with these "
+                               "fields; what is given here wins.", "NAME_OR_FILE")  # fmt: skip
+    two_folders = ("source", "output")
+    listed = (
+        Command(plan, recipe, f"tiedmoe plan {EXAMPLE_SOURCE} tied --method union", two_folders, recipe_option),
+        Command(
+            convert, recipe, f"tiedmoe convert {EXAMPLE_SOURCE} tied --calibration text.txt", two_folders, recipe_option
+        ),
+        Command(
+            verify, "tiedmoe_cli.app:VerifyConfig", f"tiedmoe verify tied --source {EXAMPLE_SOURCE}", ("output",)
+        ),
+        Command(untie, "tiedmoe_cli.app:UntieConfig", "tiedmoe untie tied untied", two_folders),
+        Command(
+            heal, "transformers_tiedmoe.training.heal:HealConfig",
+            "tiedmoe heal tied --data text.txt --output healed --max-steps 500", ("model",),
+        ),
+        Command(demo, "tiedmoe_demo.config:DemoConfig", "tiedmoe demo --output demo"),
+        Command(
+            recipes, "tiedmoe_cli.app:RecipesConfig", "tiedmoe recipes olmoe-g4-75", ("name",), is_light=True
+        ),
+    )  # fmt: skip
+    return {command.name: command for command in listed}
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"tiedmoe {version('transformers-tiedmoe')}")
+        raise typer.Exit
+
+
+def common_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    if debug:
+        os.environ["TIEDMOE_DEBUG"] = "1"
+
+
+def plan(recipe, progress: ProgressCall) -> tuple[dict, Any]:
+    """Print what a conversion would do, without reading a tensor.
+
+    Parameters and bytes before and after, the groups, and the peak memory of the conversion.
+    """
+    from tiedmoe_conversion import make_plan, preview
+
+    if recipe.budget is not None or recipe.max_loss is not None:
+        found = preview(recipe)
+        return found.summary(), str(found)
+    made = make_plan(recipe)
+    return made.summary(), made
+
+
+def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
+    """Tie the experts of a checkpoint: groups of consecutive layers read one pool.
+
+    SOURCE is a folder or a hub id, OUTPUT a new or empty folder, which is complete or not there.
+    """
+    from tiedmoe_conversion import convert
+
+    report = convert(recipe, progress, Console(stderr=True).print)
+    shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
+    return report, Group(*([measurement_table(report["measured"])] if "measured" in report else []), *shown)
+
+
+def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
+    """Check a tied checkpoint: hashes, names, shapes, finite values, a load by the Auto class; with --source its numbers too."""
+    from tiedmoe_conversion import verify_folder
+
+    progress(0, 1, "verifying")
+    report = verify_folder(config.output, config.source, config.revision)
+    table = Table("check", "found")
+    for name, found in _flat(report):
+        table.add_row(name, found)
+    return report, Group(table, f"{config.output} is sound.")
+
+
+def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a nested report, as text."""
+    for name, value in report.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}: ")
+        else:
+            yield f"{prefix}{name}", "none" if value in ([], {}) else str(value)
+
+
+def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
+    """Write a tied checkpoint back as its family's own, which needs no tiedmoe to be loaded."""
+    from tiedmoe_conversion import untie
+
+    report = untie(config.source, config.output, max_shard_size=config.max_shard_size, progress=progress)
+    return report, f"The untied model is in {config.output}."
+
+
+def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Train a tied model for a short while, and measure held-out perplexity before and after.
+
+    Start the same command again to continue a run that was killed. For several devices put `accelerate launch -m
+    transformers_tiedmoe.cli` in the place of `tiedmoe`.
+    """
+    from accelerate import PartialState
+
+    from transformers_tiedmoe.training.heal import heal
+
+    report = heal(config, progress)
+    gc.collect()  # DDP, which must not outlive the process group: freed last, it would wait for threads that wait for it
+    PartialState().destroy_process_group()
+    table = Table("held out", "loss", "perplexity")
+    for when in ("before", "after"):
+        table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
+    done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output}."
+    return report, Group(table, done)
+
+
+def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and what it cost."""
+    from tiedmoe_demo import comparison_table, run_demo
+
+    report = run_demo(config, progress)
+    return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
+
+
+def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:
+    """List the recipes that ship with the package, for `convert --recipe NAME`; with NAME, print one."""
+    from tiedmoe_conversion.recipes import read_recipe, shipped_recipes
+
+    if config.name is not None:
+        text = read_recipe(config.name)
+        return {"name": config.name, "recipe": text}, text.strip()
+    listed = shipped_recipes()
+    table = Table("name", "method", "parameters", "what it does")
+    for each in listed:
+        table.add_row(each["name"], each["method"], each["parameters"], each["summary"])
+    return listed, table
+
+
+def measurement_table(measured: dict) -> Table:
+    """What `tiedmoe_conversion.calibration.measure` returns, for people."""
+    slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
+    table = Table(f"on {measured['tokens']:,} held-out tokens", "source", "tied")
+    table.add_row("loss", f"{measured['loss_before']:.4f}", f"{measured['loss_after']:.4f}")
+    table.add_row("experts chosen as by the source", "", f"{measured['routing_agreement']['mean']:.1%}")
+    total = sum(each["of"] for each in slots)
+    table.add_row(
+        "slots that no token chose", *(f"{sum(each[k] for each in slots)} of {total}" for k in ("source", "tied"))
+    )
+    dead = sum(each["dead"] for each in experts)
+    table.add_row("pool experts that no token reached", "", f"{dead} of {sum(each['of'] for each in experts)}")
+    return table
+
+
+def _silence_libraries() -> None:
+    """Switch the bars of datasets and transformers off: one bar at a time, and ours says what is being done."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
