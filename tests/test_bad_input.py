@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan
 from tiedmoe_conversion.checkpoint import reader, writer
+from transformers_tiedmoe.errors import TiedMoeError
 
 GATE = "model.layers.{}.mlp.experts.{}.gate_proj.weight"
 
@@ -509,29 +510,31 @@ def test_config_of_impossible_values(folder, fields):
 def test_output_folder_that_is_not_empty(folder):
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "notes.txt").write_text("mine")
-    refuse(folder, r"is not empty: it holds \['notes.txt'\]; expected a new or empty one")
+    refuse(folder, r"is not empty: it holds \['notes.txt'\]; expected a new or empty one", TiedMoeError)
 
 
 def test_output_that_becomes_not_empty_after_the_plan(folder):
     plan = make_plan(ConversionRecipe(source=str(folder), output=str(folder.parent / "out"), method="average"))
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "notes.txt").write_text("mine")
-    with unchanged_disk(folder.parent), pytest.raises(ConversionError, match="is not empty"):
+    with unchanged_disk(folder.parent), pytest.raises(TiedMoeError, match="is not empty"):
         execute(plan)
 
 
 def test_output_that_is_the_source(folder):
-    refuse(folder, "is not empty", output=str(folder))
+    refuse(folder, "is not empty", TiedMoeError, output=str(folder))
 
 
 def test_output_that_is_a_file_or_below_one(folder):
-    refuse(folder, "exists and is not a folder", output=str(folder / "config.json"))
-    refuse(folder, r"cannot be made: .*config\.json is a file", output=str(folder / "config.json" / "below"))
+    refuse(folder, "exists and is not a folder", TiedMoeError, output=str(folder / "config.json"))
+    refuse(
+        folder, r"cannot be made: .*config\.json is a file", TiedMoeError, output=str(folder / "config.json" / "below")
+    )
 
 
 def test_output_that_is_a_link_to_nowhere(folder):
     (folder.parent / "out").symlink_to("nowhere")
-    refuse(folder, "exists and is not a folder")
+    refuse(folder, "exists and is not a folder", TiedMoeError)
 
 
 def test_disk_that_is_known_to_be_too_small(folder, monkeypatch):
@@ -555,7 +558,13 @@ def test_disk_that_fills_up(folder, monkeypatch, at):
         return real(file, data)
 
     monkeypatch.setattr(writer, "_write", full)
-    refuse(folder, "is full; nothing is left of the attempt", run=True, output=str(folder.parent / "new" / "out"))
+    refuse(
+        folder,
+        "is full; nothing is left of the attempt",
+        TiedMoeError,
+        run=True,
+        output=str(folder.parent / "new" / "out"),
+    )
     assert len(calls) == at + 1
 
 
@@ -572,7 +581,7 @@ def test_disk_that_is_really_full(folder, tmp_path, monkeypatch):
             execute(plan)
         module = importlib.import_module("tiedmoe_conversion.run")  # the package's name is the function
         monkeypatch.setattr(module, "check_space", lambda *args: None)
-        with unchanged_disk(tmp_path), pytest.raises(ConversionError, match="is full"):
+        with unchanged_disk(tmp_path), pytest.raises(TiedMoeError, match="is full"):
             execute(plan)
     finally:
         subprocess.run(["umount", small], check=True)

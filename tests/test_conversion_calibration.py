@@ -20,8 +20,8 @@ from tiedmoe_conversion.calibration.inputs import Calibration, open_calibration,
 from tiedmoe_conversion.calibration.text import CalibrationText
 from tiedmoe_conversion.checkpoint.reader import open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
-from tiedmoe_conversion.work import Work
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.workdir import Work
 
 NUM_TOKENS, BLOCK = 256, 16
 
@@ -341,7 +341,7 @@ def test_a_killed_run_does_not_make_its_pools_again(folder, tmp_path, monkeypatc
     monkeypatch.setattr(Work, "store", stop)
     with pytest.raises(KeyboardInterrupt):
         execute(plan)
-    assert stored == ["pool-0"]
+    assert stored == ["pool-0.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".out.statistics"]
     monkeypatch.setattr(Work, "store", store)
     monkeypatch.setattr(make, "make_pool", lambda *args: pytest.fail("the pool is made again"))

@@ -1,6 +1,5 @@
 """Killed at any moment, started again: the same bytes. One process at a time; nothing left after an error."""
 
-import contextlib
 import json
 import os
 import random
@@ -10,23 +9,25 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from conversions import edit_config, save_source, unchanged_disk
 from safetensors.torch import load_file, save_file
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, journal, make_plan, untie, work
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie
 from tiedmoe_conversion.checkpoint import writer
-from tiedmoe_conversion.work import open_work
+from transformers_tiedmoe import workdir
+from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.workdir import open_work
 
 # Runs a conversion in a process that sends itself SIGKILL at the n-th of the moments counted below, or when a timer says so.
 KILLED = textwrap.dedent(
     """
-    import json, os, signal, sys, threading
+    import json, os, shutil, signal, sys, threading
     import torch
     torch.set_num_threads(1)
     from pathlib import Path
-    from tiedmoe_conversion import ConversionRecipe, execute, journal, make_plan, untie, work
+    from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie
     from tiedmoe_conversion.checkpoint import writer
+    from transformers_tiedmoe import workdir
 
     def count(module, name, real):
         def counted(*args, **kwargs):
@@ -42,8 +43,9 @@ KILLED = textwrap.dedent(
             os.kill(os.getpid(), signal.SIGKILL)
 
     for module, name in (
-        (writer, "_write"), (writer, "flush"), (journal, "flush"), (work, "flush"), (work, "append"), (work, "_remove"),
-        (os, "truncate"), (Path, "rename"), (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
+        (writer, "_write"), (writer, "flush"), (workdir, "flush"), (workdir, "append"), (workdir, "_unlink"),
+        (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"),
+        (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
     ):
         count(module, name, getattr(module, name))
     def convert(name, kill_at):
@@ -126,7 +128,7 @@ def test_killed_at_random_moments(tmp_path, killer, command, num_moments):
         name, is_done = f"at-{moment}", moment == moments
         assert killer.run(runs, command, name, moment) == "killed"
         outcome = killer.run(runs, command, name)  # the last moment is the removal of an empty folder
-        assert outcome.startswith("error ConversionError output folder" if is_done else "done"), (moment, outcome)
+        assert outcome.startswith("error TiedMoeError output folder" if is_done else "done"), (moment, outcome)
         assert contents(runs / name) == _named(expected, "whole", name), moment
         assert not (runs / f".{name}.partial").exists()
     outcome, at = "killed", moments // 3
@@ -175,9 +177,15 @@ def interrupt(source, share=0.5, **fields):
     return source.parent / ".out.partial"
 
 
+def finished_files(partial):
+    """Names that the journal in `partial` calls complete."""
+    entries = map(json.loads, (partial / "journal.jsonl").read_text().splitlines())
+    return {entry["file"] for entry in entries if "file" in entry}
+
+
 def test_ctrl_c_keeps_the_work_and_the_next_run_goes_on(source, monkeypatch):
     partial = interrupt(source)
-    finished = {json.loads(line)["file"] for line in (partial / "journal.jsonl").read_text().splitlines()[1:]}
+    finished = finished_files(partial)
     assert len(finished) >= 2
     written = []
     real = writer.write_file
@@ -190,7 +198,7 @@ def test_ctrl_c_keeps_the_work_and_the_next_run_goes_on(source, monkeypatch):
 
 def test_a_finished_file_that_was_damaged_since_is_made_again(source):
     partial = interrupt(source)
-    name = json.loads((partial / "journal.jsonl").read_text().splitlines()[1])["file"]
+    name = sorted(name for name in finished_files(partial) if name.endswith(".safetensors"))[0]
     path = partial / "output" / name
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -209,7 +217,7 @@ def test_another_recipe_is_refused_and_says_what_differs(source):
     partial = interrupt(source)
     with (
         unchanged_disk(source.parent),
-        pytest.raises(ConversionError, match=r"method was 'union' and is 'average'") as error,
+        pytest.raises(TiedMoeError, match=r"method was 'union' and is 'average'") as error,
     ):
         execute(plan_of(source, method="average"))
     assert "repeat the old command to go on, or delete that folder" in str(error.value)
@@ -220,7 +228,7 @@ def test_another_recipe_is_refused_and_says_what_differs(source):
 def test_untie_does_not_go_on_with_a_conversion(source):
     execute(plan_of(source, output=str(source.parent / "tied")))
     interrupt(source)
-    with unchanged_disk(source.parent), pytest.raises(ConversionError, match="command was 'convert' and is 'untie'"):
+    with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match="command was 'convert' and is 'untie'"):
         untie(source.parent / "tied", source.parent / "out")
 
 
@@ -229,7 +237,7 @@ def test_other_versions_are_refused(source, monkeypatch):
     from transformers_tiedmoe import hub
 
     monkeypatch.setattr(hub, "version", lambda name: "0.0")
-    with unchanged_disk(source.parent), pytest.raises(ConversionError, match=r"differs in its versions: .* is '0.0'"):
+    with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match=r"differs in its versions: .* is '0.0'"):
         execute(plan_of(source))
 
 
@@ -240,11 +248,11 @@ def test_a_source_that_changed_meanwhile_is_refused(source):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with (
         unchanged_disk(source.parent),
-        pytest.raises(ConversionError, match=r"whose source has changed since: model.saf"),
+        pytest.raises(TiedMoeError, match=r"whose source has changed since: model.saf"),
     ):
         execute(plan_of(source))
     edit_config(source, rope_theta=5.0)
-    with unchanged_disk(source.parent), pytest.raises(ConversionError, match="whose source has changed since"):
+    with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match="whose source has changed since"):
         execute(plan_of(source))
 
 
@@ -255,7 +263,7 @@ def test_an_error_in_a_resumed_run_leaves_nothing(source, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "_write", fail)
-    with pytest.raises(ConversionError, match="is full; nothing is left"):
+    with pytest.raises(TiedMoeError, match="is full; nothing is left"):
         execute(plan_of(source))
     assert {path.name for path in source.parent.iterdir()} == {"source"}
 
@@ -266,7 +274,7 @@ def test_an_error_after_ctrl_c_removes_the_parents_that_were_made(source, monkey
         execute(plan_of(source, output=output), progress=lambda *call: (_ for _ in ()).throw(KeyboardInterrupt))
     assert (source.parent / "new" / "deep").is_dir()
     monkeypatch.setattr(writer, "_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ConversionError, match="is full"):
+    with pytest.raises(TiedMoeError, match="is full"):
         execute(plan_of(source, output=output))
     assert {path.name for path in source.parent.iterdir()} == {"source"}
 
@@ -285,7 +293,7 @@ def test_the_second_process_says_who_is_at_work(source):
     try:
         assert holder.stdout.readline() == "holds\n"
         message = rf"another process \(process {holder.pid}\) is writing .*out; .*wait until it is done"
-        with unchanged_disk(source.parent), pytest.raises(ConversionError, match=message):
+        with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match=message):
             execute(plan_of(source))
     finally:
         holder.send_signal(signal.SIGKILL)
@@ -295,7 +303,7 @@ def test_the_second_process_says_who_is_at_work(source):
 
 def test_two_at_once_in_one_process(tmp_path):
     with (
-        pytest.raises(ConversionError, match=r"another process .* is writing"),
+        pytest.raises(TiedMoeError, match=r"another process .* is writing"),
         open_work(tmp_path / "out", {}),
         open_work(tmp_path / "out", {}),
     ):
@@ -306,54 +314,21 @@ def test_two_at_once_in_one_process(tmp_path):
 def test_a_link_in_the_place_of_the_working_folder_is_not_followed(source):
     (source.parent / "elsewhere").mkdir()
     (source.parent / ".out.partial").symlink_to("elsewhere")
-    with unchanged_disk(source.parent), pytest.raises(ConversionError, match="is a link; expected a folder of ours"):
+    with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match="is a link; expected a folder of ours"):
         execute(plan_of(source))
 
 
 def test_finished_but_for_the_removal_of_its_work(source, monkeypatch):
     """Killed right after the rename: the same command says it is done; another one says that the output is not empty."""
-    remove = work._remove
-    monkeypatch.setattr(work, "_remove", lambda partial, *names: None)
+    remove = workdir._remove_state
+    monkeypatch.setattr(workdir, "_remove_state", lambda *args, **kwargs: None)
     first = execute(plan_of(source))
     partial = source.parent / ".out.partial"
-    assert journal.was_renamed(source.parent / "out")
+    assert workdir.was_renamed(source.parent / "out")
     assert partial.is_dir()
-    monkeypatch.setattr(work, "_remove", remove)
+    monkeypatch.setattr(workdir, "_remove_state", remove)
     again = execute(plan_of(source))
     assert again["verification"] == first["verification"]
     assert not partial.exists()
-    with pytest.raises(ConversionError, match="is not empty"):
+    with pytest.raises(TiedMoeError, match="is not empty"):
         plan_of(source)
-
-
-def test_results_that_took_long_are_kept(tmp_path):
-    """`store` and `load`: the same bits and metadata after Ctrl-C, nothing after damage or at the end."""
-    tensors = {"pool/up": torch.randn(3, 5).bfloat16(), "slots": torch.arange(7), "scalar": torch.tensor(2.5)}
-    with contextlib.suppress(KeyboardInterrupt), open_work(tmp_path / "out", {}) as unfinished:
-        assert unfinished.load("pool-0") is None
-        unfinished.store("pool-0", tensors, {"notes": ["a note"], "loss": 1.5})
-        raise KeyboardInterrupt
-    with contextlib.suppress(KeyboardInterrupt), open_work(tmp_path / "out", {}) as unfinished:
-        found, metadata = unfinished.load("pool-0")
-        assert metadata == {"notes": ["a note"], "loss": 1.5}
-        assert found.keys() == tensors.keys()
-        assert all(
-            torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
-        )
-        raise KeyboardInterrupt
-    path = tmp_path / ".out.partial" / "work" / "pool-0.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with open_work(tmp_path / "out", {}) as unfinished:
-        assert unfinished.load("pool-0") is None
-        (unfinished.folder / "file").write_text("x")
-        unfinished.complete({})
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
-
-
-def test_journal_that_is_no_journal(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "journal.jsonl").write_text("nonsense\n")
-    message = "is damaged: .*; delete the folder"
-    with pytest.raises(ConversionError, match=message), open_work(tmp_path / "out", {}):
-        pass
-    assert (tmp_path / ".out.partial" / "journal.jsonl").read_text() == "nonsense\n"

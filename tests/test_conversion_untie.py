@@ -8,9 +8,9 @@ from test_conversion_execute import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie
-from tiedmoe_conversion.journal import file_digest
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.configuration_tiedmoe import TYING_FIELDS
+from transformers_tiedmoe.workdir import file_digest
 
 
 def save_tied(folder, **fields):

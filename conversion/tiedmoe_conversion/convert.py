@@ -7,7 +7,8 @@ from transformers_tiedmoe.hub import check_upload, push_to_hub
 
 from .calibration.inputs import open_calibration, statistics_folder
 from .checkpoint.reader import open_source
-from .checkpoint.writer import Progress, check_output
+from .checkpoint.writer import Progress
+from .folders import output_folder
 from .layout.source_model import SourceModel, read_config
 from .plan import make_plan
 from .recipe import ConversionRecipe
@@ -36,7 +37,7 @@ def convert(
     if recipe.push_to_hub is not None:
         check_upload(recipe.push_to_hub)
     with statistics_folder(recipe) as folder:
-        check_output(recipe.output)
+        output_folder(recipe)
         opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
         source = SourceModel.map(opened, read_config(opened))
         choice = {}

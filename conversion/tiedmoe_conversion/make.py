@@ -2,22 +2,21 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, partial
 
 import torch
+from safetensors.torch import load_file
+
+from transformers_tiedmoe.workdir import Work
 
 from .calibration.inputs import Calibration, Residuals, TiedTensors
-from .checkpoint.writer import Progress
+from .checkpoint.writer import Progress, write_tensors
 from .layout.keys import FamilyTensors, check_finite
 from .layout.neurons import ExpertFunction
 from .methods.base import Group, Pool, RoutedInputs
 from .methods.residual import residuals
 from .methods.widen import widen
 from .plan import Plan, TensorOperation
-
-if TYPE_CHECKING:
-    from .work import Work
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class TensorMaker:
         self,
         plan: Plan,
         calibration: Calibration | None = None,
-        work: "Work | None" = None,
+        work: Work | None = None,
         progress: Progress | None = None,
     ):
         self.plan, self.calibration, self.work, self.progress = plan, calibration, work, progress
@@ -162,15 +161,15 @@ class TensorMaker:
     def _stored(self, index: int) -> MadePool:
         """The pool from the working folder, where an earlier run that was killed has left it."""
         assert self.work is not None
-        name = f"pool-{index}"
+        name = f"pool-{index}.safetensors"
         found = self.work.load(name)
         if found is None:
             made = self._make(index)
             tensors = _flat(made, parameter_names(self.plan, index))
-            self.work.store(name, tensors, {"notes": made.notes})
+            self.work.store(name, partial(write_tensors, tensors=tensors), {"notes": made.notes})
             return made
-        tensors, metadata = found
-        return _unflat(tensors, metadata["notes"])
+        path, metadata = found
+        return _unflat(load_file(path), metadata["notes"])
 
 
 def _flat(made: MadePool, parameters: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -20,8 +20,9 @@ from transformers_tiedmoe import TiedMoeConfig
 from .calibration.streamed_model import held_bytes
 from .calibration.text import HELD_OUT_SHARE
 from .checkpoint.reader import open_source
-from .checkpoint.writer import Planned, check_output, into_files
+from .checkpoint.writer import Planned, into_files
 from .errors import ConversionError
+from .folders import output_folder
 from .layout.keys import saved_tensors
 from .layout.source_model import SourceModel, family_model, read_config
 from .methods import Sizes
@@ -179,7 +180,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         raise ConversionError(
             "the recipe leaves groups and pool sizes to budget or max_loss; `choose` (tiedmoe convert) finds them first"
         )
-    check_output(recipe.output)
+    output_folder(recipe)
     if source is None:
         opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
         family_config = read_config(opened)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from transformers_tiedmoe import hub
 
 from .checkpoint.reader import Source
-from .journal import file_digest
 
 if TYPE_CHECKING:
     from .checkpoint.writer import Planned
@@ -32,16 +31,15 @@ def identity(
 
 
 def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verification: Mapping[str, Any]) -> None:
-    """Write the manifest of the converted checkpoint in `folder`, last.
+    """Write the manifest of a converted checkpoint into `folder`, last.
 
     Args:
         plan: what was done.
         folder: where.
-        files: of the files whose hash is known already, `{"bytes": …, "xxh3_128": …}`.
+        files: by relative path `{"bytes": …, "xxh3_128": …}` of every file of the checkpoint, as `Work.files`.
         verification: what was found when the output was read again.
     """
     source, recipe = plan.source.opened, public_recipe(plan)
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     fields = {
         "recipe": recipe,
         "source": {
@@ -52,7 +50,7 @@ def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verifica
         "dropped": [{"tensor": name, "reason": reason} for name, reason in plan.dropped],
         "verification": verification,
     }
-    digests = {name: files.get(name) or file_digest(folder / name) for name in names if name != hub.MANIFEST}
+    digests = {name: found for name, found in files.items() if name != hub.MANIFEST}
     hub.save_manifest(folder, "tiedmoe convert", fields, digests)
 
 

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 
+from transformers_tiedmoe.workdir import Work, open_work
+
 from .calibration.inputs import Calibration, open_calibration, statistics_folder
 from .calibration.measure import measure
-from .checkpoint.writer import Progress, check_output, check_space, write_weights
+from .checkpoint.writer import Progress, check_space, write_weights
 from .errors import ConversionError
+from .folders import output_folder
 from .layout.keys import FamilyTensors
 from .make import TensorMaker
 from .plan import Plan
 from .provenance import identity, save_card, save_manifest
 from .verify import verify_lossless, verify_output, verify_sample
-from .work import Work, open_work
 
 
 def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
         ConversionError: the source changed or holds NaN, the output exists by now, the disk is full: nothing is left. Or another
             process, or another recipe, is at work on the same output: that stays as it is.
     """
-    output = check_output(plan.recipe.output)
+    output = output_folder(plan.recipe)
     check_space(output, plan.bytes_after + plan.statistics_bytes * (plan.recipe.statistics is None))
     with statistics_folder(plan.recipe) as statistics:
         calibration = open_calibration(plan.recipe, plan.source, statistics)
@@ -50,8 +52,9 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
 def _convert(plan: Plan, calibration: Calibration | None, work: Work, progress: Progress | None) -> dict[str, Any]:
     folder = work.folder
     _check_copies(plan.source.tensors)
-    plan.config.save_pretrained(folder)
-    plan.source.opened.copy_travelling_files(folder)
+    with work.draft() as draft:
+        plan.config.save_pretrained(draft)
+        plan.source.opened.copy_travelling_files(draft)
     maker = TensorMaker(plan, calibration, work, progress)
     write_weights(work, plan.operations, maker.make, progress)
     plan.source.opened.buffers.clear()
@@ -60,11 +63,13 @@ def _convert(plan: Plan, calibration: Calibration | None, work: Work, progress: 
         if progress:
             progress(plan.bytes_after, plan.bytes_after, "measuring the loss")
         found["measured"] = measure(plan, folder, calibration)
-    save_card(plan, folder, found.get("measured"), calibration.digest if calibration else "")
+    with work.draft() as draft:
+        save_card(plan, draft, found.get("measured"), calibration.digest if calibration else "")
     if progress:
         progress(plan.bytes_after, plan.bytes_after, "verifying")
     verification = _verify(plan, folder)
-    save_manifest(plan, folder, work.files, verification)
+    with work.draft() as draft:
+        save_manifest(plan, draft, work.files, verification)
     return {**found, "notes": maker.all_notes, "verification": verification}
 
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.workdir import check_output, open_work
 
 from .checkpoint.reader import Source, open_source
-from .checkpoint.writer import Planned, Progress, check_output, check_space, into_files, write_weights
+from .checkpoint.writer import Planned, Progress, check_space, into_files, write_weights
 from .errors import ConversionError
 from .layout.keys import Unit, hub_units, map_tensors, saved_tensors
 from .layout.source_model import family_model, read_tied_config
@@ -25,7 +26,6 @@ from .layout.tied_view import LayerTensors
 from .provenance import identity
 from .recipe_types import parse_size
 from .verify import verify_output
-from .work import open_work
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def untie(
         ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), or
             whatever is wrong with the source or the output as in a conversion.
     """
-    folder = check_output(output)
+    folder = check_output(output, {"source": source})
     shard_size = parse_size(max_shard_size)
     opened = open_source(str(source))
     config = read_tied_config(opened)
@@ -80,8 +80,9 @@ def untie(
     made = identity("untie", {"max_shard_size": shard_size}, opened, operations)
     with open_work(folder, made) as work:
         if work.report is None:
-            family_config.save_pretrained(work.folder)
-            opened.copy_travelling_files(work.folder)
+            with work.draft() as draft:
+                family_config.save_pretrained(draft)
+                opened.copy_travelling_files(draft)
             write_weights(work, operations, _Maker(reader).make, progress)
             if progress:
                 progress(num_bytes, num_bytes, "verifying")
@@ -96,7 +97,7 @@ def untie(
         "bytes_before": sum(info.num_bytes for info in opened.tensors.values()),
         "bytes_after": num_bytes,
         "tensors": len(operations),
-        "files": work.files,
+        "files": {operation.file: work.files[operation.file] for operation in operations},
         "resumed_files": work.num_resumed,
         **work.report,
     }

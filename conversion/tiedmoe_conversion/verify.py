@@ -20,12 +20,12 @@ from transformers.utils import logging
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.hub import MANIFEST
 from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.workdir import file_digest
 
 from .checkpoint.quantised import BlockScaled
 from .checkpoint.reader import Source, open_source, regular_file
 from .checkpoint.writer import Planned
 from .errors import ConversionError
-from .journal import file_digest
 from .layout.keys import map_tensors
 from .layout.source_model import SourceModel, family_model, read_config, read_tied_config
 from .layout.tied_view import LayerTensors

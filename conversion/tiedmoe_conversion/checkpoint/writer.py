@@ -4,27 +4,24 @@ A shard never has to fit into memory (safetensors' own writer wants all of it at
 thread of its own, the next one is made.
 """
 
-import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from transformers_tiedmoe.workdir import HASH, Work, flush, partial_folder
+
 from ..errors import ConversionError
-from ..journal import HASH, flush, partial_folder, was_renamed
 from .headers import DTYPE_NAMES
 from .reader import WEIGHTS, WEIGHTS_INDEX
-
-if TYPE_CHECKING:
-    from ..work import Work
 
 Progress = Callable[[int, int, str], None]
 # In one write: Linux 6.18 takes seven times as long for the pages of 16 MiB in its cache (ext4, a virtual machine; 1 GB of writes
@@ -48,28 +45,6 @@ class Planned:
 
 
 PlannedT = TypeVar("PlannedT", bound=Planned)
-
-
-def check_output(output: str | Path) -> Path:
-    """The path of a folder that can be made: new or empty.
-
-    Raises:
-        ConversionError: it exists and is not an empty folder, or something above it is a file.
-    """
-    path = Path(output).expanduser().absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ConversionError(f"output {output} exists and is not a folder; choose another one")
-    if path.is_dir() and (found := sorted(p.name for p in path.iterdir())) and not was_renamed(path):
-        with contextlib.suppress(OSError):
-            partial_folder(path).rmdir()  # empty: of a run that was killed just before its end
-        raise ConversionError(
-            f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing is "
-            "overwritten: choose another, or empty it"
-        )
-    parent = next(p for p in path.parents if p.exists())
-    if not parent.is_dir():
-        raise ConversionError(f"output {output} cannot be made: {parent} is a file; choose another one")
-    return path
 
 
 def check_space(output: Path, num_bytes: int) -> None:
@@ -100,7 +75,7 @@ def into_files(planned: Sequence[PlannedT], max_shard_size: int) -> tuple[Planne
 
 
 def write_weights(
-    work: "Work",
+    work: Work,
     planned: Sequence[PlannedT],
     make: Callable[[PlannedT], Iterable[torch.Tensor]],
     progress: Progress | None = None,
@@ -136,7 +111,7 @@ def write_weights(
             if file in work.files:
                 done += sum(tensor.num_bytes for tensor in tensors)
                 continue
-            written = write_file(work.folder / file, tensors, reported)
+            written = write_file(work.path(file), tensors, reported)
             if finishing is not None:
                 finishing.result()
             finishing = disk.submit(finish, file, written)
@@ -144,7 +119,7 @@ def write_weights(
             finishing.result()
     if list(files) != [WEIGHTS]:
         index = {"metadata": {"total_size": total}, "weight_map": {t.target: t.file for t in planned}}
-        (work.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        work.write_json(WEIGHTS_INDEX, index)
     if progress:
         progress(total, total, "written")
 
@@ -162,6 +137,13 @@ def write_file(
                 del block  # before the next one is made, or three would be in memory
             assert written == tensor.num_bytes, f"{tensor.target}: {written} bytes, planned {tensor.num_bytes}"
         return writer.finish()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `tensors` into one safetensors file without a second copy of them in memory."""
+    planned = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    planned.sort(key=lambda each: -each.dtype.itemsize)
+    write_file(path, planned, lambda each: [tensors[each.target]])
 
 
 class _Writer:

@@ -1,0 +1,826 @@
+"""One resumable folder, for everything that writes one: it can be killed at any moment and started again.
+
+Two kinds, with the same lock, identity, journal and atomic writes:
+
+- `open_work`: all or nothing. The files are made in `.OUTPUT.partial/output` and take OUTPUT's name in one rename.
+- `open_folder`: a folder that stays and is continued in place; its state is in `FOLDER/.tiedmoe`.
+
+The state is a `journal.jsonl` (what is being made of what, then a line for everything that was written, with its hash),
+`lock` and `pid` (one process at a time), `draft/` (files before they are complete), `work/` (results that took long) and
+`scratch/` (whatever a run likes). Nothing is ever deleted, or goes into an output, that the journal does not name.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from .errors import TiedMoeError
+
+HASH = "xxh3_128"  # finds damage, not forgery; sha256 would take longer than copying the files
+JOURNAL, LOCK, PID, FILES, STORED, DRAFT, SCRATCH, REPLACED = (
+    *("journal.jsonl", "lock", "pid", "output", "work", "draft", "scratch", "replaced"),
+)
+STATE = ".tiedmoe"
+CHECK = "check"  # a journal line's own hash
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CHUNK = 1 << 20
+
+
+def expand(path: str | Path) -> str:
+    """Return `path` with a leading `~` replaced by the home folder; a hub id stays as it is."""
+    return os.path.expanduser(path)
+
+
+def partial_folder(output: Path) -> Path:
+    """Return where the work on `output` is."""
+    return output.parent / f".{output.name}.partial"
+
+
+def check_output(
+    output: str | Path, inputs: Mapping[str, str | Path | None] | None = None, owned: Collection[str] | None = None
+) -> Path:
+    """Return the absolute path of a folder that can be made: new, empty, or to be replaced.
+
+    Args:
+        output: as the user gave it.
+        inputs: by name what the run reads, or writes elsewhere: no such file or folder may be in `output`, nor `output` in it.
+            A str that does not exist (a hub id) and None are left out, a Path is not.
+        owned: relative names of the files that an earlier run wrote into `output`, which may then hold these and no others;
+            None if it must be new or empty.
+
+    Raises:
+        TiedMoeError: one of these is not so, or no folder can have that name.
+    """
+    path = _resolved(output)
+    if len(os.fsencode(partial_folder(path).name)) > 255 or path.is_mount():
+        raise TiedMoeError(
+            f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
+        )
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise TiedMoeError(f"output {output} exists and is not a folder; choose another one")
+    if path.is_dir() and not was_renamed(path):
+        with contextlib.suppress(OSError):
+            partial_folder(path).rmdir()  # empty: of a run that was killed just before its end
+        if owned is None and (found := sorted(p.name for p in path.iterdir())):
+            raise TiedMoeError(
+                f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing is "
+                "overwritten: choose another, or empty it"
+            )
+        if owned is not None:
+            _check_owned(path, owned)
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir():
+        raise TiedMoeError(f"output {output} cannot be made: {parent} is a file; choose another one")
+    check_apart(path, inputs or {})
+    return path
+
+
+def check_apart(folder: str | Path, inputs: Mapping[str, str | Path | None], name: str = "output") -> None:
+    """Raise `TiedMoeError` if `folder`, which a run writes, is or holds one of its inputs, or lies in one; links are followed.
+
+    Args:
+        folder: as the user gave it.
+        inputs: as in `check_output`.
+        name: what the user calls the folder.
+    """
+    written = _resolved(folder)
+    for what, given in inputs.items():
+        path = Path(expand(given)) if given is not None else None
+        if path is None or not (path.exists() or isinstance(given, Path)):
+            continue
+        found = _real(path)
+        links = [_real(link) for link in path.rglob("*") if link.is_symlink()] if path.is_dir() else []
+        for place in (written, _real(written), partial_folder(written)):
+            if found == place:
+                raise TiedMoeError(f"{name}={folder} is also the {what}; give a folder of its own")
+            if place in found.parents:
+                raise TiedMoeError(
+                    f"the {what} {given} lies in {name}={folder}, which is written; give a folder of its own"
+                )
+            if inside := [link for link in links if place == link or place in link.parents]:
+                raise TiedMoeError(
+                    f"the {what} {given} links to {inside[0]}, which lies in {name}={folder}; give a folder of its own"
+                )
+        if found in {*written.parents, *_real(written).parents}:
+            raise TiedMoeError(f"{name}={folder} lies in the {what} {given}, which is read; give a folder of its own")
+
+
+def was_renamed(output: Path) -> bool:
+    """Tell whether a run was killed after `output` took its name and before its working folder was gone."""
+    partial = partial_folder(output)
+    if not output.is_dir() or (partial / FILES).exists():
+        return False
+    entries = read_journal(partial / JOURNAL)
+    if not entries or "complete" not in entries[-1]:
+        return False
+    written = Folder(output, partial, entries).files
+    return all(_size(output / name) == found["bytes"] for name, found in written.items())
+
+
+def file_digest(path: Path) -> dict[str, Any] | None:
+    """Return `{"bytes": …, "xxh3_128": …}` of a file, None if it is missing."""
+    if not path.is_file():
+        return None
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return {"bytes": path.stat().st_size, HASH: digest.hexdigest()}
+
+
+def flush(path: Path) -> None:
+    """Have a file or a folder's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_text(path: Path, text: str, draft: Path | None = None) -> None:
+    """Write a file that is there whole or not at all, whatever happens.
+
+    Args:
+        path: in a folder that exists.
+        text: written as UTF-8.
+        draft: where it is written first, on the same disk; `.NAME.draft` beside it if None.
+    """
+    draft = draft or path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    flush(draft)
+    draft.replace(path)
+
+
+def atomic_write_json(path: Path, value: Any, draft: Path | None = None) -> None:
+    """Write `value` as JSON by `atomic_write_text`."""
+    atomic_write_text(path, json.dumps(value, indent=2) + "\n", draft)
+
+
+class Folder:
+    """A folder that a run writes, and its journal; `open_folder` and `open_work` make one.
+
+    Attributes:
+        folder: where the files are.
+        files: the finished ones by relative name, `{name: {"bytes": …, "xxh3_128": …}}`.
+        values: what `remember` was given.
+    """
+
+    def __init__(self, folder: Path, state: Path, entries: Iterable[Mapping[str, Any]]):
+        self.folder, self._state, self._journal = folder, state, state / JOURNAL
+        self.files: dict[str, dict[str, Any]] = {}
+        self.values: dict[str, Any] = {}
+        self._owned: set[str] = set()
+        self._begun: set[str] = set()
+        self._stored: dict[str, Mapping[str, Any]] = {}
+        for entry in entries:
+            self._apply(entry)
+
+    @property
+    def owned(self) -> set[str]:
+        """Relative names of all files here that this run and the earlier ones wrote."""
+        return self._owned | self._begun
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for whatever the run needs meanwhile, Trainer's checkpoints say; all of it is the run's own."""
+        path = self._state / SCRATCH
+        path.mkdir(exist_ok=True)
+        return path
+
+    def path(self, name: str) -> Path:
+        """Return where to write the file `name`, after noting that it is ours; `finish` it when it is complete."""
+        if name not in self.owned:
+            self._note({"begun": [name]})
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, name: str, written: dict[str, Any] | None = None) -> None:
+        """Note that the file `name` is complete and on the disk; `written` as `file_digest` gives it, if that is known."""
+        found = written or file_digest(self.folder / name)
+        assert found is not None, f"{name} was never written"
+        self._note({"file": name, "written": found})
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file, whole or not at all."""
+        path = self.path(name)
+        with self.draft() as draft:
+            atomic_write_text(path, text, draft / path.name)
+        self.finish(name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def draft(self) -> Iterator[Path]:
+        """Give an empty folder to write into; every file that is in it at the end moves to its place here, complete."""
+        (self._state / DRAFT).mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
+        try:
+            yield draft
+            self.take(draft)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def take(self, folder: Path) -> None:
+        """Move every file of `folder`, of the run's own making and on the same disk, to its place here."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            target = self.path(name)
+            flush(path)
+            path.replace(target)
+            self.finish(name)
+
+    def own(self, name: str) -> None:
+        """Note that all that is in the folder `name` now was made for this run, by a command of its own."""
+        found = [path.relative_to(self.folder).as_posix() for path in _files(self.folder / name)]
+        self._note({"owned": sorted(found)})
+
+    def is_sound(self, name: str) -> bool:
+        """Tell whether the file `name` is finished and has the bytes that were written."""
+        return name in self.files and file_digest(self.folder / name) == self.files[name]
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a JSON-able value for later runs, in `values`."""
+        self._note({"value": name, "is": value})
+
+    def delete(self, *names: str) -> None:
+        """Delete these files, and what is ours in these folders; nothing else."""
+        for entry in read_journal(self._journal)[1:]:  # what others noted meanwhile
+            self._apply(entry)
+        gone = {each for each in self.owned if any(each == name or each.startswith(f"{name}/") for name in names)}
+        for name in sorted(gone):
+            _unlink(self.folder, name)
+        if gone:
+            self._note({"deleted": sorted(gone)})
+
+    def store(self, name: str, write: Callable[[Path], Any], metadata: Mapping[str, Any] | None = None) -> None:
+        """Keep a result that took long, for a run after a kill; it goes with the state.
+
+        Args:
+            name: a plain file name.
+            write: called with the path of the file to write.
+            metadata: JSON-able.
+        """
+        folder = self._state / STORED
+        folder.mkdir(exist_ok=True)
+        write(folder / name)
+        flush(folder / name)
+        flush(folder)
+        self._note({"stored": name, "written": file_digest(folder / name), "metadata": dict(metadata or {})})
+
+    def load(self, name: str) -> tuple[Path, dict[str, Any]] | None:
+        """Return the file and the metadata that `store` kept under `name`; None if there are none, or it is damaged."""
+        entry, path = self._stored.get(name), self._state / STORED / name
+        if entry is None or file_digest(path) != entry["written"]:
+            return None
+        return path, entry["metadata"]
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        append(self._journal, entry)
+        self._apply(json.loads(json.dumps(entry)))
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        if "begun" in entry:
+            self._begun.update(entry["begun"])
+        elif "owned" in entry:
+            self._owned.update(entry["owned"])
+        elif "file" in entry:
+            self.files[entry["file"]] = entry["written"]
+            self._begun.discard(entry["file"])
+            self._owned.add(entry["file"])
+        elif "deleted" in entry:
+            for name in entry["deleted"]:
+                self.files.pop(name, None)
+            self._begun.difference_update(entry["deleted"])
+            self._owned.difference_update(entry["deleted"])
+        elif "stored" in entry:
+            self._stored[entry["stored"]] = entry
+        elif "value" in entry:
+            self.values[entry["value"]] = entry["is"]
+
+    def _tidy(self) -> None:
+        """Delete what a killed run left unfinished."""
+        shutil.rmtree(self._state / DRAFT, ignore_errors=True)
+        for name in self._begun:
+            _unlink(self.folder, name)
+
+
+class Work(Folder):
+    """The folder that becomes an output; `open_work` makes one.
+
+    Attributes:
+        report: what `complete` was given, by this run or by one that was killed after it; None before.
+        num_resumed: how many files an earlier run had finished.
+    """
+
+    def __init__(self, partial: Path, entries: list[dict[str, Any]]):
+        super().__init__(partial / FILES, partial, entries)
+        self.report: dict[str, Any] | None = entries[-1].get("complete") if entries else None
+        self.num_resumed = len(self.files)
+
+    def complete(self, report: dict[str, Any]) -> None:
+        """Note that every file is there and verified: all that is left to do is the rename."""
+        if foreign := _others(self.folder, self.owned):
+            raise _Refused(
+                f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move them "
+                "elsewhere, and run the same command again"
+            )
+        for path in [*self.folder.rglob("*"), self.folder]:
+            flush(path)
+        self._note({"complete": report})
+        self.report = report
+
+    def _resume(self) -> None:
+        """Go on with what an earlier run has finished and not what was damaged since; refuse what it did not write."""
+        for name in [name for name in self.files if not self.is_sound(name)]:
+            del self.files[name]  # it is made again
+            self.report = None
+        self.num_resumed = len(self.files)
+        self.folder.mkdir(exist_ok=True)
+        if foreign := _others(self.folder, self.owned):
+            raise _Refused(
+                f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished work "
+                "only: move them elsewhere, and run the same command again"
+            )
+        self._tidy()
+
+
+class _Refused(TiedMoeError):
+    """Something in the way that is not ours to touch; what was done so far stays."""
+
+
+@contextlib.contextmanager
+def open_work(
+    output: Path,
+    identity: Mapping[str, Mapping[str, Any]],
+    *,
+    owned: Collection[str] | None = None,
+    keep: bool = False,
+    is_main: bool = True,
+) -> Iterator[Work]:
+    """Give the working folder of `output`, which becomes it when the block ends well.
+
+    An error removes the folder, unless `keep`; a kill or Ctrl-C leaves it, and the next run with the same `identity` goes on.
+
+    Args:
+        output: as `check_output` returns it.
+        identity: what decides the output's bytes, JSON-able, one mapping per aspect: recipe, source, versions, ...
+        owned: as in `check_output`: an output of these files is replaced at the end, and unfinished work of another identity
+            now. None replaces nothing.
+        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too.
+        is_main: whether this process, of several that run the same, holds the lock and finishes. The others enter after it,
+            and may read; what they write goes into `scratch`.
+
+    Raises:
+        TiedMoeError: another process works on `output`, or what was begun there has another identity; the disk is full or
+            cannot be written.
+    """
+    partial = partial_folder(output)
+    if not is_main:
+        yield Work(partial, read_journal(partial / JOURNAL))
+        return
+    if partial.is_symlink():
+        raise TiedMoeError(f"{partial} is a link; expected a folder of ours, or nothing: remove it")
+    made = [str(parent) for parent in output.parents if not parent.exists()]
+    with _explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(partial, f"is writing {output}", "another output")
+            try:
+                entries = _begin(partial, output, json.loads(json.dumps(identity)), made, owned)
+            except BaseException:
+                lock.release()
+                raise
+        except OSError:
+            if not (partial / JOURNAL).exists():
+                _remove_state(partial)
+                _remove_parents(made)
+            raise
+        try:
+            work = Work(partial, entries)
+            try:
+                if was_renamed(output):
+                    yield work
+                else:
+                    work._resume()
+                    yield work
+                    assert work.report is not None, "nobody said that the work is complete"
+                    _publish(work.folder, output, owned)
+                _remove_state(partial)
+            except _Refused:
+                raise
+            except Exception:
+                if not keep:
+                    _discard(work, output)
+                    _remove_state(partial, last=LOCK)  # nobody else may begin while something is left
+                    _remove_parents(entries[0]["made"])
+                raise
+        finally:
+            lock.release()
+
+
+@contextlib.contextmanager
+def open_folder(
+    folder: str | Path,
+    identity: Mapping[str, Mapping[str, Any]],
+    *,
+    what: str,
+    advice: str = "give another folder",
+    overwrite: bool = False,
+    temporary: bool = False,
+    is_main: bool = True,
+) -> Iterator[Folder]:
+    """Give a folder that stays and is continued in place by later runs with the same `identity`.
+
+    Args:
+        folder: new, empty, or one that this function has given before.
+        identity: as in `open_work`.
+        what: the folder holds, for the errors: "a demo".
+        advice: what to do if it holds something else.
+        overwrite: delete what earlier runs have written, and begin anew.
+        temporary: delete all of it at the end of the block, but for Ctrl-C.
+        is_main: as in `open_work`.
+
+    Raises:
+        TiedMoeError: another process uses the folder, or it holds something else; the disk is full or cannot be written.
+    """
+    path = _real(_resolved(folder))
+    state = path / STATE
+    if not is_main:
+        yield Folder(path, state, read_journal(state / JOURNAL))
+        return
+    if any(each.is_symlink() or (each.exists() and not each.is_dir()) for each in (path, state)):
+        raise TiedMoeError(f"{folder} cannot hold {what}: it is no folder, or {STATE} in it is none of ours; {advice}")
+    if path.is_dir() and not state.exists() and (found := sorted(each.name for each in path.iterdir())):
+        raise TiedMoeError(
+            f"{folder} holds something that is not {what}: {found[:3]}; expected a new or empty one: {advice}"
+        )
+    made = [str(each) for each in (path, *path.parents) if not each.exists()]
+    with _explained(path, "what is done is kept"):
+        state.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(state, f"uses {folder}", "another folder")
+        try:
+            opened = _open_state(
+                path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
+            )
+            try:
+                yield opened
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                _close_folder(opened, temporary)
+                raise
+            _close_folder(opened, temporary)
+        finally:
+            lock.release()
+
+
+def discard_work(output: Path) -> None:
+    """Delete the unfinished work on `output`, whatever its identity.
+
+    Raises:
+        TiedMoeError: a process is at it, or it holds what no run of ours wrote.
+    """
+    partial = partial_folder(output)
+    if partial.is_symlink() or not partial.is_dir():
+        return
+    with _explained(output, "what is done is kept"):
+        lock = _acquire(partial, f"is writing {output}", "another output")
+        try:
+            if entries := read_journal(partial / JOURNAL, mend=True):
+                _discard(Work(partial, entries), output)
+            _remove_state(partial, last=LOCK)
+        finally:
+            lock.release()
+
+
+def read_journal(journal: Path, mend: bool = False) -> list[dict[str, Any]]:
+    """Return a journal's entries, but for a last line that a kill has cut off; none if the file is missing.
+
+    Args:
+        journal: the file.
+        mend: remove that last line from the file; only for who holds the lock.
+
+    Raises:
+        TiedMoeError: a line is not one that `append` wrote, or claims what it cannot.
+    """
+    if not journal.is_file():
+        return []
+    lines = journal.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        if mend:
+            os.truncate(journal, sum(map(len, lines[:-1])))
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if (
+            not isinstance(entry, dict)
+            or entry.pop(CHECK, "") != _line_hash(entry)
+            or not _is_entry(entry, number == 1)
+        ):
+            raise TiedMoeError(
+                f"{journal} is damaged: line {number} is not one that was written there; delete the folder {journal.parent} and "
+                "start anew"
+            )
+        entries.append(entry)
+    return entries
+
+
+def append(journal: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a journal; it is on the disk when this returns."""
+    with open(journal, "ab") as file:
+        file.write(json.dumps({**entry, CHECK: _line_hash(entry)}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    flush(journal.parent)
+
+
+def _line_hash(entry: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(entry).encode())
+
+
+def _is_entry(entry: dict[str, Any], is_first: bool) -> bool:
+    """Tell whether a journal's line has the form, and names within the range, of those that are written here."""
+    match entry:
+        case {"identity": dict(aspects), "made": list(made)}:
+            is_right = all(isinstance(each, dict) for each in aspects.values()) and all(
+                isinstance(each, str) for each in made
+            )
+            return is_first and is_right
+        case {"begun": list(names)} | {"owned": list(names)} | {"deleted": list(names)}:
+            is_right = all(map(_is_name, names))
+        case {"file": name, "written": written}:
+            is_right = _is_name(name) and _is_written(written)
+        case {"stored": name, "written": written, "metadata": dict()}:
+            is_right = _is_name(name) and _is_written(written)
+        case {"value": str(), "is": _} | {"complete": dict()}:
+            is_right = True
+        case _:
+            is_right = False
+    return is_right and not is_first
+
+
+def _is_name(name: Any) -> bool:
+    """Tell whether `name` can be a file of ours: a relative path that does not lead out of its folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+
+
+def _is_written(written: Any) -> bool:
+    match written:
+        case {"bytes": int(size), **others} if set(others) == {HASH}:
+            return size >= 0 and re.fullmatch("[0-9a-f]{32}", str(others[HASH])) is not None
+    return False
+
+
+def _begin(
+    partial: Path, output: Path, identity: dict[str, Any], made: list[str], owned: Collection[str] | None
+) -> list[dict[str, Any]]:
+    """The journal's entries: those of an earlier run that made the same, or a first one."""
+    entries = read_journal(partial / JOURNAL, mend=True)
+    if entries and entries[0]["identity"] != identity:
+        if was_renamed(output):
+            _remove_state(partial, but=(LOCK, PID))
+            try:
+                check_output(output, owned=owned)  # says that it holds something else
+            except TiedMoeError:
+                _remove_state(partial)
+                raise
+        elif owned is None:
+            begin = f"{partial} holds unfinished work on {output}"
+            _check_identity(entries[0]["identity"], identity, begin, "delete that folder to start anew")
+        else:
+            _discard(Work(partial, entries), output)
+            _remove_state(partial, but=(LOCK, PID))
+        entries = []
+    if entries:
+        return entries
+    if foreign := [each.name for each in partial.iterdir() if each.name not in (LOCK, PID, JOURNAL)]:
+        raise _Refused(
+            f"{partial} holds {sorted(foreign)[:3]}, which no run of ours wrote; expected unfinished work, or nothing: move them "
+            "elsewhere, and run the same command again"
+        )
+    append(partial / JOURNAL, {"identity": identity, "made": made})
+    return read_journal(partial / JOURNAL)
+
+
+def _open_state(
+    path: Path, identity: dict[str, Any], made: list[str], begin: str, advice: str, overwrite: bool
+) -> Folder:
+    """The folder as earlier runs left it, or anew."""
+    state = path / STATE
+    entries = read_journal(state / JOURNAL, mend=True)
+    if entries and overwrite:
+        _discard(Folder(path, state, entries), path)
+        _remove_state(state, but=(LOCK, PID))
+        path.mkdir(exist_ok=True)
+        entries = []
+    if entries:
+        _check_identity(entries[0]["identity"], identity, begin, advice)
+    else:
+        append(state / JOURNAL, {"identity": identity, "made": made})
+        entries = read_journal(state / JOURNAL)
+    opened = Folder(path, state, entries)
+    opened._tidy()
+    return opened
+
+
+def _close_folder(opened: Folder, temporary: bool) -> None:
+    """Delete a folder that is to go, or into which nothing was written."""
+    entries = read_journal(opened._journal)
+    if temporary or len(entries) == 1:
+        _discard(opened, opened.folder)
+        _remove_state(opened._state, last=LOCK)
+        _remove_parents(entries[0]["made"])
+
+
+def _acquire(state: Path, doing: str, other: str) -> FileLock:
+    lock = FileLock(state / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError) as error:  # the latter: the other one has just finished and removes the folder
+        try:
+            pid = f" (process {(state / PID).read_text().strip()})"
+        except OSError:
+            pid = ""
+        raise TiedMoeError(
+            f"another process{pid} {doing}; expected to be the only one: wait until it is done, or choose {other}"
+        ) from error
+    (state / PID).write_text(f"{os.getpid()}\n")
+    return lock
+
+
+def _check_identity(begun: dict[str, Any], asked: dict[str, Any], begin: str, advice: str) -> None:
+    """Raise unless what was begun is what was asked for; say what differs."""
+    for aspect in {**asked, **begun}:
+        old, new = begun.get(aspect, {}), asked.get(aspect, {})
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if not names:
+            continue
+        differences = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names[:3])
+        if aspect == "source":
+            raise TiedMoeError(
+                f"{begin}, whose source has changed since: {differences}; expected the same source: restore it to go on, or "
+                f"{advice}"
+            )
+        raise TiedMoeError(
+            f"{begin} that differs in its {aspect}: {differences}; expected the same: repeat the old command to go on, or "
+            f"{advice}"
+        )
+
+
+def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
+    """Give the finished `folder` the name of `output`, in place of what may be replaced there."""
+    replaced = folder.with_name(REPLACED)
+    try:
+        if output.is_dir():
+            _check_owned(output, owned or ())
+            if any(output.iterdir()):
+                output.rename(replaced)
+            else:
+                output.rmdir()
+        folder.rename(output)
+        flush(output.parent)
+    except (OSError, TiedMoeError) as error:
+        if replaced.is_dir() and not output.exists():
+            replaced.rename(output)
+        raise _Refused(
+            f"the work is finished, but cannot take the name {output}: {error}. It is kept: run the same command again when "
+            "that is mended"
+        ) from error
+
+
+def _discard(work: Folder, output: Path) -> None:
+    """Delete every file that runs of ours wrote into a folder, then it if nothing else is left."""
+    replaced = work._state / REPLACED
+    if replaced.is_dir() and not output.exists():  # killed between the two renames
+        replaced.rename(output)
+    for name in work.owned:
+        with contextlib.suppress(OSError):
+            _unlink(work.folder, name)
+    with contextlib.suppress(OSError):
+        work.folder.rmdir()
+
+
+def _remove_state(state: Path, but: Collection[str] = (), last: str = JOURNAL) -> None:
+    """Delete a state's files, and its folder if nothing else is left; until `last` is gone, the next run can tell."""
+    for name in sorted((DRAFT, SCRATCH, STORED, REPLACED, PID, LOCK, JOURNAL), key=lambda each: each == last):
+        path = state / name
+        if name in but:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        state.rmdir()
+
+
+def _remove_parents(made: Iterable[str]) -> None:
+    for parent in made:  # the deepest first; only empty ones
+        with contextlib.suppress(OSError):
+            Path(parent).rmdir()
+
+
+def _unlink(folder: Path, name: str) -> None:
+    """Delete the file `name` and the folders in `folder` that it leaves empty; not what has taken its place as a link."""
+    path = folder / name
+    parents = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
+    if any(each.is_symlink() for each in (path, *parents)) or not path.is_file():
+        return
+    path.unlink()
+    for parent in parents:  # the deepest first
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _others(folder: Path, owned: Collection[str]) -> list[str]:
+    """What is in the folder but the `owned` files and the folders of them, sorted."""
+    names = {PurePosixPath(name) for name in owned}
+    folders = {parent for name in names for parent in name.parents}
+    found = []
+    for path in folder.rglob("*"):
+        name = PurePosixPath(path.relative_to(folder).as_posix())
+        if path.is_symlink() or name not in (folders if path.is_dir() else names):
+            found.append(str(name))
+    return sorted(found)
+
+
+def _check_owned(output: Path, owned: Collection[str]) -> None:
+    if foreign := _others(output, owned):
+        raise TiedMoeError(
+            f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that kind is "
+            "deleted: move it elsewhere, or choose another output"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _resolved(folder: str | Path) -> Path:
+    """The absolute path of a folder to be written; its last part, which may be a link, is not followed."""
+    text = expand(folder)
+    if not text or "\0" in text:
+        raise TiedMoeError(f"{folder!r} cannot be the name of a folder; choose another one")
+    path = Path(text).absolute()
+    return _real(path) if path.name in ("", "..") else _real(path.parent) / path.name
+
+
+def _real(path: Path) -> Path:
+    """The path without links; `Path.resolve` raises for a circle of them, which is for others to refuse."""
+    return Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def _explained(output: Path, left: str) -> Iterator[None]:
+    """Turn what a disk can do wrong into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number in FULL:
+            raise TiedMoeError(
+                f"the disk of {output} is full; {left}. Free some space, or choose an output on another disk, and run the same "
+                "command again"
+            ) from error
+        if number in FORBIDDEN:
+            where = getattr(error, "filename", None)
+            raise TiedMoeError(
+                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another output folder, or "
+                f"change who may read and write; {left}"
+            ) from error
+        raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number for what went wrong; safetensors and torch name it in their errors' texts only."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if "PytorchStreamWriter failed writing file" in str(error) else None
