@@ -6,8 +6,8 @@ import random
 import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="tiedmoe-tests-")  # removed when the process ends
-# Before anything imports huggingface_hub, transformers or torch: they read these once. transformers would look for kernels
-# of the Hub where the package `kernels` is there, and these tests are about ours.
+# Before anything imports huggingface_hub, transformers or torch: they read these once. transformers would look for
+# kernels of the Hub where the package `kernels` is there, and these tests are about ours.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HOME=_CACHE.name,
@@ -20,9 +20,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-# Without a GPU the Triton kernels run in Triton's interpreter, which `triton.jit` asks for when a module is imported, triton's
-# own too: so this comes before anything imports triton, as the calls of torch below do. bfloat16 is wrong there;
-# triton_interpreter.py repairs it, so that these tests cover it.
+# Without a GPU the Triton kernels run in Triton's interpreter, which `triton.jit` asks for when a module is imported,
+# triton's own too: so this comes before anything imports triton, as the calls of torch below do. bfloat16 is wrong
+# there; triton_interpreter.py repairs it, so that these tests cover it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
@@ -30,8 +30,8 @@ if not torch.cuda.is_available():
 
         repair_bfloat16()
 
-# `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the whole
-# session, not test by test: fixtures of a module would run without it.
+# `torch.empty` then gives NaN, so a weight nobody wrote shows; torch does this only in deterministic mode. For the
+# whole session, not test by test: fixtures of a module would run without it.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 

@@ -455,9 +455,9 @@ def test_with_flags_requires_nothing_where_a_recipe_may_give_it(tmp_path):
 
 def test_with_flags_expands_the_home_folder(monkeypatch):
     """`--name ~/x` is the shell's to expand, `--name=~/x` and a quoted one are ours."""
-    monkeypatch.setenv("HOME", "/root/me")
+    monkeypatch.setenv("HOME", "/me")
     given, _, file = run_flags(Example, "--name=~/x", "--recipe=~/r.yaml", file_option=FileOption("recipe", "a file"))
-    assert (given, file) == ({"name": "/root/me/x"}, "/root/me/r.yaml")
+    assert (given, file) == ({"name": "/me/x"}, "/me/r.yaml")
     assert run_flags(Example, "a~b", arguments=("name",))[0] == {"name": "a~b"}
 
 

@@ -115,10 +115,10 @@ def test_yaml_that_is_no_utf8_or_no_file(tmp_path):
 
 
 def test_paths_are_expanded_wherever_they_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/root/me")
+    monkeypatch.setenv("HOME", "/me")
     (tmp_path / "recipe.yaml").write_text("source: ~/in\noutput: ~/out\nmethod: average\nstatistics: ~/kept\n")
     recipe = ConversionRecipe.from_yaml(tmp_path / "recipe.yaml")
-    assert (recipe.source, recipe.output, recipe.statistics) == ("/root/me/in", "/root/me/out", "/root/me/kept")
+    assert (recipe.source, recipe.output, recipe.statistics) == ("/me/in", "/me/out", "/me/kept")
 
 
 SOURCES = {

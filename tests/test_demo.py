@@ -11,8 +11,9 @@ from checkpoints import make_text, make_tokenizer, save_source, save_tied
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from tiedmoe_demo import DemoConfig, comparison_table, run_demo
-from tiedmoe_demo.figures import RoutingCounts, expert_parameters, peak_training_memory
+from tiedmoe_demo.figures import expert_parameters, peak_training_memory
 from tiedmoe_demo.train_source import train_tokenizer
+from transformers_tiedmoe.audit.routing import RoutingCounts
 
 MODELS = ("source", "tied", "healed", "control")
 SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 5, "num_attention_heads": 2, "num_experts": 4}

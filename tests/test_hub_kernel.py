@@ -1,7 +1,7 @@
 """kernels/ as a Hub kernel: laid out as Hugging Face's kernel-builder does it, loaded by Hugging Face's `kernels`.
 
-kernel-builder itself needs nix. What it does to a `[torch-noarch]` kernel is little: it copies the Python package and writes
-`metadata.json` and `_ops.py` (huggingface/kernels, kernel-builder/src/pyproject/torch/noarch.rs).
+kernel-builder itself needs nix. What it does to a `[torch-noarch]` kernel is little: it copies the Python package and
+writes `metadata.json` and `_ops.py` (huggingface/kernels, kernel-builder/src/pyproject/torch/noarch.rs).
 """
 
 import ast

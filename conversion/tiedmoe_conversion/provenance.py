@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from transformers_tiedmoe import hub
+from transformers_tiedmoe.audit.metrics import perplexity
 
 from .checkpoint.reader import Source
 
@@ -113,8 +114,8 @@ def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_diges
         "digest": text_digest,
         "loss_before": measured["loss_before"],
         "loss_after": measured["loss_after"],
-        "perplexity_before": hub.perplexity_of(measured["loss_before"]),
-        "perplexity_after": hub.perplexity_of(measured["loss_after"]),
+        "perplexity_before": perplexity(measured["loss_before"]),
+        "perplexity_after": perplexity(measured["loss_after"]),
         "agreement": measured["routing_agreement"]["mean"],
         "slots": sum(each["of"] for each in slots),
         "dead_slots": sum(each["tied"] for each in slots),

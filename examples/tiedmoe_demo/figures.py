@@ -3,15 +3,14 @@
 import gc
 import os
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from transformers_tiedmoe.modeling_tiedmoe import ExpertPool, TiedExperts, expert_layers
+from transformers_tiedmoe.audit.routing import RoutingCounts, layer_experts
+from transformers_tiedmoe.modeling_tiedmoe import ExpertPool
 from transformers_tiedmoe.training.data import perplexity
 
 from .config import DemoConfig
@@ -43,15 +42,6 @@ def measure(
     }
 
 
-def layer_experts(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """By layer index, in order, what a MoE layer calls for its experts: its own, or its view of a pool."""
-    experts = {layer: model.get_submodule(path) for layer, path in expert_layers(model).items()}
-    for module in model.modules():
-        if isinstance(module, TiedExperts):
-            experts[model.config.groups[module.pool_index][module.position]] = module
-    return dict(sorted(experts.items()))
-
-
 def expert_parameters(model: PreTrainedModel) -> int:
     """The number of parameters in experts: untied layers', pools' and residuals; each pool once."""
     owners = [
@@ -59,46 +49,6 @@ def expert_parameters(model: PreTrainedModel) -> int:
         *(module for module in model.modules() if isinstance(module, ExpertPool)),
     ]
     return sum(parameter.numel() for owner in owners for parameter in owner.parameters())
-
-
-class RoutingCounts:
-    """Counts, while it is entered, which experts the routers of a model choose.
-
-    It hooks the call of each layer's experts, `(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])`, the
-    same in every family. A tied layer's choices are counted by row of its pool, so that layers of a group compare.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self.experts = layer_experts(model)
-        self.counts: dict[int, torch.Tensor] = {}
-
-    def __enter__(self) -> "RoutingCounts":
-        self._hooks = [
-            module.register_forward_pre_hook(self._counter(layer), with_kwargs=True)
-            for layer, module in self.experts.items()
-        ]
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _counter(self, layer: int):
-        def count(module: Any, args: tuple, kwargs: dict) -> None:
-            index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            is_view = isinstance(module, TiedExperts)
-            index = index[index < (module.num_slots if is_view else module.num_experts)]  # the others are inactive
-            if is_view and module.slot_map is not None:
-                index = module.slot_map[index]
-            width = module.pool_size if is_view else module.num_experts
-            counted = torch.bincount(index, minlength=width).cpu()
-            self.counts[layer] = self.counts.get(layer, 0) + counted
-
-        return count
-
-    def shares(self) -> dict[str, list[float]]:
-        """By layer index, as JSON has it, each expert's share of the choices counted so far."""
-        return {str(layer): (count / count.sum()).tolist() for layer, count in sorted(self.counts.items())}
 
 
 def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DemoConfig) -> str:

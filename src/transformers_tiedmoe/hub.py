@@ -5,7 +5,6 @@ chose go into it as plain text: no Markdown, no HTML, no link but to a web page.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -252,11 +251,6 @@ def is_hub_id(name: str) -> bool:
 def _fence(text: str) -> str:
     """A code fence that nothing in `text` closes."""
     return "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-
-
-def perplexity_of(loss: float) -> float:
-    """Return the exponential of a loss in nats per token; infinity if it is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def check_upload(repo_id: str) -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transformers_tiedmoe.audit.metrics import expert_counts, routing_agreement
+
 from ..checkpoint.reader import open_source
 from ..layout.source_model import family_model
 from ..layout.tied_view import LayerTensors
@@ -31,16 +33,18 @@ def measure(plan: "Plan", folder: Path, calibration: Calibration) -> dict[str, A
     tied = tied_layers(open_source(str(folder)), plan.config)
     model = StreamedModel(family_model(plan.source.model.config), tied.read, plan.bytes_before)
     after, tied_routing = _run(model, calibration.held_out)
-    agreement = {layer: _agreement(source_routing[layer], tied_routing[layer]) for layer in sorted(source_routing)}
+    agreement = {
+        layer: routing_agreement(source_routing[layer], tied_routing[layer]) for layer in sorted(source_routing)
+    }
     num_slots = getattr(plan.config, plan.config.num_experts_field)
     slot_maps = _slot_maps(plan, tied, num_slots)
     dead_experts, dead_slots = {}, {}
     for p, group in enumerate(plan.groups):
         reached = torch.zeros(plan.pool_num_experts[p], dtype=torch.bool)
         for layer in group:
-            chosen = _counts(tied_routing[layer], num_slots) > 0
+            chosen = expert_counts(tied_routing[layer], num_slots) > 0
             reached[slot_maps[layer][chosen]] = True
-            in_source = _counts(source_routing[layer], num_slots) > 0
+            in_source = expert_counts(source_routing[layer], num_slots) > 0
             dead_slots[str(layer)] = {"source": int((~in_source).sum()), "tied": int((~chosen).sum()), "of": num_slots}
         dead_experts[str(p)] = {"dead": int((~reached).sum()), "of": len(reached)}
     return {
@@ -74,12 +78,3 @@ def _slot_maps(plan: "Plan", tied: LayerTensors, num_slots: int) -> dict[int, to
     layers = [layer for group in plan.groups for layer in group]
     found = {layer: tied.slot_map(f"{plan.source.experts[layer]}.") for layer in layers}
     return {layer: torch.tensor(rows) if rows else torch.arange(num_slots) for layer, rows in found.items()}
-
-
-def _agreement(source: torch.Tensor, tied: torch.Tensor) -> float:
-    """The share of the source's choices, `[T, K]`, that are among the tied model's of the same token."""
-    return float((source[:, :, None] == tied[:, None, :]).any(-1).double().mean())
-
-
-def _counts(index: torch.Tensor, num_slots: int) -> torch.Tensor:
-    return torch.bincount(index[index < num_slots].flatten(), minlength=num_slots)

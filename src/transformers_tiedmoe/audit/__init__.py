@@ -1,0 +1,1 @@
+"""Where a model's compute, memory and quality go; so far the metrics that conversion, healing and the demo report."""
