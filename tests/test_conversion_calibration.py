@@ -20,7 +20,7 @@ from tiedmoe_conversion.calibration.inputs import Calibration, open_calibration,
 from tiedmoe_conversion.calibration.text import CalibrationText
 from tiedmoe_conversion.checkpoint.reader import open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.workdir import Work
 
 NUM_TOKENS, BLOCK = 256, 16

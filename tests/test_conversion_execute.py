@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan, verify
 from tiedmoe_conversion.checkpoint.headers import read_header
 from tiedmoe_conversion.methods import Pool
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import expert_layers
 
 execute_module = importlib.import_module("tiedmoe_conversion.run")  # the package's name is the function
 plan_module = importlib.import_module("tiedmoe_conversion.plan")

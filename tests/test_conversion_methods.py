@@ -15,7 +15,7 @@ from tiedmoe_conversion.methods import METHODS, Group, Pool, RoutedInputs
 from tiedmoe_conversion.methods.prototype import choose, replacement_costs
 from tiedmoe_conversion.methods.residual import residuals
 from tiedmoe_conversion.methods.widen import widen
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import expert_layers
 
 # Why each: plain; another module; shared experts beside it; interleaved, transposed, with biases; transposed; no gate.
 FAMILIES = ["olmoe", "mixtral", "deepseek_v3", "gpt_oss", "aria_text", "nemotron_h"]

@@ -17,9 +17,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from tiedmoe_kernels import ACTIVATIONS, autograd, experts_forward, experts_forward_reference
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel, experts_interface, modeling_tiedmoe
-from transformers_tiedmoe.configuration_tiedmoe import canonical_family
 from transformers_tiedmoe.experts_interface import activation_of
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import canonical_family, expert_layers
 
 T, H, I, E, K = 7, 8, 4, 5, 3  # rows of 16 bytes in float32, for which the CPU backend has a path of its own
 

@@ -12,7 +12,7 @@ from families import moe_families, tiny_config
 from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import expert_layers
 
 # Families that cannot be tied, or whose check cannot hold, each with its reason; the README repeats the first list.
 UNSUPPORTED = {

@@ -25,7 +25,8 @@ from transformers import (
 
 import transformers_tiedmoe
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel
-from transformers_tiedmoe.modeling_tiedmoe import TiedExperts, expert_layers
+from transformers_tiedmoe.families import expert_layers
+from transformers_tiedmoe.modeling_tiedmoe import TiedExperts
 
 OLDEST = transformers.__version__ < "5.23"
 TYING = {"group_size": 2, "skip_first": 1, "skip_last": 1}

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.workdir import check_output, open_work
 
 from .checkpoint.reader import Source, open_source

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils import logging
 
 from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.hub import MANIFEST
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
 from transformers_tiedmoe.workdir import file_digest
 
 from .checkpoint.quantised import BlockScaled

@@ -5,11 +5,11 @@ family's layers are built with it directly and a field that transformers adds to
 involves more than one field is in `_resolve_pools`.
 """
 
-import functools
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .families import canonical_family, config_class, expert_layers, family_skeleton, remote_classes, restore_config
 from .hub import write_stub
 from .pools import check_groups, tie_groups
 
@@ -82,7 +82,7 @@ class TiedMoeConfig(PreTrainedConfig):
     recompute_experts: bool = False
 
     def __new__(cls, *args, family: str = "olmoe", **kwargs):
-        return super().__new__(family_config_class(family) if cls is TiedMoeConfig else cls)
+        return super().__new__(config_class(cls, canonical_family(family)) if cls is TiedMoeConfig else cls)
 
     def __post_init__(self, **kwargs):
         self.family = canonical_family(self.family)
@@ -134,7 +134,7 @@ class TiedMoeConfig(PreTrainedConfig):
         return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
 
     def _resolve_pools(self) -> None:
-        moe_layers = moe_layers_of(self)
+        moe_layers = sorted(expert_layers(family_skeleton(self)))
         if not moe_layers:
             raise ValueError(
                 f"family {self.family!r} with these fields has no layer with experts; expected a Mixture-of-Experts "
@@ -186,58 +186,7 @@ class TiedMoeConfig(PreTrainedConfig):
         return values
 
     def __reduce__(self):
-        return _restore_config, (self.family,), self.__dict__
-
-
-@functools.cache
-def canonical_family(family: str) -> str:
-    """The `model_type` of the config that the family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text"."""
-    if isinstance(family, str) and family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
-        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
-        if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
-            return causal_lm.config_class.model_type
-    raise ValueError(
-        f"unknown family {family!r}; expected the model_type of a transformers text-only causal LM whose experts use "
-        "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
-    )
-
-
-def family_config_class(family: str) -> type[TiedMoeConfig]:
-    """The subclass of both `TiedMoeConfig` and the family's own config, registered with the Auto classes."""
-    return _family_config_class(canonical_family(family))
-
-
-@functools.cache
-def _family_config_class(family: str) -> type[TiedMoeConfig]:
-    from .modeling_tiedmoe import register_heads
-
-    parent = CONFIG_MAPPING[family]
-    namespace = {
-        "__doc__": f"`{parent.__name__}` with pools; see `TiedMoeConfig`.",
-        "__module__": __name__,
-        "__annotations__": {"family": str},
-        "family": family,
-        "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
-    }
-    config_class = type(f"TiedMoe{parent.__name__}", (TiedMoeConfig, parent), namespace)
-    register_heads(config_class)
-    return config_class
-
-
-@functools.cache
-def remote_classes(family: str) -> dict[str, str]:
-    """The `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its config.json."""
-    from .modeling_tiedmoe import heads_of
-
-    heads = {head._auto_model.__name__: f"tiedmoe_remote.{head.__name__}" for head in heads_of(family)}
-    return {"AutoConfig": "tiedmoe_remote.TiedMoeConfig", **heads}
-
-
-def moe_layers_of(config: TiedMoeConfig) -> list[int]:
-    """The indices of the layers that have experts, found by building the family's model without memory."""
-    from .modeling_tiedmoe import expert_layers, family_skeleton
-
-    return sorted(expert_layers(family_skeleton(config)))
+        return restore_config, (TiedMoeConfig, self.family), self.__dict__
 
 
 def _first_field(config: PreTrainedConfig, names: tuple[str, ...], what: str) -> str:
@@ -245,8 +194,3 @@ def _first_field(config: PreTrainedConfig, names: tuple[str, ...], what: str) ->
         if getattr(config, name, None) is not None:
             return name
     raise ValueError(f"family {config.family!r} has no field for its {what}; expected one of {list(names)}")
-
-
-def _restore_config(family: str) -> TiedMoeConfig:
-    config_class = family_config_class(family)
-    return config_class.__new__(config_class)

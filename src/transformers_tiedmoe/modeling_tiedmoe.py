@@ -6,18 +6,13 @@ experts never take memory; the pools are owned once, by the base model, as `expe
 call time through that owner, so that whatever wraps the pool by then (peft, FSDP2, accelerate) is what it calls.
 """
 
-import contextlib
-import copy
-import functools
 import itertools
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -30,27 +25,27 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from .configuration_tiedmoe import TiedMoeConfig, family_config_class
+from .configuration_tiedmoe import TiedMoeConfig
 from .experts_interface import defer_weight_gradients, is_default_for
+from .families import (
+    check_alike,
+    expert_layers,
+    family_skeleton,
+    model_class,
+    other_num_experts,
+    refuse_reentrant_fsdp2,
+    register_head,
+    restore_model,
+    restore_pool,
+)
 from .losses import add_router_losses, watch_routers
 from .pools import default_slot_map
+from .residual import Residual, experts_with_residual
 
 logger = logging.get_logger(__name__)
-
-
-class Residual(NamedTuple):
-    """What one layer adds to its pool's weights: `W[slot] + b[slot] @ a[slot]` per projection, slot by slot.
-
-    `router_index [T, K]` int64 are the layer's own slots; `factors` maps a projection's name to
-    `(b [E, rows, r], a [E, r, columns])` in the family's own layout of that projection.
-    """
-
-    router_index: torch.Tensor
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class ExpertPool(nn.Module):
@@ -61,8 +56,8 @@ class ExpertPool(nn.Module):
 
     @staticmethod
     def of(experts: nn.Module) -> "ExpertPool":
-        """The family's `experts` module as a pool; takes over its parameters."""
-        pool = _restore_pool(type(experts))
+        """Make a pool of the family's `experts` module, whose parameters it takes over."""
+        pool = restore_pool(ExpertPool, type(experts))
         pool.__dict__.update(experts.__dict__)
         return pool
 
@@ -76,42 +71,15 @@ class ExpertPool(nn.Module):
         """`hidden_states [T, H]`, `top_k_index [T, K]` int64 rows of the pool, `top_k_weights [T, K]` -> `[T, H]`."""
         if residual is None:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # the family's, or its chosen backend
-        return self._forward_with_residual(hidden_states, top_k_index, top_k_weights, residual)
-
-    def _forward_with_residual(self, hidden_states, top_k_index, top_k_weights, residual):
-        """One loop over the slots in use; the pool's rows are read in place, never summed with the residual."""
         if self.config._experts_implementation == "tiedmoe":
             logger.warning_once(
                 "experts_implementation='tiedmoe' has no kernel for the residuals of a tied layer: the pools with "
                 f"residual_rank={self.config.residual_rank} above 0 run as a loop over experts in plain torch."
             )
-        output = torch.zeros_like(hidden_states)
-        up_name = "gate_up_proj" if self.has_gate else "up_proj"
-        num_slots = residual.factors["down_proj"][0].shape[0]
-        for slot in residual.router_index.unique().tolist():
-            if slot == num_slots:  # the sentinel of an inactive slot
-                continue
-            token, k = torch.where(residual.router_index == slot)
-            row = top_k_index[token[0], k[0]]
-            state = self._project(up_name, hidden_states[token], row, slot, residual)
-            state = self._apply_gate(state) if self.has_gate else self.act_fn(state)
-            state = self._project("down_proj", state, row, slot, residual)
-            if getattr(self, "has_post_expert_norm", False):
-                state = self.post_expert_norm(state)
-            state = state * top_k_weights[token, k, None]
-            output.index_add_(0, token, state.to(output.dtype))
-        return output
-
-    def _project(self, name: str, state: torch.Tensor, row: torch.Tensor, slot: int, residual: Residual):
-        weight, (b, a) = getattr(self, name)[row], (factor[slot] for factor in residual.factors[name])
-        if self.is_transposed:  # [in, out]
-            state = state @ weight + (state @ b) @ a
-        else:  # [out, in]
-            state = state @ weight.T + (state @ a.T) @ b.T
-        return state + getattr(self, f"{name}_bias")[row] if self.has_bias else state
+        return experts_with_residual(self, hidden_states, top_k_index, top_k_weights, residual)
 
     def __reduce__(self):
-        return _restore_pool, (type(self).__mro__[2],), self.__dict__
+        return restore_pool, (ExpertPool, type(self).__mro__[2]), self.__dict__
 
 
 class TiedExperts(nn.Module):
@@ -176,7 +144,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
     """What every tied model shares: how it is built, saved, and found by its family."""
 
     config_class = TiedMoeConfig
-    _auto_model: Any = None  # the Auto class, and the mapping of the families' own heads: set by the classes below
+    _auto_model: Any = None  # the Auto class, and the mapping of the families' own heads: set by `register_head`
     _family_heads: Any = None
     _family_class: type[PreTrainedModel] | None = None  # set where the class is made for one family
 
@@ -186,7 +154,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                 f"{cls.__name__} got a {type(config).__name__}; expected a TiedMoeConfig, which "
                 "TiedMoeConfig.from_family(config, group_size=2) makes of a family's config"
             )
-        return super().__new__(cls if cls._family_class else family_model_class(cls, type(config)))
+        return super().__new__(cls if cls._family_class else model_class(cls, type(config)))
 
     def __init__(self, config: TiedMoeConfig, *args, **kwargs):
         if is_deepspeed_zero3_enabled():
@@ -215,6 +183,11 @@ class TiedMoePreTrainedModel(PreTrainedModel):
     def _tie(self) -> None:
         """Put the pools into the model that the family's constructor has made on the meta device."""
         raise NotImplementedError
+
+    @classmethod
+    def _family_methods(cls, parent: type[PreTrainedModel]) -> dict[str, Any]:
+        """Return the methods of `parent`, the family's class, that the class made for the family replaces."""
+        return {}
 
     def _floating_tensors(self) -> dict[str, torch.Tensor]:
         tensors = itertools.chain(self.named_parameters(), self.named_buffers())
@@ -288,25 +261,29 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         return cls._family_class._can_set_attn_implementation()
 
     def __reduce__(self):
-        return _restore_model, (type(self).__mro__[1], self.config.family), self.__dict__
+        return restore_model, (type(self).__mro__[1], TiedMoeConfig, self.config.family), self.__dict__
 
 
+@register_head(AutoModel, MODEL_MAPPING)
 class TiedMoeModel(TiedMoePreTrainedModel):
     """The family's base model whose tied layers read `expert_pools`; made by `TiedMoeModel(config)`."""
 
-    _auto_model, _family_heads = AutoModel, MODEL_MAPPING
     expert_pools: nn.ModuleList
+
+    @classmethod
+    def _family_methods(cls, parent: type[PreTrainedModel]) -> dict[str, Any]:
+        return {"forward": refuse_reentrant_fsdp2(defer_weight_gradients(parent.forward))}
 
     def _tie(self) -> None:
         config, paths = self.config, expert_layers(self)
         num_experts = getattr(config, config.num_experts_field)
         untied = {num_experts: self}  # the family's model for every width that a pool has
         for width in sorted(set(config.pool_num_experts) - {num_experts}):
-            with _num_experts(config, width):
+            with other_num_experts(config, width):
                 untied[width] = self._family_class(config)
 
         for p, group in enumerate(config.groups):
-            _check_alike(p, {layer: self.get_submodule(paths[layer]) for layer in group})
+            check_alike(p, {layer: self.get_submodule(paths[layer]) for layer in group})
         self.expert_pools = nn.ModuleList(
             ExpertPool.of(untied[width].get_submodule(paths[group[0]]))
             for group, width in zip(config.groups, config.pool_num_experts)
@@ -339,6 +316,7 @@ class TiedMoeHead(TiedMoePreTrainedModel):
         return self.base_model.expert_pools
 
 
+@register_head(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)
 class TiedMoeForCausalLM(TiedMoeHead):
     """The family's causal LM whose tied layers read shared pools of experts.
 
@@ -352,145 +330,19 @@ class TiedMoeForCausalLM(TiedMoeHead):
         2
     """
 
-    _auto_model, _family_heads = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    @classmethod
+    def _family_methods(cls, parent: type[PreTrainedModel]) -> dict[str, Any]:
+        return {"forward": add_router_losses(parent.forward)}
 
 
+@register_head(AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
 class TiedMoeForSequenceClassification(TiedMoeHead):
     """The family's sequence classifier on a tied base model, for the families that have one."""
 
-    _auto_model, _family_heads = AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-
+@register_head(AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
 class TiedMoeForTokenClassification(TiedMoeHead):
     """The family's token classifier on a tied base model, for the families that have one."""
-
-    _auto_model, _family_heads = AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
-
-
-HEADS = (TiedMoeModel, TiedMoeForCausalLM, TiedMoeForSequenceClassification, TiedMoeForTokenClassification)
-
-
-@functools.cache
-def family_model_class(
-    head: type[TiedMoePreTrainedModel], config_class: type[TiedMoeConfig]
-) -> type[TiedMoePreTrainedModel]:
-    """The subclass of both `head` and the family's own class, e.g. of TiedMoeForCausalLM and OlmoeForCausalLM."""
-    family = config_class.family
-    if CONFIG_MAPPING[family] not in head._family_heads:
-        raise ValueError(f"transformers has no {head.__name__.removeprefix('TiedMoe')} of family {family!r}")
-    parent = head._family_heads[CONFIG_MAPPING[family]]
-    namespace = {
-        "__doc__": f"`{parent.__name__}` with pools; see `{head.__name__}`.",
-        "__module__": __name__,
-        "_family_class": parent,
-        "config_class": config_class,
-    }
-    if head is TiedMoeForCausalLM:
-        namespace["forward"] = add_router_losses(parent.forward)
-    elif head is TiedMoeModel:
-        namespace["forward"] = refuse_reentrant_fsdp2(defer_weight_gradients(parent.forward))
-    model_class = type(f"TiedMoe{parent.__name__}", (head, parent), namespace)
-    if head is TiedMoeModel:
-        # transformers looks renamings up by class name: the untied layers of a checkpoint may have the old keys
-        mapping = get_checkpoint_conversion_mapping(parent.__name__) or get_checkpoint_conversion_mapping(family)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
-    return model_class
-
-
-def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
-    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient when each layer has a backward pass of its own."""
-
-    @functools.wraps(forward)
-    def checked(self, *args, **kwargs):
-        if self.training and any(map(_is_fsdp2_unit, self.expert_pools)):
-            for module in self.modules():
-                checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
-                    if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-                        raise ValueError(
-                            "reentrant gradient checkpointing under FSDP2 gives pools a wrong gradient; call "
-                            'gradient_checkpointing_enable({"use_reentrant": False})'
-                        )
-                    break  # one function for all layers
-        return forward(self, *args, **kwargs)
-
-    return checked
-
-
-def _is_fsdp2_unit(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it takes over a second
-
-
-def heads_of(family: str) -> list[type[TiedMoePreTrainedModel]]:
-    """The heads that transformers has for `family`."""
-    return [head for head in HEADS if CONFIG_MAPPING[family] in head._family_heads]
-
-
-def register_heads(config_class: type[TiedMoeConfig]) -> None:
-    """Register every head that the family has with the Auto classes, which look the exact config class up."""
-    for head in heads_of(config_class.family):
-        head._auto_model.register(config_class, family_model_class(head, config_class), exist_ok=True)
-
-
-def family_skeleton(config: TiedMoeConfig) -> PreTrainedModel:
-    """The family's untied base model on the meta device: its modules and shapes, no memory."""
-    with torch.device("meta"), init.meta_device_safe_creation_ops():
-        return MODEL_MAPPING[CONFIG_MAPPING[config.family]](copy.copy(config))
-
-
-def expert_layers(model: nn.Module) -> dict[int, str]:
-    """Which layers of a model have experts: `{layer index: path of its experts module}`, in order.
-
-    Args:
-        model: a family's base model or a head on it, untied, on any device.
-
-    Returns:
-        For example `{2: "model.layers.2.mlp.experts"}`; empty where the model has no experts.
-    """
-    layers: dict[int, str] = {}
-    for path, module in model.named_modules():
-        match = re.match(r"(?:\w+\.)?layers\.(\d+)\.", path)
-        if match and _is_experts(module):
-            layer = int(match[1])
-            if layer in layers:
-                raise ValueError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
-            layers[layer] = path
-    return layers
-
-
-@contextlib.contextmanager
-def _num_experts(config: TiedMoeConfig, number: int):
-    """`config` itself with another number of experts per layer; modules built meanwhile keep `config`."""
-    own = getattr(config, config.num_experts_field)
-    setattr(config, config.num_experts_field, number)
-    try:
-        yield
-    finally:
-        setattr(config, config.num_experts_field, own)
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Whether transformers' `@use_experts_implementation` made this module's class."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-
-
-def _check_alike(p: int, experts: dict[int, nn.Module]) -> None:
-    """Raise unless the layers of a group have experts of the same shapes and settings."""
-    found = {}
-    for layer, module in experts.items():
-        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-        settings = {
-            k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "layer_idx"
-        }
-        found[layer] = (shapes, settings)
-    first, *others = found
-    for layer in others:
-        if found[layer] != found[first]:
-            raise ValueError(
-                f"group {p} ties layers {first} and {layer}, whose experts differ: {found[first]} and {found[layer]}; "
-                "put them into different groups"
-            )
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -502,19 +354,3 @@ def _device_of_new_parameters() -> torch.device:
     probe = nn.Module()
     probe.register_parameter("weight", nn.Parameter(torch.empty(0)))
     return probe.weight.device
-
-
-@functools.cache
-def _pool_class(experts_class: type[nn.Module]) -> Callable[..., ExpertPool]:
-    namespace = {"__module__": __name__, "__doc__": f"A pool of `{experts_class.__name__}`."}
-    return type(f"Pool{experts_class.__name__}", (ExpertPool, experts_class), namespace)
-
-
-def _restore_pool(experts_class: type[nn.Module]) -> ExpertPool:
-    pool_class = _pool_class(experts_class)
-    return pool_class.__new__(pool_class)
-
-
-def _restore_model(head: type[TiedMoePreTrainedModel], family: str) -> TiedMoePreTrainedModel:
-    model_class = family_model_class(head, family_config_class(family))
-    return nn.Module.__new__(model_class)

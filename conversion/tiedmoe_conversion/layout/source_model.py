@@ -8,8 +8,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig, canonical_family
-from transformers_tiedmoe.modeling_tiedmoe import expert_layers
+from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.families import canonical_family, expert_layers
 
 from ..checkpoint.quantised import block_size
 from ..checkpoint.reader import Source

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_tiedmoe import TiedExperts, expert_layers
+from ..families import expert_layers
+from ..modeling_tiedmoe import TiedExperts
 from .metrics import expert_counts, load_shares
 
 

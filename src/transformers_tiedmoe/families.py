@@ -1,0 +1,231 @@
+"""A class made per family: transformers' own class beside one of ours, registered with the Auto classes, and picklable.
+
+Knows transformers and neither our config nor our models: those hand their base classes in, so that imports run one way.
+A family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
+"""
+
+import contextlib
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+HEADS: list[Any] = []  # our heads in order, each with its Auto class and the mapping of the families' own heads
+
+
+def canonical_family(family: object) -> str:
+    """Return the `model_type` of the config that a family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text".
+
+    Raises:
+        ValueError: no text-only causal LM with experts of that name.
+    """
+    if isinstance(family, str) and family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+        if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
+            return causal_lm.config_class.model_type
+    raise ValueError(
+        f"unknown family {family!r}; expected the model_type of a transformers text-only causal LM whose experts use "
+        "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
+    )
+
+
+# What a family's own model is made of
+
+
+def family_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the family's untied base model of a tied `config` on the meta device: its modules and shapes, no memory."""
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return MODEL_MAPPING[CONFIG_MAPPING[config.family]](copy.copy(config))
+
+
+def expert_layers(model: nn.Module) -> dict[int, str]:
+    """Find the layers of a model that have experts: `{layer index: path of its experts module}`, in order.
+
+    Args:
+        model: a family's base model or a head on it, untied, on any device.
+
+    Returns:
+        For example `{2: "model.layers.2.mlp.experts"}`; empty if the model has no experts.
+    """
+    layers: dict[int, str] = {}
+    for path, module in model.named_modules():
+        match = re.match(r"(?:\w+\.)?layers\.(\d+)\.", path)
+        if match and _is_experts(module):
+            layer = int(match[1])
+            if layer in layers:
+                raise ValueError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
+            layers[layer] = path
+    return layers
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether transformers' `@use_experts_implementation` made this module's class."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+@contextlib.contextmanager
+def other_num_experts(config: Any, number: int) -> Iterator[None]:
+    """Give `config` itself another number of experts per layer; modules built meanwhile keep `config`."""
+    own = getattr(config, config.num_experts_field)
+    setattr(config, config.num_experts_field, number)
+    try:
+        yield
+    finally:
+        setattr(config, config.num_experts_field, own)
+
+
+def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
+    """Raise `ValueError` unless the layers of group `p` have experts of the same shapes and settings."""
+    found = {}
+    for layer, module in experts.items():
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+        settings = {
+            k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "layer_idx"
+        }
+        found[layer] = (shapes, settings)
+    first, *others = found
+    for layer in others:
+        if found[layer] != found[first]:
+            raise ValueError(
+                f"group {p} ties layers {first} and {layer}, whose experts differ: {found[first]} and {found[layer]}; "
+                "put them into different groups"
+            )
+
+
+# Our classes, one per family
+
+
+def register_head(auto_model: Any, family_heads: Any) -> Callable[[type], type]:
+    """Register a head of ours, such as `TiedMoeForCausalLM`, with its Auto class and the mapping of the families' own."""
+
+    def register(head: Any) -> Any:
+        head._auto_model, head._family_heads = auto_model, family_heads
+        HEADS.append(head)
+        return head
+
+    return register
+
+
+def heads_of(family: str) -> list[Any]:
+    """Return our heads that transformers has for `family`."""
+    return [head for head in HEADS if CONFIG_MAPPING[family] in head._family_heads]
+
+
+def config_class(base: Any, family: str) -> Any:
+    """Make the subclass of `base`, our config, and of the family's own; its heads are registered with the Auto classes."""
+    return _config_class(base, family)
+
+
+@functools.cache
+def _config_class(base: Any, family: str) -> Any:
+    parent: Any = CONFIG_MAPPING[family]
+    namespace = {
+        "__doc__": f"`{parent.__name__}` with pools; see `{base.__name__}`.",
+        "__module__": base.__module__,
+        "__annotations__": {"family": str},
+        "family": family,
+        "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
+    }
+    made = type(f"TiedMoe{parent.__name__}", (base, parent), namespace)
+    for head in heads_of(family):  # the Auto classes look the exact config class up
+        head._auto_model.register(made, model_class(head, made), exist_ok=True)
+    return made
+
+
+def model_class(head: Any, config: Any) -> Any:
+    """Make the subclass of `head` and the family's own class, e.g. of TiedMoeForCausalLM and OlmoeForCausalLM.
+
+    Raises:
+        ValueError: transformers has no such head for the family.
+    """
+    return _model_class(head, config)
+
+
+@functools.cache
+def _model_class(head: Any, config: Any) -> Any:
+    family = config.family
+    if CONFIG_MAPPING[family] not in head._family_heads:
+        raise ValueError(f"transformers has no {head.__name__.removeprefix('TiedMoe')} of family {family!r}")
+    parent = head._family_heads[CONFIG_MAPPING[family]]
+    namespace = {
+        "__doc__": f"`{parent.__name__}` with pools; see `{head.__name__}`.",
+        "__module__": head.__module__,
+        "_family_class": parent,
+        "config_class": config,
+        **head._family_methods(parent),
+    }
+    made = type(f"TiedMoe{parent.__name__}", (head, parent), namespace)
+    # transformers looks renamings up by class name: the untied layers of a checkpoint may have the old keys
+    if head._family_heads is MODEL_MAPPING:
+        mapping = get_checkpoint_conversion_mapping(parent.__name__) or get_checkpoint_conversion_mapping(family)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(made.__name__, mapping, overwrite=True)
+    return made
+
+
+@functools.cache
+def pool_class(base: Any, experts_class: Any) -> Any:
+    """Make the subclass of `base`, our pool, and of the family's experts class."""
+    namespace = {"__module__": base.__module__, "__doc__": f"A pool of `{experts_class.__name__}`."}
+    return type(f"Pool{experts_class.__name__}", (base, experts_class), namespace)
+
+
+@functools.cache
+def remote_classes(family: str) -> dict[str, str]:
+    """Return the `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its config.json."""
+    heads = {head._auto_model.__name__: f"tiedmoe_remote.{head.__name__}" for head in heads_of(family)}
+    return {"AutoConfig": "tiedmoe_remote.TiedMoeConfig", **heads}
+
+
+# Pickling: a class that was made here is made again before its object is filled
+
+
+def restore_config(base: Any, family: str) -> Any:
+    """Make an empty config of the family's class, which pickle then fills."""
+    made = config_class(base, family)
+    return made.__new__(made)
+
+
+def restore_model(head: Any, config_base: Any, family: str) -> Any:
+    """Make an empty model of the family's class, which pickle then fills."""
+    return nn.Module.__new__(model_class(head, config_class(config_base, family)))
+
+
+def restore_pool(base: Any, experts_class: Any) -> Any:
+    """Make an empty pool of the family's class, which pickle then fills."""
+    made = pool_class(base, experts_class)
+    return made.__new__(made)
+
+
+# Guards
+
+
+def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
+    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient if each layer has a backward pass of its own."""
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        if self.training and any(map(_is_fsdp2_unit, self.expert_pools)):
+            for module in self.modules():
+                checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
+                    if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+                        raise ValueError(
+                            "reentrant gradient checkpointing under FSDP2 gives pools a wrong gradient; call "
+                            'gradient_checkpointing_enable({"use_reentrant": False})'
+                        )
+                    break  # one function for all layers
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
+def _is_fsdp2_unit(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it takes over a second
