@@ -12,6 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from tiedmoe_conversion.calibration.inputs import open_calibration
+from tiedmoe_conversion.checkpoint.reader import open_source
+from tiedmoe_conversion.layout.source_model import SourceModel, read_config
+
 logging.disable_progress_bar()
 
 # The six key layouts of the issue: why each is here.
@@ -71,6 +75,17 @@ def assert_equal_tensors(found: dict, expected: dict) -> None:
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+_calibrations = contextlib.ExitStack()
+
+
+def opened_calibration(recipe):
+    """The recipe's calibration as `open_calibration` gives it; the one that was opened before is closed."""
+    _calibrations.close()
+    opened = open_source(recipe.source)
+    source = SourceModel.map(opened, read_config(opened))
+    return _calibrations.enter_context(open_calibration(recipe, source))
 
 
 @contextlib.contextmanager

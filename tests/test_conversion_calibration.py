@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from checkpoints import make_text, save_source
-from safetensors.torch import load_file
+from conversions import opened_calibration, unchanged_disk
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, execute, make, make_plan
 from tiedmoe_conversion.calibration import inputs
-from tiedmoe_conversion.calibration.inputs import Calibration, open_calibration, statistics_folder
-from tiedmoe_conversion.calibration.text import CalibrationText
 from tiedmoe_conversion.checkpoint.reader import open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.families import expert_layers
-from transformers_tiedmoe.workdir import Work
+from transformers_tiedmoe.workdir import Work, append, file_digest
 
 NUM_TOKENS, BLOCK = 256, 16
 
@@ -36,9 +36,8 @@ def folder(tmp_path_factory):
 
 
 def open_text(folder, statistics, source=None, **fields):
-    opened = open_source(str(source or folder / "source"))
-    text = {"data": str(folder / "text.txt"), "num_tokens": NUM_TOKENS, "block_size": BLOCK, "seed": 0} | fields
-    return Calibration(CalibrationText(**text), SourceModel.map(opened, read_config(opened)), statistics)
+    fields = {"source": str(source or folder / "source"), "statistics": str(statistics)} | fields
+    return opened_calibration(recipe_for(folder, "out", **fields))
 
 
 def test_inputs_are_those_of_the_whole_model(folder, tmp_path):
@@ -79,8 +78,8 @@ def test_of_slot_and_counts(folder, tmp_path):
 def test_the_last_of_the_text_is_left_alone(folder, tmp_path):
     """`tiedmoe heal` holds it out, so no decision may rest on it; what is fitted on and what is held out do not meet."""
     (tmp_path / "text.txt").write_text(make_text(400)[:-2000] + "quick " * 400)  # its last 5 % and more
-    found = open_text(tmp_path, tmp_path / "statistics", source=folder / "source", num_tokens=1024)
-    last = open_text(folder, tmp_path / "other", num_tokens=1024).tokens[-1]
+    found = open_text(tmp_path, tmp_path / "statistics", source=folder / "source", calibration_tokens=1024)
+    last = open_text(folder, tmp_path / "other", calibration_tokens=1024).tokens[-1]
     assert not any(torch.equal(row, last) for row in found.tokens[: found.num_fit])
     rows = [tuple(row.tolist()) for row in found.tokens]
     assert len(rows) == 64 + 16
@@ -92,7 +91,8 @@ def test_statistics_are_used_again_and_only_what_lacks_is_computed(folder, tmp_p
     loss = first.source_loss
     made = (tmp_path / "statistics" / "layer-1.safetensors").read_bytes()
     (tmp_path / "statistics" / "layer-2.safetensors").unlink()  # as after a kill
-    (tmp_path / "statistics" / ".layer-2.safetensors.draft").write_bytes(b"half")
+    (tmp_path / "statistics" / ".tiedmoe" / "draft").mkdir(exist_ok=True)
+    (tmp_path / "statistics" / ".tiedmoe" / "draft" / "layer-2.safetensors").write_bytes(b"half")
     again = open_text(folder, tmp_path / "statistics")
     again.gather([1, 2])
     assert torch.equal(again.inputs(2).hidden_states, first.inputs(2).hidden_states)
@@ -108,32 +108,95 @@ def test_statistics_are_used_again_and_only_what_lacks_is_computed(folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"), [({"seed": 1}, "seed, tokens_sha256"), ({"num_tokens": 128}, "num_tokens, tokens_sha256")]
+    ("fields", "what"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1, tokens_sha256 was"),
+        ({"calibration_tokens": 128}, "num_tokens was 256 and is 128, tokens_sha256 was"),
+    ],
 )
 def test_statistics_of_another_text(folder, tmp_path, fields, what):
     open_text(folder, tmp_path / "statistics").gather([1])
-    with pytest.raises(ConversionError, match=f"holds those of another {what}; give another folder"):
+    with pytest.raises(TiedMoeError, match=f"differs in its text: {what} .*give another folder for statistics"):
         open_text(folder, tmp_path / "statistics", **fields)
 
 
 def test_statistics_of_another_source(folder, tmp_path):
     open_text(folder, tmp_path / "statistics").gather([1])
     save_source(tmp_path / "source", num_hidden_layers=5)
-    with pytest.raises(ConversionError, match="holds those of another source"):
+    with pytest.raises(TiedMoeError, match="holds a calibration, whose source has changed since: headers_and_config"):
         open_text(folder, tmp_path / "statistics", source=tmp_path / "source")
 
 
 def test_statistics_folder_that_holds_something_else(folder, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConversionError, match="holds something else; give a new or empty one"):
+    with pytest.raises(TiedMoeError, match=r"something that is not a calibration: .* expected a new or empty one"):
         open_text(folder, tmp_path)
     assert (tmp_path / "thesis.tex").is_file()
 
 
-def test_statistics_that_cannot_be_read(folder, tmp_path):
-    (tmp_path / "statistics.json").write_text("{")
-    with pytest.raises(ConversionError, match=r"cannot be read: .*; delete the folder"):
-        open_text(folder, tmp_path)
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "garbled"])
+def test_damaged_statistics_are_made_again(folder, tmp_path, damage):
+    first = open_text(folder, tmp_path / "statistics")
+    found = first.inputs(1)
+    hidden_states, top_k_weights = (
+        found.hidden_states.clone(),
+        found.top_k_weights.clone(),
+    )  # these are mapped from the file
+    path = tmp_path / "statistics" / "layer-1.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes({"truncated": whole[:-8], "zeroed": whole[:-64] + bytes(64), "garbled": b"x" * 64}[damage])
+    found = open_text(folder, tmp_path / "statistics").inputs(1)
+    assert torch.equal(found.hidden_states, hidden_states)
+    assert torch.equal(found.top_k_weights, top_k_weights)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found | {"top_k_index": found["top_k_index"] + 1},  # expert 4 of 4
+        lambda found: found | {"top_k_index": found["top_k_index"] - 4},
+        lambda found: found | {"top_k_index": found["top_k_index"].float()},
+        lambda found: {name: tensor[1:].contiguous() for name, tensor in found.items()},
+        lambda found: found | {"top_k_weights": found["top_k_weights"][:, :1].contiguous()},
+        lambda found: {name: tensor for name, tensor in found.items() if name != "hidden_states"},
+    ],
+    ids=["too large", "negative", "float", "fewer tokens", "fewer weights", "lacks one"],
+)
+def test_statistics_that_claim_what_they_cannot(folder, tmp_path, change):
+    """With a journal that says so, too."""
+    open_text(folder, tmp_path / "statistics").gather([1])
+    path = tmp_path / "statistics" / "layer-1.safetensors"
+    changed = {name: tensor.clone() for name, tensor in change(load_file(path)).items()}
+    path.unlink()
+    save_file(changed, path)
+    append(tmp_path / "statistics" / ".tiedmoe" / "journal.jsonl", {"file": path.name, "written": file_digest(path)})
+    found = open_text(folder, tmp_path / "statistics")
+    with pytest.raises(
+        ConversionError, match=r"expected the inputs of 320 tokens and their routing to 4 experts: delete"
+    ):
+        found.inputs(1)
+
+
+def test_statistics_whose_journal_is_damaged(folder, tmp_path):
+    open_text(folder, tmp_path / "statistics").gather([1])
+    (tmp_path / "statistics" / ".tiedmoe" / "journal.jsonl").write_text("{}\n")
+    with unchanged_disk(tmp_path), pytest.raises(TiedMoeError, match=r"is damaged: line 1 .*; delete the folder"):
+        open_text(folder, tmp_path / "statistics")
+
+
+def test_statistics_in_or_around_another_folder_are_refused_first(folder, tmp_path):
+    for statistics, message in (
+        (tmp_path / "out", "is also the statistics"),
+        (tmp_path / "out" / "statistics", "the statistics .* lies in output"),
+        (tmp_path, "lies in the statistics"),
+        (folder / "source" / "statistics", "lies in the source"),
+    ):
+        recipe = recipe_for(folder, tmp_path / "out", statistics=str(statistics))
+        for command in (make_plan, convert):
+            with unchanged_disk(tmp_path), pytest.raises(TiedMoeError, match=message):
+                command(recipe)
 
 
 def test_text_too_short(folder, tmp_path):
@@ -146,7 +209,7 @@ def test_text_too_short(folder, tmp_path):
 
 def test_text_that_is_not_there(folder, tmp_path):
     with pytest.raises(ConversionError, match="calibration text: no file or folder"):
-        open_text(folder, tmp_path / "statistics", data=str(tmp_path / "none.txt"))
+        open_text(folder, tmp_path / "statistics", calibration=str(tmp_path / "none.txt"))
 
 
 def test_source_without_tokenizer(folder, tmp_path):
@@ -159,13 +222,12 @@ def test_source_without_tokenizer(folder, tmp_path):
 
 def test_more_positions_than_the_source_knows(folder, tmp_path):
     recipe = ConversionRecipe(source=str(folder / "source"), output=str(tmp_path / "out"), calibration="austen")
-    opened = open_source(recipe.source)
     with pytest.raises(ConversionError, match=r"calibration_block_size=512, but .* knows 64 positions; lower it"):
-        open_calibration(recipe, SourceModel.map(opened, read_config(opened)), tmp_path)
+        opened_calibration(recipe)
 
 
 def test_bundled_text(folder, tmp_path):
-    found = open_text(folder, tmp_path / "one", data="austen")
+    found = open_text(folder, tmp_path / "one", calibration="austen")
     path = files("transformers_tiedmoe") / "data" / "austen.txt.xz"
     assert torch.equal(found.tokens, open_text(folder, tmp_path / "two", data=str(path)).tokens)
 
@@ -177,8 +239,9 @@ def recipe_for(folder, output, **fields):
     fields = {
         "calibration": str(folder / "text.txt"), "calibration_tokens": NUM_TOKENS, "calibration_block_size": BLOCK,
         "skip_first": 1, "skip_last": 1,
+        "source": str(folder / "source"), "output": str(output),
     } | fields  # fmt: skip
-    return ConversionRecipe(source=str(folder / "source"), output=str(output), **fields)
+    return ConversionRecipe(**fields)
 
 
 def test_union_costs_nothing(folder, tmp_path):
@@ -232,35 +295,38 @@ def test_measured_losses_are_in_the_card_and_can_be_left_out(folder, tmp_path):
 
 @pytest.mark.parametrize(("error", "stays"), [(None, False), (ValueError, False), (KeyboardInterrupt, True)])
 def test_hidden_statistics_go_and_stay_after_an_interruption(folder, tmp_path, error, stays):
-    found = []
+    hidden, recipe = tmp_path / ".out.statistics", recipe_for(folder, tmp_path / "out")
+    opened = open_source(recipe.source)
+    source = SourceModel.map(opened, read_config(opened))
 
     def run():
-        with statistics_folder(recipe_for(folder, tmp_path / "out")) as hidden:
-            found.append(hidden)
-            hidden.mkdir()
+        with inputs.open_calibration(recipe, source) as calibration:
+            calibration.gather([1])
+            assert (hidden / "layer-1.safetensors").is_file()
             if error is not None:
                 raise error
 
     with pytest.raises(error) if error is not None else contextlib.nullcontext():
         run()
-    assert found[0].exists() == stays
+    assert hidden.exists() == stays
 
 
 def test_a_second_process_leaves_the_first_ones_statistics_alone(folder, tmp_path):
     recipe = recipe_for(folder, tmp_path / "out", method="least_squares")
-    (tmp_path / ".out.statistics").mkdir()
+    state = tmp_path / ".out.statistics" / ".tiedmoe"
+    state.mkdir(parents=True)
     (tmp_path / ".out.statistics" / "layer-1.safetensors").write_bytes(b"of the first")
-    with open(tmp_path / ".out.statistics.lock", "w") as lock:
+    with open(state / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that converts to the same output
-        with pytest.raises(ConversionError, match=r"another process uses the statistics in .*wait until it is done"):
+        with pytest.raises(TiedMoeError, match=r"another process uses .*out.statistics; .*wait until it is done"):
             convert(recipe)
     assert (tmp_path / ".out.statistics" / "layer-1.safetensors").read_bytes() == b"of the first"
 
 
 def test_a_record_that_a_kill_cut_off_is_written_again(folder, tmp_path):
-    hidden = tmp_path / ".out.statistics"
-    hidden.mkdir()
-    (hidden / ".statistics.json.draft").write_text('{"identity": {')
+    state = tmp_path / ".out.statistics" / ".tiedmoe"
+    state.mkdir(parents=True)
+    (state / "journal.jsonl").write_text('{"identity": {')
     convert(recipe_for(folder, tmp_path / "out", method="least_squares"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

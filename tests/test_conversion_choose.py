@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import make_text, save_source
+from conversions import opened_calibration
 
 from tiedmoe_conversion import METHODS, ConversionError, ConversionRecipe, choose, convert, make_plan, preview
-from tiedmoe_conversion.calibration.inputs import open_calibration
 from tiedmoe_conversion.checkpoint.reader import Source, open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from tiedmoe_conversion.methods import Pool
@@ -35,9 +35,7 @@ def recipe_for(folder, output, **fields):
 
 
 def open_all(recipe, statistics):
-    opened = open_source(recipe.source)
-    source = SourceModel.map(opened, read_config(opened))
-    return open_calibration(recipe, source, statistics)
+    return opened_calibration(dataclasses.replace(recipe, statistics=str(statistics)))
 
 
 def test_budget_is_met_by_the_plan(folder, tmp_path):

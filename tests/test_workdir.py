@@ -289,6 +289,15 @@ def test_a_folder_stays_and_is_continued(tmp_path):
         pass
 
 
+def test_what_no_run_wrote_is_not_written_over(tmp_path):
+    with open_demo(tmp_path / "demo") as demo:
+        demo.remember("x", 1)
+        (tmp_path / "demo" / "report.md").write_text("mine")
+        with pytest.raises(TiedMoeError, match=r"report.md exists, and no run of ours wrote it"):
+            demo.write_text("report.md", "ours")
+    assert (tmp_path / "demo" / "report.md").read_text() == "mine"
+
+
 def test_overwriting_a_folder_deletes_what_runs_wrote_and_nothing_else(tmp_path):
     folder, outside = tmp_path / "demo", tmp_path / "outside"
     outside.mkdir()

@@ -1,11 +1,12 @@
 """`convert`: recipe -> (choice of groups) -> plan -> execution, in one call."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from transformers_tiedmoe.hub import check_upload, push_to_hub
 
-from .calibration.inputs import open_calibration, statistics_folder
+from .calibration.inputs import open_calibration
 from .checkpoint.reader import open_source
 from .checkpoint.writer import Progress
 from .folders import output_folder
@@ -36,21 +37,22 @@ def convert(
     show = show or (lambda what: None)
     if recipe.push_to_hub is not None:
         check_upload(recipe.push_to_hub)
-    with statistics_folder(recipe) as folder:
-        output_folder(recipe)
+    output_folder(recipe)
+    with contextlib.ExitStack() as stack:
+        calibration = None
         opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
         source = SourceModel.map(opened, read_config(opened))
         choice = {}
         if recipe.budget is not None or recipe.max_loss is not None:
             preview(recipe, source)  # refuses what cannot be, before text is read
-            calibration = open_calibration(recipe, source, folder)
+            calibration = stack.enter_context(open_calibration(recipe, source))
             assert calibration is not None, "a recipe with a budget names calibration text"
             chosen = choose(recipe, calibration, progress)
             recipe, choice = chosen.recipe, {"choice": chosen.summary()}
             show(chosen)
         plan = make_plan(recipe, source)
         show(plan)
-        report = execute(plan, progress) | choice
+        report = execute(plan, progress, calibration) | choice
     if recipe.push_to_hub is not None:
         message = f"{plan.config.family} with tied experts, from {plan.source.name}"
         report["pushed_to"] = push_to_hub(recipe.output, recipe.push_to_hub, message)

@@ -19,3 +19,11 @@ def output_folder(recipe: ConversionRecipe) -> Path:
         return check_output(recipe.output, inputs)
     check_apart(recipe.statistics, inputs, "statistics")
     return check_output(recipe.output, {**inputs, "statistics": Path(expand(recipe.statistics))})
+
+
+def statistics_folder(recipe: ConversionRecipe) -> Path:
+    """Return where the recipe's statistics are: the folder that it names, or a hidden one beside OUTPUT."""
+    if recipe.statistics is not None:
+        return Path(expand(recipe.statistics))
+    output = Path(expand(recipe.output)).absolute()
+    return output.parent / f".{output.name}.statistics"

@@ -1,5 +1,6 @@
 """`execute`: runs a plan, tensor by tensor, into a folder that appears complete and verified or not at all."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from transformers_tiedmoe.workdir import Work, open_work
 
-from .calibration.inputs import Calibration, open_calibration, statistics_folder
+from .calibration.inputs import Calibration, open_calibration
 from .calibration.measure import measure
 from .checkpoint.writer import Progress, check_space, write_weights
 from .errors import ConversionError
@@ -19,7 +20,7 @@ from .provenance import identity, save_card, save_manifest
 from .verify import verify_lossless, verify_output, verify_sample
 
 
-def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
+def execute(plan: Plan, progress: Progress | None = None, calibration: Calibration | None = None) -> dict[str, Any]:
     """Convert as planned; the output folder appears in one rename, after everything in it has been verified.
 
     A run that was killed, or stopped by Ctrl-C, is gone on with by the next one of the same plan.
@@ -27,6 +28,7 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     Args:
         plan: from `make_plan`.
         progress: called as `progress(done_bytes, total_bytes, what)`.
+        calibration: the recipe's, if it is open already.
 
     Returns:
         JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool), with
@@ -38,8 +40,8 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     """
     output = output_folder(plan.recipe)
     check_space(output, plan.bytes_after + plan.statistics_bytes * (plan.recipe.statistics is None))
-    with statistics_folder(plan.recipe) as statistics:
-        calibration = open_calibration(plan.recipe, plan.source, statistics)
+    with contextlib.ExitStack() as stack:
+        calibration = calibration or stack.enter_context(open_calibration(plan.recipe, plan.source))
         made = identity("convert", plan.recipe.to_dict(), plan.source.opened, plan.operations)
         made["calibration"] = {"tokens": calibration.digest if calibration else None}
         with open_work(output, made) as work:

@@ -199,10 +199,18 @@ class Folder:
         return path
 
     def path(self, name: str) -> Path:
-        """Return where to write the file `name`, after noting that it is ours; `finish` it when it is complete."""
-        if name not in self.owned:
-            self._note({"begun": [name]})
+        """Return where to write the file `name`, after noting that it is ours; `finish` it when it is complete.
+
+        Raises:
+            TiedMoeError: something is there that no run wrote.
+        """
         path = self.folder / name
+        if name not in self.owned:
+            if os.path.lexists(path):
+                raise _Refused(
+                    f"{path} exists, and no run of ours wrote it; move it elsewhere, and run the same command again"
+                )
+            self._note({"begun": [name]})
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -398,7 +406,7 @@ def open_work(
     with _explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(partial, f"is writing {output}", "another output")
+            lock = _acquire(partial, f"is writing {output}", "choose another output")
             try:
                 entries = _begin(partial, output, json.loads(json.dumps(identity)), made, owned)
             except BaseException:
@@ -469,9 +477,9 @@ def open_folder(
             f"{folder} holds something that is not {what}: {found[:3]}; expected a new or empty one: {advice}"
         )
     made = [str(each) for each in (path, *path.parents) if not each.exists()]
-    with _explained(path, "what is done is kept"):
+    with _explained(path, "nothing is left of the attempt" if temporary else "what is done is kept"):
         state.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(state, f"uses {folder}", "another folder")
+        lock = _acquire(state, f"uses {folder}", advice)
         try:
             opened = _open_state(
                 path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
@@ -498,7 +506,7 @@ def discard_work(output: Path) -> None:
     if partial.is_symlink() or not partial.is_dir():
         return
     with _explained(output, "what is done is kept"):
-        lock = _acquire(partial, f"is writing {output}", "another output")
+        lock = _acquire(partial, f"is writing {output}", "choose another output")
         try:
             if entries := read_journal(partial / JOURNAL, mend=True):
                 _discard(Work(partial, entries), output)
@@ -650,10 +658,10 @@ def _close_folder(opened: Folder, temporary: bool) -> None:
     if temporary or len(entries) == 1:
         _discard(opened, opened.folder)
         _remove_state(opened._state, last=LOCK)
-        _remove_parents(entries[0]["made"])
+        _remove_parents([str(opened.folder), *entries[0]["made"]] if temporary else entries[0]["made"])
 
 
-def _acquire(state: Path, doing: str, other: str) -> FileLock:
+def _acquire(state: Path, doing: str, advice: str) -> FileLock:
     lock = FileLock(state / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -663,7 +671,7 @@ def _acquire(state: Path, doing: str, other: str) -> FileLock:
         except OSError:
             pid = ""
         raise TiedMoeError(
-            f"another process{pid} {doing}; expected to be the only one: wait until it is done, or choose {other}"
+            f"another process{pid} {doing}; expected to be the only one: wait until it is done, or {advice}"
         ) from error
     (state / PID).write_text(f"{os.getpid()}\n")
     return lock

@@ -7,8 +7,6 @@ another conversion of the same source and text reads them again.
 
 import contextlib
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -16,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from transformers_tiedmoe.hub import versions
+from transformers_tiedmoe.workdir import Folder, open_folder
 
 from ..checkpoint.writer import Progress
 from ..errors import ConversionError
+from ..folders import statistics_folder
 from ..layout.source_model import SourceModel, family_model
 from ..methods.base import Pool, RoutedInputs
 from ..methods.residual import Residuals
@@ -30,77 +29,55 @@ from ..recipe import ConversionRecipe
 from .streamed_model import StreamedModel
 from .text import CalibrationText
 
-IDENTITY = "statistics.json"
+NAMES = ("hidden_states", "top_k_index", "top_k_weights")  # in a layer's file
+
+
+def file_name(layer: int) -> str:
+    """Name the file of a layer's inputs."""
+    return f"layer-{layer}.safetensors"
 
 
 @contextlib.contextmanager
-def statistics_folder(recipe: ConversionRecipe) -> Iterator[Path]:
-    """Where a recipe's statistics are: the folder it names, which stays, or a hidden one beside OUTPUT, which goes.
+def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator["Calibration | None"]:
+    """Give the calibration that the recipe asks for, None if it names no text; to be entered once in a conversion.
 
-    The hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it. Within a process that holds
-    the folder it may be entered again.
+    Its statistics are in the folder that the recipe names, which stays, or in a hidden one beside OUTPUT, which goes; the
+    hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
 
     Raises:
-        ConversionError: another process uses the same folder.
+        TiedMoeError: another process uses the folder, or it holds statistics of another source or text, or something else.
+        ConversionError: the text does not fit the source.
     """
     if recipe.calibration is None:
-        yield Path()  # nothing asks for it
+        yield None
         return
-    output = Path(recipe.output).expanduser().absolute()
-    folder = output.parent / f".{output.name}.statistics"
-    if recipe.statistics is not None:
-        folder = Path(recipe.statistics).expanduser().absolute()
-    with _held(folder):
-        try:
-            yield folder
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            _remove_hidden(folder, recipe)
-            raise
-        _remove_hidden(folder, recipe)
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """No other process is in the block for the same `folder`; the lock stands beside it and goes with its last holder."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name.lstrip('.')}.lock"), is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConversionError(
-            f"another process uses the statistics in {folder}; expected to be the only one: wait until it is done, or choose "
-            "another output and another statistics folder"
-        ) from error
-    try:
-        yield
-    finally:
-        if lock.lock_counter == 1:
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        for parent in made:  # the deepest first; only those that nobody has written into
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-
-
-def _remove_hidden(folder: Path, recipe: ConversionRecipe) -> None:
-    if recipe.statistics is None:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_calibration(recipe: ConversionRecipe, source: SourceModel, folder: Path) -> "Calibration | None":
-    """The calibration that the recipe asks for, None where it names no text."""
-    if recipe.calibration is None:
-        return None
     positions = getattr(source.model.config, "max_position_embeddings", None) or recipe.calibration_block_size
     if recipe.calibration_block_size > positions:
         raise ConversionError(
             f"calibration_block_size={recipe.calibration_block_size}, but {source.name} knows {positions} positions; lower it"
         )
     text = CalibrationText(recipe.calibration, recipe.calibration_tokens, recipe.calibration_block_size, recipe.seed)
-    return Calibration(text, source, folder)
+    tokens, num_fit = text.tokens(source.opened)
+    vocab_size = source.model.config.vocab_size
+    if int(tokens.max()) >= vocab_size:
+        raise ConversionError(
+            f"{source.name}: its tokenizer gives token {int(tokens.max())}, but its vocab_size is {vocab_size}; expected "
+            "the tokenizer that belongs to the weights"
+        )
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    identity = {
+        "text": {**asdict(text), "tokens_sha256": digest},
+        "source": {"headers_and_config": source.opened.fingerprint(), **source.opened.stamps()},
+        "versions": versions(),
+    }
+    with open_folder(
+        statistics_folder(recipe),
+        identity,
+        what="a calibration",
+        advice="give another folder for statistics",
+        temporary=recipe.statistics is None,
+    ) as folder:
+        yield Calibration(text, source, folder, tokens, num_fit, digest)
 
 
 class Calibration:
@@ -109,34 +86,24 @@ class Calibration:
     Args:
         text: which text.
         source: the source; it is read layer by layer.
-        folder: where statistics are kept; made when something is written.
-
-    Raises:
-        ConversionError: the folder holds statistics of another source, text or seed.
+        folder: where statistics are kept.
+        tokens: all sequences, int64 `[N, block_size]`.
+        num_fit: how many of them are to fit on; the others are held out.
+        digest: a hash of the tokens themselves, whatever the file was called.
     """
 
-    def __init__(self, text: CalibrationText, source: SourceModel, folder: Path):
+    def __init__(
+        self,
+        text: CalibrationText,
+        source: SourceModel,
+        folder: Folder,
+        tokens: torch.Tensor,
+        num_fit: int,
+        digest: str,
+    ):
         self.text, self.source, self.folder = text, source, folder
-        self.tokens, self.num_fit = text.tokens(source.opened)
-        vocab_size = source.model.config.vocab_size
-        if int(self.tokens.max()) >= vocab_size:
-            raise ConversionError(
-                f"{source.name}: its tokenizer gives token {int(self.tokens.max())}, but its vocab_size is {vocab_size}; expected "
-                "the tokenizer that belongs to the weights"
-            )
-        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        self._identity = {
-            **asdict(text),
-            "tokens_sha256": digest,
-            "source": [source.opened.fingerprint(), source.opened.stamps()],
-        }
-        self._identity |= versions()
-        self._record = self._read_record()
-
-    @property
-    def digest(self) -> str:
-        """A hash of the tokens themselves, whatever the file was called."""
-        return self._identity["tokens_sha256"]
+        self.tokens, self.num_fit, self.digest = tokens, num_fit, digest
+        self._sound: set[int] = set()  # layers whose file was found to have the bytes that were written
 
     @property
     def held_out(self) -> torch.Tensor:
@@ -151,30 +118,28 @@ class Calibration:
 
     def gather(self, layers: Iterable[int], progress: Progress | None = None) -> None:
         """See that the inputs of `layers` are in the folder; one run of the source over the text if they are not."""
-        missing = [layer for layer in layers if not self._file(layer).is_file()]
+        missing = [layer for layer in layers if not self._is_there(layer)]
         if not missing:
             return
-        self._write_record()
         writer = _Writer(self, missing, progress)
         losses = self.model.loss(self.tokens, writer.capture)
         writer.flush()
-        self._record["source_loss"] = float(losses[self.num_fit :].mean())
-        self._write_record()
+        self._sound.update(missing)
+        self.folder.remember("source_loss", float(losses[self.num_fit :].mean()))
 
     def inputs(self, layer: int) -> RoutedInputs:
         """What `layer`'s experts are given on all of the text."""
         self.gather([layer])
-        found = load_file(self._file(layer))
+        path = self.folder.folder / file_name(layer)
+        found = load_file(path)
+        self._check(found, layer, path)
         num_fit = self.num_fit * self.text.block_size
         return RoutedInputs(found["hidden_states"], found["top_k_index"].long(), found["top_k_weights"], num_fit)
 
     @property
     def source_loss(self) -> float:
         """The source's loss on the held-out text, nats per token."""
-        if "source_loss" not in self._record:
-            self._record["source_loss"] = float(self.model.loss(self.held_out).mean())
-            self._write_record()
-        return self._record["source_loss"]
+        return self.remember("source_loss", lambda: float(self.model.loss(self.held_out).mean()))
 
     def loss(self, tied: "TiedTensors") -> float:
         """The loss on the held-out text of the source with some groups tied."""
@@ -183,42 +148,36 @@ class Calibration:
 
     def remember(self, key: str, measure: Callable[[], Any]) -> Any:
         """`measure()`, or what it gave the last time: JSON-able, kept with the statistics."""
-        if key not in self._record:
-            self._record[key] = measure()
-            self._write_record()
-        return self._record[key]
+        if key not in self.folder.values:
+            self.folder.remember(key, measure())
+        return self.folder.values[key]
 
-    def _file(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer}.safetensors"
+    def _is_there(self, layer: int) -> bool:
+        """Tell whether a layer's file is as it was written; its hash is taken once."""
+        if layer not in self._sound and self.folder.is_sound(file_name(layer)):
+            self._sound.add(layer)
+        return layer in self._sound
 
-    def _read_record(self) -> dict[str, Any]:
-        path = self.folder / IDENTITY
-        if not path.is_file():
-            drafts = f".{IDENTITY}.draft"  # of a run that was killed while it wrote the first file
-            if self.folder.is_dir() and any(path.name != drafts for path in self.folder.iterdir()):
-                raise ConversionError(f"statistics folder {self.folder} holds something else; give a new or empty one")
-            return {}
-        try:
-            record = json.loads(path.read_text())
-            identity = record.pop("identity")
-        except (ValueError, KeyError, AttributeError) as error:
+    def _check(self, found: Mapping[str, torch.Tensor], layer: int, path: Path) -> None:
+        """Raise unless the file has, in type and range, what `_Writer` writes."""
+        num_experts, num_tokens = (
+            self.source.tensors.meta[self.source.expert_names(layer)[0]].shape[0],
+            self.tokens.numel(),
+        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        states, index, weights = (shapes.get(name, ()) for name in NAMES)
+        is_right = len(states) == len(index) == 2 and states[0] == index[0] == num_tokens and index == weights
+        is_right = (
+            is_right and found["top_k_index"].dtype == torch.int32 and found["top_k_weights"].dtype == torch.float32
+        )
+        if is_right and found["top_k_index"].numel():
+            least, most = (int(each) for each in found["top_k_index"].aminmax())
+            is_right = least >= 0 and most < num_experts
+        if not is_right:
             raise ConversionError(
-                f"{path} cannot be read: {error!r}; delete the folder, or give another one"
-            ) from error
-        expected = json.loads(json.dumps(self._identity))
-        different = [key for key, value in expected.items() if identity.get(key) != value]
-        if different:
-            raise ConversionError(
-                f"statistics folder {self.folder} holds those of another {', '.join(different)}; give another folder, or "
-                "delete it"
+                f"{path} holds {shapes}, or routing indices out of range; expected the inputs of {num_tokens} tokens and their "
+                f"routing to {num_experts} experts: delete the folder, or give another one"
             )
-        return record
-
-    def _write_record(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".{IDENTITY}.draft"
-        draft.write_text(json.dumps({"identity": self._identity, **self._record}, indent=1) + "\n")
-        draft.replace(self.folder / IDENTITY)
 
 
 class TiedTensors(Mapping[str, torch.Tensor]):
@@ -280,10 +239,7 @@ class _Writer:
         """Write the layer that is complete."""
         if self.layer is None:
             return
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        tensors = {name: torch.cat(each).contiguous() for name, each in zip(names, zip(*self.parts))}
-        path = self.calibration._file(self.layer)
-        draft = path.with_name(f".{path.name}.draft")
-        save_file(tensors, draft)
-        draft.replace(path)
+        tensors = {name: torch.cat(each).contiguous() for name, each in zip(NAMES, zip(*self.parts))}
+        with self.calibration.folder.draft() as draft:
+            save_file(tensors, draft / file_name(self.layer))
         self.layer, self.parts, self.done = None, [], self.done + 1
