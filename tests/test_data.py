@@ -2,6 +2,9 @@ import gzip
 import json
 import lzma
 import math
+import random
+import tracemalloc
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ import torch.nn.functional as F
 from checkpoints import TINY, make_text, make_tokenizer
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.training import text_files
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 
 
@@ -75,6 +80,27 @@ def test_load_blocks_reads_a_folder_in_order_of_name(tmp_path, tokenizer):
         ("t.txt", "\n", {}, ValueError, "has 1 tokens, but block_size=256 needs at least 512"),
         ("t.txt", "too short", {}, ValueError, "give more text or a smaller block_size"),
         ("t.jsonl", '{"content": "a"}\n', {}, ValueError, r"no column 'text', only \['content'\]"),
+        ("t.json", "", {}, TiedMoeError, "it holds no text"),
+        ("t.json", "[]", {}, TiedMoeError, "it holds no text"),
+        ("t.json", "{}", {}, TiedMoeError, "line 1 has no column 'text', only"),
+        ("t.json", "null", {}, TiedMoeError, "line 1 holds null where text is expected"),
+        ("t.json", "[1, 2]", {}, TiedMoeError, "element 1 holds 1 where text is expected"),
+        ("t.json", "[" * 100_000, {}, TiedMoeError, "recursion depth"),
+        ("t.jsonl", '{"text":' * 100_000, {}, TiedMoeError, "line 1 is no JSON.*recursion depth"),
+        ("t.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, TiedMoeError, "line 2 holds 3 where text is expected"),
+        ("t.jsonl", '{"text": "a"}\n{"text": ["b"]}\n', {}, TiedMoeError, r'line 2 holds \["b"\] where text'),
+        ("t.jsonl", '{"text": "a"}\n{"x": "b"}\n', {}, TiedMoeError, r"line 2 has no column 'text', only \['x'\]"),
+        ("t.jsonl", '{"text": null}\n', {}, TiedMoeError, "it holds no text"),
+        ("t.jsonl", r'{"text": "\ud800"}', {}, TiedMoeError, "surrogates not allowed"),
+        ("t.jsonl", b'{"text": "\xff"}', {}, TiedMoeError, "can't decode byte 0xff"),
+        ("t.txt", b"\xff\xfea\0b\0", {}, TiedMoeError, "can't decode byte 0xff"),
+        ("t.txt", b"first\na\0b\0", {}, TiedMoeError, "line 2 holds a NUL byte: binary data, or UTF-16"),
+        ("t.txt", gzip.compress(b"text"), {}, TiedMoeError, "can't decode byte 0x8b"),  # by its name it is no archive
+        ("t.txt.xz", lzma.compress(b"text" * 999)[:-30], {}, TiedMoeError, "damaged: Compressed file ended"),
+        ("t.txt.gz", gzip.compress(b"text" * 999)[:-3] + b"abc", {}, TiedMoeError, "damaged"),
+        ("t.txt.gz", gzip.compress(random.Random(0).randbytes(9999))[:500] + b"x" * 99, {}, TiedMoeError, "damaged"),
+        ("t.txt.xz", b"text", {}, TiedMoeError, "damaged: Input format not supported"),
+        ("t.parquet", b"PAR1" + bytes(99) + b"PAR1", {}, TiedMoeError, "cannot be read as parquet"),
         ("t.txt", "x", {"block_size": 1}, ValueError, "block_size=1"),
         ("t.txt", "x", {"validation_fraction": 1.0}, ValueError, "validation_fraction=1.0"),
     ],
@@ -82,9 +108,57 @@ def test_load_blocks_reads_a_folder_in_order_of_name(tmp_path, tokenizer):
 def test_load_blocks_refuses(name, content, options, error, message, tmp_path, tokenizer):
     path = tmp_path / (name or "missing.txt")
     if name:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=message):
         load_blocks(path, tokenizer, **options)
+
+
+@pytest.mark.parametrize("compress", [partial(lzma.compress, preset=0), gzip.compress], ids=["xz", "gz"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "parquet"])
+def test_load_blocks_expands_no_bomb(compress, suffix, tmp_path, tokenizer, monkeypatch):
+    """Here beyond 64 KiB, in use beyond 64 MiB; and not one byte more is held than that."""
+    monkeypatch.setattr(text_files, "SMALL_BYTES", 1 << 16)
+    bomb = compress((b"[" if suffix == "json" else b"") + b"a" * (32 << 20))
+    assert len(bomb) < 40_000
+    path = tmp_path / f"t.{suffix}.{'xz' if compress is not gzip.compress else 'gz'}"
+    path.write_bytes(bomb)
+    most = max(1 << 16, text_files.MAX_EXPANSION * len(bomb))
+    message = f"it expands to more than {most} bytes, 250 times its size"
+    with pytest.raises(TiedMoeError, match=message):
+        load_blocks(path, tokenizer)
+    tracemalloc.start()
+    with pytest.raises(TiedMoeError, match=message):
+        list(text_files.read_rows([(str(path),)], "text"))
+    assert tracemalloc.get_traced_memory()[1] < 4 * most + (4 << 20)
+    tracemalloc.stop()
+
+
+def test_load_blocks_reads_text_of_json_as_text_whatever_it_looks_like(tmp_path, tokenizer):
+    """What looks like a date is no timestamp."""
+    rows = ["2020-01-01", "12", "null"] * 20
+    (tmp_path / "t.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps({"text": row}) for row in rows), "utf-8")
+    (tmp_path / "t.json").write_text(json.dumps([{"text": row, "n": 1} for row in rows]))
+    (tmp_path / "strings.json").write_text(json.dumps(rows))
+    expected = [token for row in rows for token in [*tokenizer(row)["input_ids"], tokenizer.eos_token_id]]
+    for name in ("t.jsonl", "t.json", "strings.json"):
+        tokens = tokens_of(*load_blocks(tmp_path / name, tokenizer, block_size=8))
+        assert tokens == expected[: len(tokens)], name
+
+
+def test_load_blocks_sees_that_a_file_has_changed(tmp_path, tokenizer):
+    for words in ("a cat sat ", "a dog ran "):
+        (tmp_path / "t.txt").write_text(words * 100)
+        train, _ = load_blocks(tmp_path / "t.txt", tokenizer, block_size=8)
+        assert tokenizer.decode(train[0]["input_ids"]).startswith(words)
+
+
+def test_load_blocks_refuses_a_parquet_column_that_is_no_text(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": [[1, 2]] * 99, "n": [1] * 99}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(TiedMoeError, match=r"column 'text' holds list<.*> where text is expected"):
+        load_blocks(tmp_path / "t.parquet", tokenizer)
+    with pytest.raises(TiedMoeError, match=r"no column 'words', only \['text', 'n'\]"):
+        load_blocks(tmp_path / "t.parquet", tokenizer, text_column="words")
 
 
 def test_load_blocks_refuses_a_folder_of_two_kinds(tmp_path, tokenizer):

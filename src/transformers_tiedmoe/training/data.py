@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-COMPRESSIONS = (".xz", ".gz", ".zst")
+from ..errors import TiedMoeError
+from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
 
 
 def load_blocks(
@@ -43,17 +43,17 @@ def load_blocks(
 
     Raises:
         FileNotFoundError: `data` is neither here nor on the hub.
-        ValueError: an unknown file type, no such text column, or too little text for one block in each part.
+        TiedMoeError: an unknown file type, a damaged file, no such text column, or too little text for one block in each part.
     """
     if block_size < 2:
-        raise ValueError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
+        raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.05")
+        raise TiedMoeError(f"validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.05")
     texts, is_lines = _load_texts(data, text_column)
-    tokens = _tokenize(texts, tokenizer, text_column, is_lines)
+    tokens = _tokenize(texts, tokenizer, is_lines)
     num_blocks = len(tokens) // block_size
     if num_blocks < 2:
-        raise ValueError(
+        raise TiedMoeError(
             f"{data} has {len(tokens)} tokens, but block_size={block_size} needs at least {2 * block_size}: one block to "
             "train on and one held out; give more text or a smaller block_size"
         )
@@ -108,70 +108,68 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
     finally:
         model.train(was_training)
     if tokens == 0:
-        raise ValueError("perplexity needs at least one token to predict, but the dataset holds none")
+        raise TiedMoeError("perplexity needs at least one token to predict, but the dataset holds none")
     loss = total / tokens
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
 
 def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
-    """The rows of `data` with their text column, and whether the rows are lines of text files."""
-    path = Path(data)
+    """The rows of `data`, their only column called `text`, and whether the rows are lines of text files."""
+    path = Path(data).expanduser()
     if path.exists():
-        builder, files = _local_files(path)
-        options = {"keep_linebreaks": True} if builder == "text" else {}
+        kind, files = _local_files(path)
+        # Read once and kept in the cache of datasets, which knows a file by its path, its size and its time.
+        versions = [(str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)) for file in files]
         try:
-            texts = datasets.load_dataset(builder, data_files=files, split="train", **options)
-        except (DatasetGenerationError, pa.ArrowInvalid) as error:
-            raise ValueError(
-                f"{data} cannot be read as {builder} ({error.__cause__ or error}); expected UTF-8 text that is not empty, "
-                "JSON lines or Parquet, as its name says"
-            ) from error
-        text_column = "text" if builder == "text" else text_column
-    elif _builder(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
+            texts = datasets.Dataset.from_generator(
+                read_rows,
+                features=datasets.Features({"text": datasets.Value("string")}),
+                gen_kwargs={"files": versions, "text_column": text_column},
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        return texts, kind == "text"
+    if kind_of(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
         raise FileNotFoundError(f"no file or folder {data}; give text that exists, or the id of a dataset of the hub")
-    else:
-        builder = "hub"
-        name, _, config = str(data).partition(":")
-        try:
-            texts = datasets.load_dataset(name, config or None, split="train")
-        except (DatasetNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
-                "check the path, or the id and the connection"
-            ) from error
+    name, _, config = str(data).partition(":")
+    try:
+        texts = datasets.load_dataset(name, config or None, split="train")
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
+            "check the path, or the id and the connection"
+        ) from error
     if text_column not in texts.column_names:
-        raise ValueError(
+        raise TiedMoeError(
             f"{data} has no column {text_column!r}, only {texts.column_names}; name the column of the text (text_column)"
         )
-    return texts.select_columns(text_column), builder == "text"
+    if texts.features[text_column] not in (datasets.Value("string"), datasets.Value("large_string")):
+        raise TiedMoeError(
+            f"{data} holds {texts.features[text_column]} in column {text_column!r}; expected text: name its column (text_column)"
+        )
+    texts = texts.select_columns(text_column)
+    return texts if text_column == "text" else texts.rename_column(text_column, "text"), False
 
 
-def _local_files(path: Path) -> tuple[str, list[str]]:
-    """The `datasets` builder that reads a file or folder, and the files to read in order of name."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and _builder(file))
-    builders = {builder for file in files if (builder := _builder(file))}
-    if len(builders) != 1:
-        found = f"files of {len(builders)} kinds ({', '.join(sorted(builders))})" if builders else "no such file"
-        raise ValueError(
-            f"{path} holds {found}; expected {', '.join(BUILDERS)} ({', '.join(COMPRESSIONS)} compressed or not), "
+def _local_files(path: Path) -> tuple[str, list[Path]]:
+    """What a file or the files of a folder hold, all of one kind, and the files to read in order of name."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
+    kinds = {kind for file in files if (kind := kind_of(file))}
+    if len(kinds) != 1:
+        found = f"files of {len(kinds)} kinds ({', '.join(sorted(kinds))})" if kinds else "no such file"
+        raise TiedMoeError(
+            f"{path} holds {found}; expected {', '.join(KINDS)} ({', '.join(COMPRESSIONS)} compressed or not), "
             "and in a folder only one of these kinds"
         )
-    return builders.pop(), [str(file) for file in files]
+    return kinds.pop(), files
 
 
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
-
-
-def _tokenize(texts: datasets.Dataset, tokenizer, text_column: str, is_lines: bool) -> np.ndarray:
+def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
     """All tokens of `texts`, int32 `[num_tokens]`; rows that are lines are joined before they are tokenized."""
     end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(batch):
-        rows = [row for row in batch[text_column] if row]
+        rows = [row for row in batch["text"] if row]
         rows = ["".join(rows)] if is_lines else rows
         if not rows:
             return {"tokens": []}
