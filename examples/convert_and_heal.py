@@ -1,7 +1,6 @@
-"""Tie a checkpoint, heal it and let it write, in Python. The same in the shell: `tiedmoe convert`, then `tiedmoe heal`.
+"""python examples/convert_and_heal.py allenai/OLMoE-1B-7B-0924 text.txt work
 
-    python examples/convert_and_heal.py allenai/OLMoE-1B-7B-0924 text.txt work
-
+Tie a checkpoint, heal it and let it write, in Python. The same in the shell: `tiedmoe convert`, then `tiedmoe heal`.
 SOURCE is a folder or hub id, TEXT what `tiedmoe heal --data` takes; `work/tied` and `work/healed` are written.
 """
 
@@ -9,6 +8,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tiedmoe_cli.terminal import show_progress
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from transformers_tiedmoe.training.heal import HealConfig, heal
 
@@ -33,18 +33,17 @@ recipe = ConversionRecipe(
 )
 plan = make_plan(recipe)  # reads headers only
 print(plan)
-execute(plan)
-
-report = heal(
-    HealConfig(
-        model=tied,
-        data=arguments.text,
-        output=healed,
-        teacher=arguments.source,
-        max_steps=arguments.max_steps,
-        block_size=arguments.block_size,
-    )
+config = HealConfig(
+    model=tied,
+    data=arguments.text,
+    output=healed,
+    teacher=arguments.source,
+    max_steps=arguments.max_steps,
+    block_size=arguments.block_size,
 )
+with show_progress() as progress:  # a bar, or lines where there is no terminal
+    execute(plan, progress)
+    report = heal(config, progress)
 print(f"held-out perplexity {report['before']['perplexity']:.2f} -> {report['after']['perplexity']:.2f}")
 
 tokenizer, model = AutoTokenizer.from_pretrained(healed), AutoModelForCausalLM.from_pretrained(healed)

@@ -1,11 +1,9 @@
-"""Heal a tied model with a plain accelerate loop: what `tiedmoe heal` does, without Trainer.
+"""python examples/heal_accelerate.py tied text.txt healed --max-steps 500
+accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
 
-One device, two GPUs, two CPU processes (accelerate calls the launcher of several processes so):
-
-    python examples/heal_accelerate.py tied text.txt healed --max-steps 500
-    accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
-
+Heal a tied model with a plain accelerate loop: what `tiedmoe heal` does, without Trainer. On one device, on two GPUs,
+and in two processes on the CPU (accelerate calls the launcher of several processes so).
 MODEL is a folder or hub id, TEXT what `tiedmoe heal --data` takes, OUTPUT a folder that does not exist yet.
 """
 
@@ -67,6 +65,7 @@ def main():
     scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
     model, optimizer, scheduler, train, held_out = accelerator.prepare(model, optimizer, scheduler, train, held_out)
 
+    accelerator.print(f"{len(datasets[0])} blocks to train on, {len(datasets[1])} held out; evaluating")
     before, step = evaluate(model, held_out, accelerator), 0
     while step < args.max_steps:
         for batch in train:
@@ -81,6 +80,7 @@ def main():
                 accelerator.print(f"step {step} of {args.max_steps}, loss {loss.item():.3f}")
             if step == args.max_steps:
                 break
+    accelerator.print("evaluating")
     after = evaluate(model, held_out, accelerator)
     accelerator.print(f"held-out perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}")
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from tiedmoe_demo import DemoConfig, comparison_table, run_demo
 from tiedmoe_demo.figures import expert_parameters, peak_training_memory
+from tiedmoe_demo.plot import _draw_cost
 from tiedmoe_demo.train_source import train_tokenizer
 from transformers_tiedmoe.audit.routing import RoutingCounts
 
@@ -101,6 +102,17 @@ def test_run_demo_draws_a_plot(demo):
     for colour in ("#0072B2", "#56B4E9", "#D55E00", "#009E73"):  # a point each for the four models
         rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert ((torch.tensor(pixels)[..., :3] - rgb).abs().amax(-1) < 0.01).sum() > 20
+
+
+def test_the_plots_axes_begin_at_zero(demo):
+    """A per cent of perplexity looks like one, and no model's point is outside."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    _draw_cost(axes, demo[1])
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    for name in MODELS:
+        assert demo[1][name]["perplexity"] < axes.get_ylim()[1]
 
 
 def test_run_demo_records_where_tokens_go(demo):

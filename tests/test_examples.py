@@ -1,5 +1,6 @@
 """Each example runs as its docstring says, at tiny size."""
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import make_text, make_tokenizer, save_source, save_tied
 from transformers import AutoModelForCausalLM
 
@@ -48,11 +50,54 @@ def test_convert_and_heal(tmp_path, text, monkeypatch, capsys):
     options = ["--max-steps", "4", "--block-size", "16", "--calibration-tokens", "128"]
     monkeypatch.setattr(sys, "argv", ["convert_and_heal.py", source, str(text), str(tmp_path / "work"), *options])
     runpy.run_path(EXAMPLES / "convert_and_heal.py", run_name="__main__")
-    out = capsys.readouterr().out
+    out, progress = capsys.readouterr()
+    assert "writing, " in progress
+    assert "healing" in progress
+    assert "100%  done" in progress
     assert "layers that keep their own experts: 0, 1, 4, 5" in out
     before, after = perplexities(out)
     assert before != after
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "work/healed").config.groups == [[2, 3]]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_begin_with_their_commands(path):
+    """And every option of theirs is one; the tests here run them."""
+    lines = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].splitlines()
+    commands = [
+        re.fullmatch(r"(?:\w+=\w+ )?(?:python|accelerate launch [-\w ]+) examples/([\w.]+) (.*)", line)
+        for line in lines
+    ]
+    assert all(command and command[1] == path.name for command in commands), lines
+    parsed = re.findall(r'add_argument\("([\w-]+)"', path.read_text())
+    for command in commands:
+        positional = command[2].split(" --")[0].split()
+        assert len(positional) == sum(not name.startswith("-") for name in parsed)
+        assert set(re.findall(r"--[\w-]+", command[2])) <= set(parsed)
+
+
+def test_lora_of_the_documentation_is_loaded_by_auto_peft(tmp_path):
+    """docs/training.md, its code as it stands there."""
+    peft = pytest.importorskip("peft")
+    (code,) = re.findall(r"```python\n(.*?LoraConfig.*?)```", (EXAMPLES.parent / "docs/training.md").read_text(), re.S)
+    variables = {"model": AutoModelForCausalLM.from_pretrained(save_tied(tmp_path / "tied"))}
+    exec(code, variables)
+    model = variables["model"].eval()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for part in ("expert_pools.0", "q_proj"):
+        assert any(part in name for name in names), names
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(12).view(1, -1)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, logits)
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, logits)
 
 
 @pytest.mark.slow

@@ -30,34 +30,31 @@ def save_plot(report: dict, path: Path) -> None:
 
 def _draw_cost(axes, report: dict) -> None:
     """Perplexity against bytes on disk, one point a model, with tying and healing as arrows between them."""
-    from matplotlib.ticker import LogFormatter
-
     points = {name: (report[name]["checkpoint_bytes"] / 1e6, report[name]["perplexity"]) for name in COLOURS}
     for start, end in (("source", "tied"), ("tied", "healed")):
         style = {"arrowstyle": "->", "color": "0.6", "shrinkA": 7, "shrinkB": 7}
         axes.annotate("", points[end], points[start], arrowprops=style)
     for name, (size, perplexity) in points.items():
-        axes.plot(size, perplexity, MARKERS[name], color=COLOURS[name], markersize=9, linestyle="none")
+        # Hollow: models whose perplexities are a per cent apart stand on one another.
+        axes.plot(size, perplexity, MARKERS[name], color=COLOURS[name], markersize=10, fillstyle="none", mew=2.2)
         # Two models share a size and may be close: labels stand to the outer side, and away from each other.
         outwards = -1 if name in ("tied", "healed") else 1
         upwards = 1 if perplexity >= points[SAME_SIZE[name]][1] else -1
         axes.annotate(
-            f"{name} {perplexity:.1f}",
+            f"{name} {perplexity:.2f}",
             (size, perplexity),
             (10 * outwards, 3 * upwards),
             textcoords="offset points",
             ha="right" if outwards < 0 else "left",
             va="bottom" if upwards > 0 else "top",
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    # Both axes from zero: a per cent is to look like one.
     axes.set_xlim(0, 1.35 * max(size for size, _ in points.values()))
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.2 * max(perplexity for _, perplexity in points.values()))
     axes.set_xlabel("weights on disk, MB")
-    axes.set_ylabel("held-out perplexity per token, log scale")
+    axes.set_ylabel("held-out perplexity per token")
     axes.set_title("What tying saves, and what it costs")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
 
 
 def _draw_routing(figure, axes, report: dict) -> None:

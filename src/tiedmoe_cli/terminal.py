@@ -50,7 +50,7 @@ def errors_as_paragraphs() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def show_progress(is_main: bool) -> Iterator[ProgressCall]:
+def show_progress(is_main: bool = True) -> Iterator[ProgressCall]:
     """Yield `progress(done, total, what)`: a bar on a terminal, lines elsewhere, nothing in a process that is not the first.
 
     `what` is "stage" or "stage, detail".
