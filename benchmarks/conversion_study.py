@@ -10,6 +10,7 @@ are there are not run again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from study.summary import markdown, summarize
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
+from transformers_tiedmoe.workdir import check_apart, open_folder
 
 RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}
@@ -42,14 +44,15 @@ TINY = {
 }
 TINY_STUDY = Study(
     DemoConfig(**TINY, source_steps=20, source_learning_rate=6e-3, balance_by_layer=True),
-    0.2,
-    (0.25, 1.0),
+    heal_share=0.2,
+    shares=(0.25, 1.0),
     calibration_tokens=256,
     num_seeds=2,
 )
 HEAL_LEARNING_RATE = 5e-4
 QUICK_CHARACTERS = 20_000
-SETTINGS = "study.json"
+_worker = contextlib.ExitStack()
+TEXT = "text.txt"  # of a quick study
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +74,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     quieten()
-    study = make_study(options)
+    with contextlib.ExitStack() as stack:
+        study = make_study(options, stack)
+        write_results(study, options)
+
+
+def write_results(study: Study, options: argparse.Namespace) -> None:
+    """Run what is not there yet, and write the results of all."""
     rows = QUICK if options.quick else ROWS
     training = study.train_source(show)
     if not options.report:
@@ -89,22 +98,19 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown(summary))
 
 
-def make_study(options: argparse.Namespace) -> Study:
-    """The study that the command line asks for; refuses a working folder of another one."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    data = options.data
-    if options.quick:
-        data = str(options.output / "text.txt")
-        text = datasets.load_dataset("text", data_files=options.data or TINY_STUDY.demo.text, split="train")["text"]
-        Path(data).write_text("\n".join(text)[:QUICK_CHARACTERS])
+def make_study(options: argparse.Namespace, stack: contextlib.ExitStack) -> Study:
+    """The study that the command line asks for, in its folder until `stack` ends; refuses one of another study."""
+    data = str(options.output / TEXT) if options.quick else options.data
     study = TINY_STUDY if options.quick else Study(DemoConfig(**SOURCE))
     demo = dataclasses.replace(study.demo, output=str(options.output), data=data)
     study = dataclasses.replace(study, demo=demo, heal_learning_rate=options.learning_rate)
-    settings, path = json.dumps(study.settings(), indent=1) + "\n", options.output / SETTINGS
-    if path.is_file() and path.read_text() != settings:
-        raise ValueError(f"{options.output} holds a study with other settings than {settings}; give another --output")
-    path.write_text(settings)
-    return study
+    check_apart(options.output, {"data": options.data})
+    identity = {"settings": study.settings()}
+    work = stack.enter_context(open_folder(options.output, identity, what="a study", advice="give another --output"))
+    if options.quick:
+        text = datasets.load_dataset("text", data_files=options.data or TINY_STUDY.demo.text, split="train")["text"]
+        work.write_text(TEXT, "\n".join(text)[:QUICK_CHARACTERS])
+    return dataclasses.replace(study, work=work)
 
 
 def run_all(study: Study, rows: list[Row], training: dict, options: argparse.Namespace) -> None:
@@ -131,15 +137,18 @@ def run_stage(study: Study, runs: list[Run], workers: int, deadline: float) -> I
     """Run all of `runs` that can start before the deadline; yields each with its seconds."""
     jobs = [(run, deadline) for run in runs]
     if workers == 1:
-        start_worker(study)
+        start_worker(study, is_main=True)
         yield from filter(None, map(run_job, jobs))
         return
     with multiprocessing.get_context("spawn").Pool(workers, start_worker, (study,)) as pool:
         yield from filter(None, pool.imap_unordered(run_job, jobs))
 
 
-def start_worker(study: Study) -> None:
+def start_worker(study: Study, is_main: bool = False) -> None:
     global _study
+    if not is_main:
+        work = _worker.enter_context(open_folder(study.demo.output, {}, what="a study", is_main=False))
+        study = dataclasses.replace(study, work=work)
     _study = study  # so that a process reads the text once
     quieten()
 

@@ -229,7 +229,7 @@ def test_more_positions_than_the_source_knows(folder, tmp_path):
 def test_bundled_text(folder, tmp_path):
     found = open_text(folder, tmp_path / "one", calibration="austen")
     path = files("transformers_tiedmoe") / "data" / "austen.txt.xz"
-    assert torch.equal(found.tokens, open_text(folder, tmp_path / "two", data=str(path)).tokens)
+    assert torch.equal(found.tokens, open_text(folder, tmp_path / "two", calibration=str(path)).tokens)
 
 
 # What a conversion cost

@@ -85,7 +85,7 @@ def test_main_runs_nothing_twice_and_leaves_no_checkpoint(quick, monkeypatch):
 
 def test_main_refuses_the_folder_of_another_study(quick):
     folder, _, _ = quick
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="holds a study that differs in its settings"):
         conversion_study.main(
             ["--output", str(folder / "work"), "--results", str(folder / "results" / "conversion_study")]
         )

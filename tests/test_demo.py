@@ -2,6 +2,7 @@ import json
 import lzma
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_run_demo_refuses_other_settings_in_the_same_folder(demo):
 def test_run_demo_refuses_a_folder_that_is_not_a_demo(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="not a demo; give a new or an empty folder"):
+        with pytest.raises(ValueError, match=r"not a demo: .*; expected a new or empty one"):
             run_demo(DemoConfig(output=str(tmp_path), overwrite=overwrite))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -172,21 +173,52 @@ def test_run_demo_goes_on_after_it_was_stopped(demo, tmp_path):
 
 
 def test_run_demo_overwrites_its_own_files_when_asked(text, tmp_path):
-    (tmp_path / "demo.json").write_text('{"source_steps": 99}')
-    (tmp_path / "tied").mkdir()
-    (tmp_path / "report.json").write_text("{}")
-    (tmp_path / "mine.txt").write_text("kept")
+    """Stopped while it healed, then begun anew with other settings: the user's files stay, also among the demo's."""
 
-    def stop(done, total, what):
-        raise KeyboardInterrupt
+    def stop_at(stage):
+        def stop(done, total, what):
+            if what.startswith(stage):
+                raise KeyboardInterrupt
 
-    config = DemoConfig(output=str(tmp_path), data=text, **TINY)
-    with pytest.raises(ValueError, match="source_steps was 99 and is 12"):
-        run_demo(config, stop)
-    assert (tmp_path / "tied").is_dir()
+        return stop
+
+    config = DemoConfig(output=str(tmp_path / "out"), data=text, skip_first=1, skip_last=1, **TINY)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(replace(config, overwrite=True), stop)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "mine.txt", "seconds.json"]
+        run_demo(config, stop_at("healed"))
+    assert config.path("tied", "config.json").is_file()
+    config.path("mine.txt").write_text("kept")
+    config.path("tied", "mine.txt").write_text("kept")
+    config = replace(config, source_steps=13)
+    with pytest.raises(ValueError, match="source_steps was 12 and is 13"):
+        run_demo(config)
+    assert config.path("tied", "config.json").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(replace(config, overwrite=True), stop_at("source"))
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert {name for name in kept if "/." not in name} == {"out/mine.txt", "out/tied/mine.txt"}
+    with pytest.raises(ValueError, match=r"tied is not empty: it holds \['mine.txt'\]"):
+        run_demo(config)
+
+
+def test_run_demo_again_while_one_runs_is_refused(demo):
+    config, _ = demo
+
+    def again(done, total, what):
+        run_demo(config)
+
+    with pytest.raises(ValueError, match=r"another process \(process \d+\) uses .*wait until it is done"):
+        run_demo(config, again)
+
+
+def test_run_demo_refuses_inputs_in_its_output(text, tmp_path):
+    shutil.copy(text, tmp_path / "text.txt")
+    for fields, message in (
+        ({"data": str(tmp_path / "text.txt")}, "the data .* lies in output"),
+        ({"source": str(tmp_path), "data": text}, "is also the source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_demo(DemoConfig(output=str(tmp_path), overwrite=True, **fields))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_run_demo_takes_another_familys_checkpoint(text, tmp_path):

@@ -298,6 +298,20 @@ def test_what_no_run_wrote_is_not_written_over(tmp_path):
     assert (tmp_path / "demo" / "report.md").read_text() == "mine"
 
 
+def test_outputs_made_in_an_open_folder_are_its_own(tmp_path):
+    """But not those that somebody makes there afterwards, nor what comes to them."""
+    with open_demo(tmp_path / "demo"):
+        finish(tmp_path / "demo" / "tied")
+        finish(tmp_path / "beside")
+    finish(tmp_path / "demo" / "mine")
+    (tmp_path / "demo" / "tied" / "notes.txt").write_text("mine")
+    with open_demo(tmp_path / "demo", overwrite=True):
+        assert sorted(name for name in tree(tmp_path) if ".tiedmoe" not in name) == [
+            *("beside", "beside/a.txt", "beside/b.txt"),
+            *("demo", "demo/mine", "demo/mine/a.txt", "demo/mine/b.txt", "demo/tied", "demo/tied/notes.txt"),
+        ]
+
+
 def test_overwriting_a_folder_deletes_what_runs_wrote_and_nothing_else(tmp_path):
     folder, outside = tmp_path / "demo", tmp_path / "outside"
     outside.mkdir()

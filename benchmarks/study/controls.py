@@ -12,6 +12,7 @@ from transformers import (
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import source_config, train_on_text
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.workdir import Work, open_work, was_renamed
 
 
 def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
@@ -22,17 +23,23 @@ def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
         source: where the tokenizer is.
         folder: complete or not there.
     """
-    if folder.exists():
+    if folder.exists() and not was_renamed(folder):
         return
+    with open_work(folder, {"settings": config.settings()}) as work:
+        if work.report is None:
+            _train_tied(config, source, work)
+            work.complete({})
+
+
+def _train_tied(config: DemoConfig, source: Path, work: Work) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     set_seed(config.seed)
     tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
     model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
-    draft = folder.with_name(f".{folder.name}.draft")
-    train_on_text(model, tokenizer, config, draft, lambda done, total, what: None)
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    draft.replace(folder)
+    train_on_text(model, tokenizer, config, work.scratch, lambda done, total, what: None)
+    with work.draft() as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
 
 
 def prune(source: Path, folder: Path, share: float, keep: str = "magnitude", seed: int = 0) -> None:
@@ -60,5 +67,8 @@ def prune(source: Path, folder: Path, share: float, keep: str = "magnitude", see
     model.config.num_experts = num_kept
     pruned = TiedMoeForCausalLM(TiedMoeConfig.from_family(model.config, groups=[]))
     pruned.load_state_dict(state)
-    pruned.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    with open_work(folder, {"settings": {"source": str(source), "share": share, "keep": keep, "seed": seed}}) as work:
+        with work.draft() as draft:
+            pruned.save_pretrained(draft)
+            AutoTokenizer.from_pretrained(source).save_pretrained(draft)
+        work.complete({})

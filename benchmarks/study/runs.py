@@ -5,7 +5,6 @@ all runs that need them are there.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from tiedmoe_demo.figures import expert_parameters
 from tiedmoe_demo.train_source import train_source
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.workdir import Folder, discard_work, read_json
 
 from .configurations import Row
 from .controls import prune, train_tied
@@ -58,6 +58,7 @@ class Study:
 
     Args:
         demo: source, text and output folder.
+        work: that folder, as it is open in this process.
         heal_share: of the source's training steps, the healing budget.
         shares: of that budget, healings each with a schedule of its own.
         heal_learning_rate: peak learning rate of every healing and of the source's own extra steps.
@@ -66,6 +67,7 @@ class Study:
     """
 
     demo: DemoConfig
+    work: Folder | None = None
     heal_share: float = 0.05
     shares: tuple[float, ...] = (0.05, 0.25, 1.0)
     heal_learning_rate: float = 5e-4
@@ -84,7 +86,7 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on beside the rows, JSON-able."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "demo"}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("demo", "work")}
         demo = {name: getattr(self.demo, name) for name in DEMO_SETTINGS}
         return own | {"shares": list(self.shares), "source": demo}
 
@@ -117,9 +119,9 @@ class Study:
         path = self._result_path(run)
         if not path.is_file():
             return None
-        result = json.loads(path.read_text())
+        result = read_json(path)
         made_by = json.loads(json.dumps([dict(run.row.recipe), dict(run.row.heal)]))
-        return result if [result["recipe"], result.get("heal", {})] == made_by else None
+        return result if [result.get("recipe"), result.get("heal", {})] == made_by else None
 
     def has_checkpoint(self, run: Run) -> bool:
         """Whether what the run heals is there."""
@@ -142,11 +144,7 @@ class Study:
             "recipe": dict(run.row.recipe),
             "heal": dict(run.row.heal),
         } | measured
-        path = self._result_path(run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-        draft.replace(path)
+        self._folder.write_json(f"runs/{run.name}.json", result)
         self._clean(run)
         return result
 
@@ -158,14 +156,28 @@ class Study:
     def _result_path(self, run: Run) -> Path:
         return self.demo.path("runs", f"{run.name}.json")
 
+    @property
+    def _folder(self) -> Folder:
+        assert self.work is not None, "a run needs the open folder of the study"
+        return self.work
+
+    def _checkpoint_name(self, run: Run) -> str:
+        return f"checkpoints/{run.row.name}.seed{run.seed}"
+
     def _checkpoint(self, run: Run) -> Path:
-        return self.demo.path("checkpoints", f"{run.row.name}.seed{run.seed}")
+        return self.demo.path(self._checkpoint_name(run))
+
+    def _delete_checkpoint(self, run: Run) -> None:
+        """Delete what a run has made to be healed, finished or not."""
+        name = self._checkpoint_name(run)
+        self._folder.delete(name)
+        discard_work(self.demo.path(name))
 
     def _measure_before(self, run: Run) -> dict[str, Any]:
         """Make the checkpoint anew and measure it."""
         folder = self._checkpoint(run)
         if run.row.kind != TRAINED:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._delete_checkpoint(run)
         start = time.perf_counter()
         sizes = self._make(run, folder)
         seconds = time.perf_counter() - start
@@ -209,12 +221,12 @@ class Study:
         )
 
     def _heal(self, run: Run) -> dict[str, Any]:
-        folder = self.demo.path("healing", run.name)
-        shutil.rmtree(folder, ignore_errors=True)
+        name = f"healing/{run.name}"
         config = HealConfig(
             model=str(self._checkpoint(run)),
             data=self.demo.text,
-            output=str(folder),
+            output=str(self.demo.path(name)),
+            overwrite=True,
             teacher=None if run.row.kind == "source" else str(self.source),
             max_steps=self.steps(run.share),
             learning_rate=self.heal_learning_rate,
@@ -226,11 +238,12 @@ class Study:
             **run.row.heal,
         )
         report = heal(config, lambda done, total, what: None)
-        shutil.rmtree(folder)
+        self._folder.own(name)
+        self._folder.delete(name)
         return {**report["after"], "steps": report["steps"], "heal_seconds": report["seconds"]}
 
     def _clean(self, run: Run) -> None:
         """Delete the run's checkpoint if no other run needs it."""
         same = [other for other in self.runs(run.row) if other.seed == run.seed]
         if run.row.kind != TRAINED and all(self.result(other) for other in same):
-            shutil.rmtree(self._checkpoint(run), ignore_errors=True)
+            self._delete_checkpoint(run)

@@ -23,7 +23,10 @@ def output_folder(recipe: ConversionRecipe) -> Path:
 
 def statistics_folder(recipe: ConversionRecipe) -> Path:
     """Return where the recipe's statistics are: the folder that it names, or a hidden one beside OUTPUT."""
-    if recipe.statistics is not None:
-        return Path(expand(recipe.statistics))
-    output = Path(expand(recipe.output)).absolute()
-    return output.parent / f".{output.name}.statistics"
+    return hidden_statistics(recipe.output) if recipe.statistics is None else Path(expand(recipe.statistics))
+
+
+def hidden_statistics(output: str | Path) -> Path:
+    """Return the folder beside `output` whose statistics go with the conversion."""
+    path = Path(expand(output)).absolute()
+    return path.parent / f".{path.name}.statistics"

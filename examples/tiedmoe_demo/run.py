@@ -4,10 +4,8 @@ Each stage leaves a folder that is complete or can be continued: a run that was 
 that is repeated trains nothing and measures again.
 """
 
-import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,11 +14,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
+from transformers import CONFIG_NAME, AutoTokenizer
 
 from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.output import REPORT as HEAL_REPORT
+from transformers_tiedmoe.workdir import (
+    Folder,
+    check_apart,
+    discard_folder,
+    discard_work,
+    open_folder,
+    read_json,
+    was_renamed,
+)
 
 from .config import VALIDATION_FRACTION, DemoConfig
 from .figures import measure
@@ -29,9 +36,8 @@ from .plot import save_plot
 from .train_source import train_source
 
 Progress = Callable[[int, int, str], None]
-SETTINGS = "demo.json"
 FOLDERS = ("source", "tied", "healed", "control")
-FILES = ("conversion.json", "seconds.json", "report.json", "report.md", "report.png")
+CONVERSION = "conversion.json"
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -49,8 +55,21 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
     Raises:
         ValueError: the output folder holds something else, or what a stage refuses, such as a source without experts.
     """
-    _prepare_output(config)
-    run = _Run(config, progress or (lambda done, total, what: None))
+    check_apart(config.output, {"source": config.source, "data": config.data})
+    with open_folder(
+        config.output,
+        {"settings": config.settings()},
+        what="a demo",
+        advice="give another folder, or --overwrite to begin anew",
+        overwrite=config.overwrite,
+    ) as work:
+        if config.overwrite:
+            _discard_stages(config)
+        return _run(config, work, progress or (lambda done, total, what: None))
+
+
+def _run(config: DemoConfig, work: Folder, progress: Progress) -> dict[str, Any]:
+    run = _Run(config, work, progress)
     source, source_training = run.stage("source", run.source)
     conversion = run.stage("tied", run.tie, source)
     training = {
@@ -69,20 +88,28 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
         "versions": {name: version(name) for name in ("transformers-tiedmoe", "transformers", "torch", "tokenizers")},
         "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
     }
-    _write_text(config.path("report.md"), markdown(report))
-    save_plot(report, config.path("report.png"))
-    _write_text(config.path("report.json"), json.dumps(report, indent=2) + "\n")
+    work.write_text("report.md", markdown(report))
+    with work.draft() as draft:
+        save_plot(report, draft / "report.png")
+    work.write_json("report.json", report)
     return report
+
+
+def _discard_stages(config: DemoConfig) -> None:
+    """Delete what killed stages of another demo have left unfinished."""
+    from tiedmoe_conversion.folders import hidden_statistics
+
+    for name in FOLDERS:
+        discard_work(config.path(name))
+    discard_folder(hidden_statistics(config.path("tied")))
 
 
 class _Run:
     """The stages of one run; each says how far it is, and `seconds` how long it took."""
 
-    def __init__(self, config: DemoConfig, progress: Progress):
-        self.config = config
-        self.progress = progress
-        self.record = config.path("seconds.json")
-        self.seconds = json.loads(self.record.read_text()) if self.record.is_file() else {}
+    def __init__(self, config: DemoConfig, work: Folder, progress: Progress):
+        self.config, self.work, self.progress = config, work, progress
+        self.seconds = dict(work.values.get("seconds", {}))
         self.seconds.pop("figures", None)  # always taken anew
         self.current = ""
 
@@ -93,7 +120,7 @@ class _Run:
             return run(*args)
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 2)
-            _write_text(self.record, json.dumps(self.seconds) + "\n")
+            self.work.remember("seconds", self.seconds)
 
     def tell(self, done: int, total: int, what: str) -> None:
         """Report progress within the current stage."""
@@ -112,9 +139,9 @@ class _Run:
         """Convert the source; returns the plan's summary."""
         from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan
 
-        config, record = self.config, self.config.path("conversion.json")
-        if record.is_file() and self.config.path("tied", "config.json").is_file():
-            return json.loads(record.read_text())
+        config = self.config
+        if self.work.is_sound(CONVERSION) and config.path("tied", CONFIG_NAME).is_file():
+            return read_json(config.path(CONVERSION))
         method = METHODS.get(config.method)  # the recipe says so where there is none
         needs_text = method is not None and method.calibration(**config.method_options)
         recipe = ConversionRecipe(
@@ -131,16 +158,17 @@ class _Run:
             measure=False,  # done below, on more text
             seed=config.seed,
         )
-        shutil.rmtree(recipe.output, ignore_errors=True)
+        if config.path("tied").is_dir() and not was_renamed(config.path("tied")):  # its report is lost: made again
+            self.work.delete("tied")
         report = execute(make_plan(recipe), progress=self.tell)
-        _write_text(record, json.dumps(report, indent=2) + "\n")
+        self.work.write_json(CONVERSION, report)
         return report
 
     def heal(self, model: Path, teacher: str | None = None) -> dict:
         """The same extra steps for the tied model and for the control, into the folder named as the stage is."""
         config, folder = self.config, self.config.path(self.current)
         if (folder / HEAL_REPORT).is_file():
-            report = json.loads((folder / HEAL_REPORT).read_text())
+            report = read_json(folder / HEAL_REPORT)
         else:
             options = HealConfig(
                 model=str(model),
@@ -155,6 +183,7 @@ class _Run:
                 seed=config.seed,
             )
             report = heal(options, self.tell)
+        self.work.own(self.current)
         return {key: report[key] for key in ("steps", "tokens", "seconds", "before", "after")}
 
     def measure(self, folders: dict[str, Path]) -> dict[str, dict]:
@@ -167,41 +196,3 @@ class _Run:
             self.tell(i, len(folders), f"measuring {name}")
             figures[name] = measure(folder, tokenizer, validation, config)
         return figures
-
-
-def _prepare_output(config: DemoConfig) -> None:
-    """Make the output folder, or see that it holds an earlier run of the same demo.
-
-    Raises:
-        ValueError: it holds something else, or a demo with other settings.
-    """
-    folder, record = Path(config.output), config.path(SETTINGS)
-    settings = json.loads(json.dumps(config.settings()))
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not record.is_file())):
-        raise ValueError(f"output {folder} holds something that is not a demo; give a new or an empty folder")
-    if record.is_file() and config.overwrite:
-        for name in FOLDERS:
-            shutil.rmtree(config.path(name), ignore_errors=True)
-        for name in FILES:
-            config.path(name).unlink(missing_ok=True)
-    elif record.is_file():
-        earlier = json.loads(record.read_text())
-        different = [
-            f"{name} was {earlier.get(name)!r} and is {value!r}"
-            for name, value in settings.items()
-            if earlier.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"output {folder} holds a demo with other settings ({'; '.join(different)}); give another folder, or "
-                "--overwrite to begin anew"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_text(record, json.dumps(settings, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text)
-    draft.replace(path)

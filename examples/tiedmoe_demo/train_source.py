@@ -1,7 +1,5 @@
 """The demo's source: a tokenizer and a small OLMoE trained on the text, saved as any OLMoE checkpoint is."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.modeling_tiedmoe import TiedMoeForCausalLM
 from transformers_tiedmoe.training.data import _load_texts, load_blocks
 from transformers_tiedmoe.training.trainer import ProgressReport
+from transformers_tiedmoe.workdir import Work, open_work, read_json, was_renamed
 
 from .config import VALIDATION_FRACTION, DemoConfig
 
@@ -39,8 +38,16 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
         `steps`, `tokens` and `seconds` of the training, also in `folder/training.json`; an earlier run's where the
         folder is there.
     """
-    if folder.exists():
-        return json.loads((folder / REPORT).read_text())
+    if folder.exists() and not was_renamed(folder):
+        return read_json(folder / REPORT)
+    with open_work(folder, {"settings": config.settings()}) as work:
+        if work.report is None:
+            work.complete(_train(config, work, progress))
+    assert work.report is not None
+    return work.report
+
+
+def _train(config: DemoConfig, work: Work, progress: Callable[[int, int, str], None]) -> dict:
     progress(0, config.source_steps, "training the tokenizer")
     tokenizer = train_tokenizer(config.text, config.vocab_size)
     set_seed(config.seed)
@@ -51,19 +58,18 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
         trained.load_state_dict(model.state_dict())
     else:
         trained = model
-    draft = folder.with_name(f".{folder.name}.draft")
     start = time.perf_counter()
-    train_on_text(trained, tokenizer, config, draft, progress)
+    train_on_text(trained, tokenizer, config, work.scratch, progress)
     report = {
         "steps": config.source_steps,
         "tokens": config.source_steps * config.batch_size * config.block_size,
         "seconds": round(time.perf_counter() - start, 1),
     }
     model.load_state_dict(trained.state_dict())
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    (draft / REPORT).write_text(json.dumps(report) + "\n")
-    draft.replace(folder)
+    with work.draft() as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    work.write_json(REPORT, report)
     return report
 
 
@@ -74,7 +80,7 @@ def train_on_text(
     folder: Path,
     progress: Callable[[int, int, str], None],
 ) -> None:
-    """`config.source_steps` steps of AdamW on the text but its held-out part; nothing is left in `folder`."""
+    """`config.source_steps` steps of AdamW on the text but its held-out part; `folder` is for what Trainer writes."""
     train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
     trainer = Trainer(
         model=model,
@@ -102,7 +108,6 @@ def train_on_text(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # Trainer switched it off
 
 

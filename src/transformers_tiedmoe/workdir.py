@@ -167,6 +167,25 @@ def atomic_write_json(path: Path, value: Any, draft: Path | None = None) -> None
     atomic_write_text(path, json.dumps(value, indent=2) + "\n", draft)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that a run of ours has written.
+
+    Raises:
+        TiedMoeError: it is missing, damaged or something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TiedMoeError(
+            f"cannot read {path}: {error}; expected a JSON object: delete it, and make it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise TiedMoeError(
+            f"{path} holds a {type(value).__name__}; expected a JSON object: delete it, and make it again"
+        )
+    return value
+
+
 class Folder:
     """A folder that a run writes, and its journal; `open_folder` and `open_work` make one.
 
@@ -252,9 +271,13 @@ class Folder:
             self.finish(name)
 
     def own(self, name: str) -> None:
-        """Note that all that is in the folder `name` now was made for this run, by a command of its own."""
-        found = [path.relative_to(self.folder).as_posix() for path in _files(self.folder / name)]
-        self._note({"owned": sorted(found)})
+        """Note that the files in the folder `name`, which a command has just made for this run, are ours.
+
+        Does nothing if some are ours already: what has come to them since is not.
+        """
+        found = sorted(path.relative_to(self.folder).as_posix() for path in _files(self.folder / name))
+        if found and not any(each.startswith(f"{name}/") for each in self.owned):
+            self._note({"owned": found})
 
     def is_sound(self, name: str) -> bool:
         """Tell whether the file `name` is finished and has the bytes that were written."""
@@ -396,6 +419,7 @@ def open_work(
         TiedMoeError: another process works on `output`, or what was begun there has another identity; the disk is full or
             cannot be written.
     """
+    output = _resolved(output)
     partial = partial_folder(output)
     if not is_main:
         yield Work(partial, read_journal(partial / JOURNAL))
@@ -426,6 +450,7 @@ def open_work(
                     work._resume()
                     yield work
                     assert work.report is not None, "nobody said that the work is complete"
+                    _tell_folders(output, work.owned)
                     _publish(work.folder, output, owned)
                 _remove_state(partial)
             except _Refused:
@@ -453,6 +478,8 @@ def open_folder(
 ) -> Iterator[Folder]:
     """Give a folder that stays and is continued in place by later runs with the same `identity`.
 
+    What `open_work` publishes inside it during the block is the folder's own, too.
+
     Args:
         folder: new, empty, or one that this function has given before.
         identity: as in `open_work`.
@@ -468,7 +495,8 @@ def open_folder(
     path = _real(_resolved(folder))
     state = path / STATE
     if not is_main:
-        yield Folder(path, state, read_journal(state / JOURNAL))
+        with _registered(Folder(path, state, read_journal(state / JOURNAL))) as opened:
+            yield opened
         return
     if any(each.is_symlink() or (each.exists() and not each.is_dir()) for each in (path, state)):
         raise TiedMoeError(f"{folder} cannot hold {what}: it is no folder, or {STATE} in it is none of ours; {advice}")
@@ -485,7 +513,8 @@ def open_folder(
                 path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
             )
             try:
-                yield opened
+                with _registered(opened):
+                    yield opened
             except KeyboardInterrupt:
                 raise
             except BaseException:
@@ -496,21 +525,50 @@ def open_folder(
             lock.release()
 
 
+_open_folders: list[Folder] = []  # of this process
+
+
+@contextlib.contextmanager
+def _registered(folder: Folder) -> Iterator[Folder]:
+    """Have outputs that are published in `folder` meanwhile noted as its own."""
+    _open_folders.append(folder)
+    try:
+        yield folder
+    finally:
+        _open_folders.remove(folder)
+
+
 def discard_work(output: Path) -> None:
     """Delete the unfinished work on `output`, whatever its identity.
 
     Raises:
-        TiedMoeError: a process is at it, or it holds what no run of ours wrote.
+        TiedMoeError: a process is at it.
     """
-    partial = partial_folder(output)
-    if partial.is_symlink() or not partial.is_dir():
+    output = _resolved(output)
+    _discard_state(partial_folder(output), output, Work)
+
+
+def discard_folder(folder: str | Path) -> None:
+    """Delete what runs have written into a folder of `open_folder`, and its state.
+
+    Raises:
+        TiedMoeError: a process uses it.
+    """
+    path = _real(_resolved(folder))
+    _discard_state(path / STATE, path, lambda state, entries: Folder(path, state, entries))
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def _discard_state(state: Path, output: Path, make: Callable[[Path, list[dict[str, Any]]], Folder]) -> None:
+    if state.is_symlink() or not state.is_dir():
         return
     with _explained(output, "what is done is kept"):
-        lock = _acquire(partial, f"is writing {output}", "choose another output")
+        lock = _acquire(state, f"is writing {output}", "choose another output")
         try:
-            if entries := read_journal(partial / JOURNAL, mend=True):
-                _discard(Work(partial, entries), output)
-            _remove_state(partial, last=LOCK)
+            if entries := read_journal(state / JOURNAL, mend=True):
+                _discard(make(state, entries), output)
+            _remove_state(state, last=LOCK)
         finally:
             lock.release()
 
@@ -694,6 +752,14 @@ def _check_identity(begun: dict[str, Any], asked: dict[str, Any], begin: str, ad
             f"{begin} that differs in its {aspect}: {differences}; expected the same: repeat the old command to go on, or "
             f"{advice}"
         )
+
+
+def _tell_folders(output: Path, names: Collection[str]) -> None:
+    """Note in the folders around `output` that this process has open that what is published there is theirs."""
+    for each in _open_folders:
+        if each.folder in output.parents:
+            inside = output.relative_to(each.folder)
+            each._note({"owned": sorted((inside / name).as_posix() for name in names)})
 
 
 def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
