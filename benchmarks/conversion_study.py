@@ -30,7 +30,8 @@ from study.summary import markdown, summarize
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
-from transformers_tiedmoe.workdir import check_apart, open_folder
+from transformers_tiedmoe.files import check_apart
+from transformers_tiedmoe.workdir import open_folder
 
 RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}

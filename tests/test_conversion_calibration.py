@@ -21,7 +21,9 @@ from tiedmoe_conversion.checkpoint.reader import open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.families import expert_layers
-from transformers_tiedmoe.workdir import Work, append, file_digest
+from transformers_tiedmoe.files import file_digest
+from transformers_tiedmoe.journal import append
+from transformers_tiedmoe.workdir import Work
 
 NUM_TOKENS, BLOCK = 256, 16
 

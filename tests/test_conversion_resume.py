@@ -27,7 +27,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie
     from tiedmoe_conversion.checkpoint import writer
-    from transformers_tiedmoe import workdir
+    from transformers_tiedmoe import files, journal, workdir
 
     def count(module, name, real):
         def counted(*args, **kwargs):
@@ -43,7 +43,8 @@ KILLED = textwrap.dedent(
             os.kill(os.getpid(), signal.SIGKILL)
 
     for module, name in (
-        (writer, "_write"), (writer, "flush"), (workdir, "flush"), (workdir, "append"), (workdir, "_unlink"),
+        (writer, "_write"), (writer, "flush"), (workdir, "flush"), (files, "flush"), (journal, "flush"),
+        (workdir, "append"), (workdir, "remove_file"),
         (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"),
         (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
     ):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.configuration_tiedmoe import TYING_FIELDS
-from transformers_tiedmoe.workdir import file_digest
+from transformers_tiedmoe.files import file_digest
 
 
 def save_tied(folder, **fields):

@@ -9,7 +9,7 @@ from conversions import edit_config, edit_tensors, read_tensors, save_source
 from safetensors.torch import load_file, save_file
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie, verify_folder
-from transformers_tiedmoe.workdir import file_digest
+from transformers_tiedmoe.files import file_digest
 
 POOL = "model.expert_pools.0.down_proj"
 SLOT_MAP = "model.layers.1.mlp.experts.slot_map"

@@ -9,17 +9,9 @@ import pytest
 from conversions import unchanged_disk
 
 from transformers_tiedmoe.errors import TiedMoeError
-from transformers_tiedmoe.workdir import (
-    append,
-    atomic_write_json,
-    check_apart,
-    check_output,
-    discard_work,
-    file_digest,
-    open_folder,
-    open_work,
-    read_journal,
-)
+from transformers_tiedmoe.files import atomic_write_json, check_apart, file_digest
+from transformers_tiedmoe.journal import append, read_journal
+from transformers_tiedmoe.workdir import check_output, discard_work, open_folder, open_work
 
 IDENTITY = {"recipe": {"steps": 3}}
 

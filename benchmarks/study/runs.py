@@ -21,9 +21,10 @@ from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.config import VALIDATION_FRACTION
 from tiedmoe_demo.figures import expert_parameters
 from tiedmoe_demo.train_source import train_source
+from transformers_tiedmoe.files import read_json
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal
-from transformers_tiedmoe.workdir import Folder, discard_work, read_json
+from transformers_tiedmoe.workdir import Folder, discard_work
 
 from .configurations import Row
 from .controls import prune, train_tied

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from transformers_tiedmoe.workdir import check_apart, check_output, expand
+from transformers_tiedmoe.files import check_apart, expand
+from transformers_tiedmoe.workdir import check_output
 
 from .recipe import ConversionRecipe
 

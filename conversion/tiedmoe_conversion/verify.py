@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
+from transformers_tiedmoe.files import file_digest
 from transformers_tiedmoe.hub import MANIFEST
-from transformers_tiedmoe.workdir import file_digest
 
 from .checkpoint.quantised import BlockScaled
 from .checkpoint.reader import Source, open_source, regular_file

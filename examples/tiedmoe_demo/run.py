@@ -16,18 +16,11 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_NAME, AutoTokenizer
 
+from transformers_tiedmoe.files import check_apart, read_json
 from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.output import REPORT as HEAL_REPORT
-from transformers_tiedmoe.workdir import (
-    Folder,
-    check_apart,
-    discard_folder,
-    discard_work,
-    open_folder,
-    read_json,
-    was_renamed,
-)
+from transformers_tiedmoe.workdir import Folder, discard_folder, discard_work, open_folder, was_renamed
 
 from .config import VALIDATION_FRACTION, DemoConfig
 from .figures import measure

@@ -11,35 +11,35 @@ The state is a `journal.jsonl` (what is being made of what, then a line for ever
 """
 
 import contextlib
-import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from .errors import TiedMoeError
+from .files import (
+    atomic_write_text,
+    check_apart,
+    disk_errors_explained,
+    file_digest,
+    files_in,
+    flush,
+    others_in,
+    real_path,
+    remove_file,
+    resolved,
+)
+from .journal import append, read_journal
 
-HASH = "xxh3_128"  # finds damage, not forgery; sha256 would take longer than copying the files
 JOURNAL, LOCK, PID, FILES, STORED, DRAFT, SCRATCH, REPLACED = (
     *("journal.jsonl", "lock", "pid", "output", "work", "draft", "scratch", "replaced"),
 )
 STATE = ".tiedmoe"
-CHECK = "check"  # a journal line's own hash
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_CHUNK = 1 << 20
-
-
-def expand(path: str | Path) -> str:
-    """Return `path` with a leading `~` replaced by the home folder; a hub id stays as it is."""
-    return os.path.expanduser(path)
 
 
 def partial_folder(output: Path) -> Path:
@@ -62,7 +62,7 @@ def check_output(
     Raises:
         TiedMoeError: one of these is not so, or no folder can have that name.
     """
-    path = _resolved(output)
+    path = resolved(output)
     if len(os.fsencode(partial_folder(path).name)) > 255 or path.is_mount():
         raise TiedMoeError(
             f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
@@ -86,36 +86,6 @@ def check_output(
     return path
 
 
-def check_apart(folder: str | Path, inputs: Mapping[str, str | Path | None], name: str = "output") -> None:
-    """Raise `TiedMoeError` if `folder`, which a run writes, is or holds one of its inputs, or lies in one; links are followed.
-
-    Args:
-        folder: as the user gave it.
-        inputs: as in `check_output`.
-        name: what the user calls the folder.
-    """
-    written = _resolved(folder)
-    for what, given in inputs.items():
-        path = Path(expand(given)) if given is not None else None
-        if path is None or not (path.exists() or isinstance(given, Path)):
-            continue
-        found = _real(path)
-        links = [_real(link) for link in path.rglob("*") if link.is_symlink()] if path.is_dir() else []
-        for place in (written, _real(written), partial_folder(written)):
-            if found == place:
-                raise TiedMoeError(f"{name}={folder} is also the {what}; give a folder of its own")
-            if place in found.parents:
-                raise TiedMoeError(
-                    f"the {what} {given} lies in {name}={folder}, which is written; give a folder of its own"
-                )
-            if inside := [link for link in links if place == link or place in link.parents]:
-                raise TiedMoeError(
-                    f"the {what} {given} links to {inside[0]}, which lies in {name}={folder}; give a folder of its own"
-                )
-        if found in {*written.parents, *_real(written).parents}:
-            raise TiedMoeError(f"{name}={folder} lies in the {what} {given}, which is read; give a folder of its own")
-
-
 def was_renamed(output: Path) -> bool:
     """Tell whether a run was killed after `output` took its name and before its working folder was gone."""
     partial = partial_folder(output)
@@ -126,64 +96,6 @@ def was_renamed(output: Path) -> bool:
         return False
     written = Folder(output, partial, entries).files
     return all(_size(output / name) == found["bytes"] for name, found in written.items())
-
-
-def file_digest(path: Path) -> dict[str, Any] | None:
-    """Return `{"bytes": …, "xxh3_128": …}` of a file, None if it is missing."""
-    if not path.is_file():
-        return None
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return {"bytes": path.stat().st_size, HASH: digest.hexdigest()}
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def atomic_write_text(path: Path, text: str, draft: Path | None = None) -> None:
-    """Write a file that is there whole or not at all, whatever happens.
-
-    Args:
-        path: in a folder that exists.
-        text: written as UTF-8.
-        draft: where it is written first, on the same disk; `.NAME.draft` beside it if None.
-    """
-    draft = draft or path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    flush(draft)
-    draft.replace(path)
-
-
-def atomic_write_json(path: Path, value: Any, draft: Path | None = None) -> None:
-    """Write `value` as JSON by `atomic_write_text`."""
-    atomic_write_text(path, json.dumps(value, indent=2) + "\n", draft)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that a run of ours has written.
-
-    Raises:
-        TiedMoeError: it is missing, damaged or something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TiedMoeError(
-            f"cannot read {path}: {error}; expected a JSON object: delete it, and make it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise TiedMoeError(
-            f"{path} holds a {type(value).__name__}; expected a JSON object: delete it, and make it again"
-        )
-    return value
 
 
 class Folder:
@@ -275,7 +187,7 @@ class Folder:
 
         Does nothing if some are ours already: what has come to them since is not.
         """
-        found = sorted(path.relative_to(self.folder).as_posix() for path in _files(self.folder / name))
+        found = sorted(path.relative_to(self.folder).as_posix() for path in files_in(self.folder / name))
         if found and not any(each.startswith(f"{name}/") for each in self.owned):
             self._note({"owned": found})
 
@@ -293,7 +205,7 @@ class Folder:
             self._apply(entry)
         gone = {each for each in self.owned if any(each == name or each.startswith(f"{name}/") for name in names)}
         for name in sorted(gone):
-            _unlink(self.folder, name)
+            remove_file(self.folder, name)
         if gone:
             self._note({"deleted": sorted(gone)})
 
@@ -346,7 +258,7 @@ class Folder:
         """Delete what a killed run left unfinished."""
         shutil.rmtree(self._state / DRAFT, ignore_errors=True)
         for name in self._begun:
-            _unlink(self.folder, name)
+            remove_file(self.folder, name)
 
 
 class Work(Folder):
@@ -364,7 +276,7 @@ class Work(Folder):
 
     def complete(self, report: dict[str, Any]) -> None:
         """Note that every file is there and verified: all that is left to do is the rename."""
-        if foreign := _others(self.folder, self.owned):
+        if foreign := others_in(self.folder, self.owned):
             raise _Refused(
                 f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move them "
                 "elsewhere, and run the same command again"
@@ -381,7 +293,7 @@ class Work(Folder):
             self.report = None
         self.num_resumed = len(self.files)
         self.folder.mkdir(exist_ok=True)
-        if foreign := _others(self.folder, self.owned):
+        if foreign := others_in(self.folder, self.owned):
             raise _Refused(
                 f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished work "
                 "only: move them elsewhere, and run the same command again"
@@ -419,7 +331,7 @@ def open_work(
         TiedMoeError: another process works on `output`, or what was begun there has another identity; the disk is full or
             cannot be written.
     """
-    output = _resolved(output)
+    output = resolved(output)
     partial = partial_folder(output)
     if not is_main:
         yield Work(partial, read_journal(partial / JOURNAL))
@@ -427,7 +339,7 @@ def open_work(
     if partial.is_symlink():
         raise TiedMoeError(f"{partial} is a link; expected a folder of ours, or nothing: remove it")
     made = [str(parent) for parent in output.parents if not parent.exists()]
-    with _explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
+    with disk_errors_explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = _acquire(partial, f"is writing {output}", "choose another output")
@@ -492,7 +404,7 @@ def open_folder(
     Raises:
         TiedMoeError: another process uses the folder, or it holds something else; the disk is full or cannot be written.
     """
-    path = _real(_resolved(folder))
+    path = real_path(resolved(folder))
     state = path / STATE
     if not is_main:
         with _registered(Folder(path, state, read_journal(state / JOURNAL))) as opened:
@@ -505,7 +417,7 @@ def open_folder(
             f"{folder} holds something that is not {what}: {found[:3]}; expected a new or empty one: {advice}"
         )
     made = [str(each) for each in (path, *path.parents) if not each.exists()]
-    with _explained(path, "nothing is left of the attempt" if temporary else "what is done is kept"):
+    with disk_errors_explained(path, "nothing is left of the attempt" if temporary else "what is done is kept"):
         state.mkdir(parents=True, exist_ok=True)
         lock = _acquire(state, f"uses {folder}", advice)
         try:
@@ -544,7 +456,7 @@ def discard_work(output: Path) -> None:
     Raises:
         TiedMoeError: a process is at it.
     """
-    output = _resolved(output)
+    output = resolved(output)
     _discard_state(partial_folder(output), output, Work)
 
 
@@ -554,7 +466,7 @@ def discard_folder(folder: str | Path) -> None:
     Raises:
         TiedMoeError: a process uses it.
     """
-    path = _real(_resolved(folder))
+    path = real_path(resolved(folder))
     _discard_state(path / STATE, path, lambda state, entries: Folder(path, state, entries))
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
@@ -563,7 +475,7 @@ def discard_folder(folder: str | Path) -> None:
 def _discard_state(state: Path, output: Path, make: Callable[[Path, list[dict[str, Any]]], Folder]) -> None:
     if state.is_symlink() or not state.is_dir():
         return
-    with _explained(output, "what is done is kept"):
+    with disk_errors_explained(output, "what is done is kept"):
         lock = _acquire(state, f"is writing {output}", "choose another output")
         try:
             if entries := read_journal(state / JOURNAL, mend=True):
@@ -571,91 +483,6 @@ def _discard_state(state: Path, output: Path, make: Callable[[Path, list[dict[st
             _remove_state(state, last=LOCK)
         finally:
             lock.release()
-
-
-def read_journal(journal: Path, mend: bool = False) -> list[dict[str, Any]]:
-    """Return a journal's entries, but for a last line that a kill has cut off; none if the file is missing.
-
-    Args:
-        journal: the file.
-        mend: remove that last line from the file; only for who holds the lock.
-
-    Raises:
-        TiedMoeError: a line is not one that `append` wrote, or claims what it cannot.
-    """
-    if not journal.is_file():
-        return []
-    lines = journal.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        if mend:
-            os.truncate(journal, sum(map(len, lines[:-1])))
-        lines.pop()
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if (
-            not isinstance(entry, dict)
-            or entry.pop(CHECK, "") != _line_hash(entry)
-            or not _is_entry(entry, number == 1)
-        ):
-            raise TiedMoeError(
-                f"{journal} is damaged: line {number} is not one that was written there; delete the folder {journal.parent} and "
-                "start anew"
-            )
-        entries.append(entry)
-    return entries
-
-
-def append(journal: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line to a journal; it is on the disk when this returns."""
-    with open(journal, "ab") as file:
-        file.write(json.dumps({**entry, CHECK: _line_hash(entry)}).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    flush(journal.parent)
-
-
-def _line_hash(entry: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(entry).encode())
-
-
-def _is_entry(entry: dict[str, Any], is_first: bool) -> bool:
-    """Tell whether a journal's line has the form, and names within the range, of those that are written here."""
-    match entry:
-        case {"identity": dict(aspects), "made": list(made)}:
-            is_right = all(isinstance(each, dict) for each in aspects.values()) and all(
-                isinstance(each, str) for each in made
-            )
-            return is_first and is_right
-        case {"begun": list(names)} | {"owned": list(names)} | {"deleted": list(names)}:
-            is_right = all(map(_is_name, names))
-        case {"file": name, "written": written}:
-            is_right = _is_name(name) and _is_written(written)
-        case {"stored": name, "written": written, "metadata": dict()}:
-            is_right = _is_name(name) and _is_written(written)
-        case {"value": str(), "is": _} | {"complete": dict()}:
-            is_right = True
-        case _:
-            is_right = False
-    return is_right and not is_first
-
-
-def _is_name(name: Any) -> bool:
-    """Tell whether `name` can be a file of ours: a relative path that does not lead out of its folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
-
-
-def _is_written(written: Any) -> bool:
-    match written:
-        case {"bytes": int(size), **others} if set(others) == {HASH}:
-            return size >= 0 and re.fullmatch("[0-9a-f]{32}", str(others[HASH])) is not None
-    return False
 
 
 def _begin(
@@ -790,7 +617,7 @@ def _discard(work: Folder, output: Path) -> None:
         replaced.rename(output)
     for name in work.owned:
         with contextlib.suppress(OSError):
-            _unlink(work.folder, name)
+            remove_file(work.folder, name)
     with contextlib.suppress(OSError):
         work.folder.rmdir()
 
@@ -816,36 +643,8 @@ def _remove_parents(made: Iterable[str]) -> None:
             Path(parent).rmdir()
 
 
-def _unlink(folder: Path, name: str) -> None:
-    """Delete the file `name` and the folders in `folder` that it leaves empty; not what has taken its place as a link."""
-    path = folder / name
-    parents = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
-    if any(each.is_symlink() for each in (path, *parents)) or not path.is_file():
-        return
-    path.unlink()
-    for parent in parents:  # the deepest first
-        with contextlib.suppress(OSError):
-            parent.rmdir()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _others(folder: Path, owned: Collection[str]) -> list[str]:
-    """What is in the folder but the `owned` files and the folders of them, sorted."""
-    names = {PurePosixPath(name) for name in owned}
-    folders = {parent for name in names for parent in name.parents}
-    found = []
-    for path in folder.rglob("*"):
-        name = PurePosixPath(path.relative_to(folder).as_posix())
-        if path.is_symlink() or name not in (folders if path.is_dir() else names):
-            found.append(str(name))
-    return sorted(found)
-
-
 def _check_owned(output: Path, owned: Collection[str]) -> None:
-    if foreign := _others(output, owned):
+    if foreign := others_in(output, owned):
         raise TiedMoeError(
             f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that kind is "
             "deleted: move it elsewhere, or choose another output"
@@ -854,47 +653,3 @@ def _check_owned(output: Path, owned: Collection[str]) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
-
-
-def _resolved(folder: str | Path) -> Path:
-    """The absolute path of a folder to be written; its last part, which may be a link, is not followed."""
-    text = expand(folder)
-    if not text or "\0" in text:
-        raise TiedMoeError(f"{folder!r} cannot be the name of a folder; choose another one")
-    path = Path(text).absolute()
-    return _real(path) if path.name in ("", "..") else _real(path.parent) / path.name
-
-
-def _real(path: Path) -> Path:
-    """The path without links; `Path.resolve` raises for a circle of them, which is for others to refuse."""
-    return Path(os.path.realpath(path))
-
-
-@contextlib.contextmanager
-def _explained(output: Path, left: str) -> Iterator[None]:
-    """Turn what a disk can do wrong into an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error)
-        if number in FULL:
-            raise TiedMoeError(
-                f"the disk of {output} is full; {left}. Free some space, or choose an output on another disk, and run the same "
-                "command again"
-            ) from error
-        if number in FORBIDDEN:
-            where = getattr(error, "filename", None)
-            raise TiedMoeError(
-                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another output folder, or "
-                f"change who may read and write; {left}"
-            ) from error
-        raise
-
-
-def _error_number(error: Exception) -> int | None:
-    """The system's number for what went wrong; safetensors and torch name it in their errors' texts only."""
-    if isinstance(error, OSError):
-        return error.errno
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(found[1])
-    return errno.ENOSPC if "PytorchStreamWriter failed writing file" in str(error) else None

@@ -17,7 +17,8 @@ import torch
 import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from transformers_tiedmoe.workdir import HASH, Work, flush, partial_folder
+from transformers_tiedmoe.files import HASH, flush
+from transformers_tiedmoe.workdir import Work, partial_folder
 
 from ..errors import ConversionError
 from .headers import DTYPE_NAMES
