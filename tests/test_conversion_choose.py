@@ -14,7 +14,7 @@ from tiedmoe_conversion import METHODS, ConversionError, ConversionRecipe, choos
 from tiedmoe_conversion.checkpoint.reader import Source, open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from tiedmoe_conversion.methods import Pool
-from tiedmoe_conversion.search import Candidate, _Search
+from tiedmoe_conversion.search import Candidate, Search
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_scanned_losses_are_of_one_group_alone(folder, tmp_path):
     """By hand: the loss with only layers 3 and 4 tied, to layer 3's experts."""
     recipe = recipe_for(folder, tmp_path / "out", budget=0.9, group_size=2)
     calibration = open_all(recipe, tmp_path / "statistics")
-    candidates = _Search(recipe, calibration, None).candidates()
+    search = Search(recipe, calibration.source)
+    search.run(calibration)
+    candidates = search.candidates()
     (found,) = [candidate for candidate in candidates if candidate.layers == (3, 4)]
     experts = calibration.source.experts
     names = [name.rsplit(".", 1)[1] for name in calibration.source.expert_names(3)]
@@ -82,7 +84,7 @@ def test_curve_is_that_of_all_choices(folder, tmp_path):
     """Against every choice of disjoint groups, with losses and savings drawn at random."""
     recipe = recipe_for(folder, tmp_path / "out", budget=0.9)
     opened = open_source(recipe.source)
-    search = _Search(recipe, None, None, SourceModel.map(opened, read_config(opened)))
+    search = Search(recipe, SourceModel.map(opened, read_config(opened)))
     draw = random.Random(0)
     candidates = [
         Candidate(c.layers, c.width, draw.randint(1, 50) * len(c.layers), draw.random())
@@ -103,7 +105,7 @@ def test_curve_is_that_of_all_choices(folder, tmp_path):
         and not any((s >= saved and other < loss) or (s > saved and other <= loss) for s, other in best.items())
     }
     curve = search.curve(candidates)
-    found = {search.bytes_before - point.bytes_after: point.predicted for point in curve}
+    found = {search.source.num_bytes - point.bytes_after: point.predicted for point in curve}
     assert found == pytest.approx(front)
     assert [point.bytes_after for point in curve] == sorted(point.bytes_after for point in curve)
 

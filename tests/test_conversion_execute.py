@@ -21,13 +21,12 @@ from huggingface_hub import ModelCard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan, verify
+from tiedmoe_conversion import METHODS, ConversionRecipe, execute, make_plan, memory, verify
 from tiedmoe_conversion.checkpoint.headers import read_header
 from tiedmoe_conversion.methods import Pool
 from transformers_tiedmoe.families import expert_layers
 
 execute_module = importlib.import_module("tiedmoe_conversion.run")  # the package's name is the function
-plan_module = importlib.import_module("tiedmoe_conversion.plan")
 LAYOUTS = pytest.mark.parametrize("original", [True, False], ids=["per_expert", "fused"])
 # Every family as it is on the Hub; the fused layout where it differs most from that.
 SOURCES = pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_progress_counts_the_written_bytes(tmp_path):
     assert done == sorted(done)
     assert done[-1] == plan.bytes_after
     assert {call[1] for call in calls} == {plan.bytes_after}
-    assert {operation.target for operation in plan.operations} <= {call[2] for call in calls}
+    assert {f"writing, {operation.target}" for operation in plan.operations} <= {call[2] for call in calls}
 
 
 def test_same_recipe_same_bytes(tmp_path):
@@ -300,7 +299,7 @@ def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
     recipe = ConversionRecipe(
         source=str(tmp_path / "source"), output=str(tmp_path / "out"), group_size=6, method=method
     )
-    monkeypatch.setattr(plan_module, "MAX_BYTES_FOR_LOGITS", 0)
+    monkeypatch.setattr(memory, "MAX_BYTES_FOR_LOGITS", 0)
     plan = make_plan(recipe)
     gc.collect()
     with LiveBytes() as counter:

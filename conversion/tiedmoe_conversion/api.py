@@ -1,11 +1,10 @@
 """The public names of `tiedmoe_conversion`, which hands them out when they are first asked for."""
 
-from .convert import convert
 from .errors import ConversionError
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
-from .run import execute
+from .run import convert, execute
 from .search import choose, preview
 from .untie import untie
 from .verify import verify_folder

@@ -1,6 +1,6 @@
 """Makes the tensors that a plan's operations name; holds one pool, and no other, at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -13,10 +13,13 @@ from .calibration.inputs import Calibration, Residuals, TiedTensors
 from .checkpoint.writer import Progress, write_tensors
 from .layout.keys import FamilyTensors, check_finite
 from .layout.neurons import ExpertFunction
+from .layout.source_model import SourceModel
 from .methods.base import Group, Pool, RoutedInputs
 from .methods.residual import residuals
 from .methods.widen import widen
-from .plan import Plan, TensorOperation
+from .operations import TensorOperation
+from .plan import Plan
+from .recipe import ConversionRecipe
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,21 @@ class MadePool:
     notes: list[str] = field(default_factory=list)
 
 
-def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePool:
+def make_pool(
+    recipe: ConversionRecipe, source: SourceModel, layers: Sequence[int], width: int, calibration: Calibration | None
+) -> MadePool:
     """Run the recipe's methods for one group: the first makes the pool, the others refine it.
 
-    The pool is as wide as planned and in the source's dtype; the same recipe gives the same bits.
+    The pool is in the source's dtype; the same recipe gives the same bits.
+
+    Args:
+        recipe: whose methods; its groups and sizes are not looked at.
+        source: whose layers are tied.
+        layers: of the group, by index.
+        width: P, experts of the pool.
+        calibration: None if no method needs text.
     """
-    recipe, source, layers = plan.recipe, plan.source, plan.groups[index]
-    parameters = parameter_names(plan, index)
+    parameters = source.parameter_names(layers[0])
 
     def held_out_loss(pool: Pool) -> float:
         assert calibration is not None
@@ -65,8 +76,8 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
 
     group = Group(
         layers=tuple(SourceExperts(layer, source.experts[layer], source.tensors, calibration) for layer in layers),
-        num_experts=getattr(plan.config, plan.config.num_experts_field),
-        pool_num_experts=plan.pool_num_experts[index],
+        num_experts=source.num_experts,
+        pool_num_experts=width,
         parameters=parameters,
         function=cache(lambda: ExpertFunction(source.model.get_submodule(source.experts[layers[0]]))),
         seed=recipe.seed * 1_000_003 + layers[0],
@@ -86,12 +97,6 @@ def make_pool(plan: Plan, index: int, calibration: Calibration | None) -> MadePo
     if recipe.residual_rank:
         made = residuals(group, pool, recipe.residual_rank)
     return MadePool(pool, made, list(group.notes))
-
-
-def parameter_names(plan: Plan, index: int) -> tuple[str, ...]:
-    """The names of a pool's tensors, such as `("gate_up_proj", "down_proj")`."""
-    first = plan.groups[index][0]
-    return tuple(name.removeprefix(f"{plan.source.experts[first]}.") for name in plan.source.expert_names(first))
 
 
 class TensorMaker:
@@ -137,7 +142,7 @@ class TensorMaker:
             name, factor = operation.parameter.rsplit("_residual_", 1)
             yield made.residuals[operation.layer][name]["ba".index(factor)]
         else:
-            is_copy = self._streams and not any(method.float32_copies for method, _ in self.plan.recipe.steps)
+            is_copy = self._streams and not any(method.memory.float32_layers for method, _ in self.plan.recipe.steps)
             for block in made.pool.blocks(operation.parameter):
                 if not is_copy:  # what was read was checked
                     check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
@@ -156,7 +161,8 @@ class TensorMaker:
             self.calibration.gather([layer for group in self.plan.groups for layer in group], self.progress)
         if not self._streams and self.progress:
             self.progress(index, len(self.plan.groups), f"making pool {index}")
-        return make_pool(self.plan, index, self.calibration)
+        plan = self.plan
+        return make_pool(plan.recipe, plan.source, plan.groups[index], plan.pool_num_experts[index], self.calibration)
 
     def _stored(self, index: int) -> MadePool:
         """The pool from the working folder, where an earlier run that was killed has left it."""
@@ -165,7 +171,7 @@ class TensorMaker:
         found = self.work.load(name)
         if found is None:
             made = self._make(index)
-            tensors = _flat(made, parameter_names(self.plan, index))
+            tensors = _flat(made, self.plan.source.parameter_names(self.plan.groups[index][0]))
             self.work.store(name, partial(write_tensors, tensors=tensors), {"notes": made.notes})
             return made
         path, metadata = found

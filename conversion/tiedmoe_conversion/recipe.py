@@ -171,6 +171,16 @@ class ConversionRecipe:
         """Whether groups and pool sizes are left to `budget` or `max_loss`."""
         return self.budget is not None or self.max_loss is not None
 
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether groups and pool sizes are left to `budget` or `max_loss`."""
+        return self.budget is not None or self.max_loss is not None
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the tied model computes the source's logits, bit for bit."""
+        return not self.residual_rank and all(method.lossless for method, _ in self.steps)
+
     def needs_calibration(self) -> bool:
         """Whether any step runs the source on text."""
         return self.chooses or any(method.calibration(**options) for method, options in self.steps)

@@ -9,23 +9,20 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
 from transformers_tiedmoe.pools import tie_groups
 
 from .calibration.inputs import Calibration, Residuals, TiedTensors
-from .checkpoint.reader import open_source
 from .checkpoint.writer import Progress
+from .display import show_search
 from .errors import ConversionError
-from .layout.source_model import SourceModel, read_config
-from .make import make_pool, parameter_names
+from .layout.source_model import SourceModel, open_source_model
+from .make import make_pool
 from .methods import Pool
-from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
 
 WIDTH_STEP = 0.5  # of E, between two widths of a pool that are tried
@@ -81,30 +78,7 @@ class Chosen:
         return {"chosen": self.curve.index(self.point), "curve": points}
 
     def __rich__(self) -> RenderableType:
-        table = Table("", "bytes left", "predicted", "measured", "groups (experts in the pool)", box=box.SIMPLE_HEAD)
-        for i, point in enumerate(self.curve):
-            found = self.measured.get(i)
-            table.add_row(
-                ">" if point is self.point else "",
-                f"{point.fraction:.1%}",
-                f"{point.predicted:+.4f}",
-                "" if found is None else f"{found:+.4f}",
-                point.describe(),
-            )
-        table.title = "loss added on held-out text (nats per token) against bytes"
-        return table
-
-
-def choose(recipe: ConversionRecipe, calibration: Calibration, progress: Progress | None = None) -> Chosen:
-    """Find the groups and pool sizes that a recipe's `budget` or `max_loss` asks for.
-
-    The scan ties by the recipe's method; what `then` and `residual_rank` add is done to the pools that are chosen. Scanned
-    losses are kept with the calibration's statistics.
-
-    Raises:
-        ConversionError: no choice meets the budget or the loss; says the nearest that does.
-    """
-    return _Search(recipe, calibration, progress).run()
+        return show_search(self)
 
 
 @dataclass(frozen=True)
@@ -133,46 +107,45 @@ class Preview:
         )
 
 
-def preview(recipe: ConversionRecipe, source: SourceModel | None = None) -> Preview:
-    """What `choose` would do, from the source's headers alone.
+def choose(recipe: ConversionRecipe, calibration: Calibration, progress: Progress | None = None) -> Chosen:
+    """Find the groups and pool sizes that a recipe's `budget` or `max_loss` asks for.
+
+    The scan ties by the recipe's method; what `then` and `residual_rank` add is done to the pools that are chosen. Scanned
+    losses are kept with the calibration's statistics.
+
+    Raises:
+        ConversionError: no choice meets the budget or the loss; says the nearest that does.
+    """
+    return Search(recipe, calibration.source).run(calibration, progress)
+
+
+def preview(recipe: ConversionRecipe) -> Preview:
+    """Tell what `choose` would do, from the source's headers alone.
 
     Raises:
         ConversionError: the budget is less than any choice of groups can leave; says the least that can.
     """
-    if source is None:
-        opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
-        source = SourceModel.map(opened, read_config(opened))
-    search = _Search(recipe, None, None, source)
-    candidates = search.candidates(measure=False)
-    least = min(point.fraction for point in search.curve(candidates))
-    if recipe.budget is not None and recipe.budget < least:
-        raise ConversionError(
-            f"budget={recipe.budget} cannot be met: the nearest that can is {math.ceil(least * 10_000) / 10_000}, everything "
-            f"that group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last={recipe.skip_last} allow "
-            "tied; raise budget or group_size, or lower skip_first and skip_last"
-        )
-    return Preview(recipe, least, len(candidates))
+    return Search(recipe, open_source_model(recipe.source, recipe.revision, recipe.allow_pickle)).preview
 
 
-class _Search:
-    """One search; what it needs to know of the source is looked up once."""
+class Search:
+    """One search; what it needs to know of the source is looked up once.
 
-    def __init__(
-        self,
-        recipe: ConversionRecipe,
-        calibration: Calibration | None,
-        progress: Progress | None,
-        source: SourceModel | None = None,
-    ):
-        self.recipe, self._calibration, self.progress = recipe, calibration, progress
-        if source is None:
-            assert calibration is not None, "a search needs the source"
-            source = calibration.source
-        self.source = source
+    Attributes:
+        preview: what is known before any weight has been read.
+
+    Raises:
+        ConversionError: there is nothing to choose, or the budget is less than any choice can leave.
+    """
+
+    def __init__(self, recipe: ConversionRecipe, source: SourceModel):
+        self.recipe, self.source = recipe, source
+        self.progress: Progress | None = None
+        self._calibration: Calibration | None = None
         layers = sorted(self.source.experts)
         self.eligible = [g[0] for g in tie_groups(layers, 1, recipe.skip_first, recipe.skip_last)]
         names = self.source.expert_names(layers[0])
-        self.num_experts = self.source.tensors.meta[names[0]].shape[0]
+        self.num_experts = self.source.num_experts
         self.parameters = [self.source.tensors.meta[name] for name in names]
         if recipe.steps[0][0].lossless:
             raise ConversionError(
@@ -185,6 +158,18 @@ class _Search:
                 f"{recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at least two and a "
                 "group_size of at least 2"
             )
+        self.preview = self._preview()
+
+    def _preview(self) -> Preview:
+        recipe, candidates = self.recipe, self.candidates(measure=False)
+        least = min(point.fraction for point in self.curve(candidates))
+        if recipe.budget is not None and recipe.budget < least:
+            raise ConversionError(
+                f"budget={recipe.budget} cannot be met: the nearest that can is {math.ceil(least * 10_000) / 10_000}, "
+                f"everything that group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last="
+                f"{recipe.skip_last} allow tied; raise budget or group_size, or lower skip_first and skip_last"
+            )
+        return Preview(recipe, least, len(candidates))
 
     @cached_property
     def _scanned(self) -> ConversionRecipe:
@@ -196,13 +181,9 @@ class _Search:
         assert self._calibration is not None
         return self._calibration
 
-    @cached_property
-    def bytes_before(self) -> int:
-        dropped = self.source.tensors.dropped
-        return sum(info.num_bytes for name, info in self.source.opened.tensors.items() if name not in dropped)
-
-    def run(self) -> Chosen:
-        preview(self.recipe, self.source)
+    def run(self, calibration: Calibration, progress: Progress | None = None) -> Chosen:
+        """Scan, choose and measure what is chosen; see `choose`."""
+        self._calibration, self.progress = calibration, progress
         curve = self.curve(self.candidates())
         measured: dict[int, float] = {}
         if self.recipe.budget is not None:
@@ -251,7 +232,7 @@ class _Search:
                     _keep(fronts[i + len(c.layers)], saved + c.saved, loss + c.loss, (*chosen, c))
         last = _undominated(fronts[-1])
         points = [
-            Point(chosen, size := self.bytes_before - saved, size / self.bytes_before, loss)
+            Point(chosen, size := self.source.num_bytes - saved, size / self.source.num_bytes, loss)
             for saved, (loss, chosen) in last.items()
             if chosen
         ]
@@ -281,32 +262,22 @@ class _Search:
         return (length * self.num_experts - width) * experts - length * per_layer
 
     def _losses(self, groups: Sequence[tuple[int, ...]], width: int) -> list[float]:
-        plan: Plan | None = None
+        """What each of the groups adds to the loss, tied alone into a pool of `width` experts."""
         losses = []
-        for p, group in enumerate(groups):
+        for group in groups:
             key = f"scan {self.recipe.method} {sorted(self.recipe.method_options.items())} {list(group)} {width}"
-
-            def measure(p: int = p) -> float:
-                nonlocal plan
-                plan = plan or self._plan(groups, [width] * len(groups))
-                return self._loss(plan, [p])
-
-            losses.append(self.calibration.remember(key, measure) - self.calibration.source_loss)
+            loss = self.calibration.remember(key, partial(self._loss, [(group, width)]))
+            losses.append(loss - self.calibration.source_loss)
         return losses
 
-    def _plan(self, groups: Sequence[Sequence[int]], widths: Sequence[int]) -> Plan:
-        recipe = dataclasses.replace(
-            self._scanned, groups=[list(group) for group in groups], pool_experts=list(widths)
-        )
-        return make_plan(recipe, self.source)
-
-    def _loss(self, plan: Plan, pools: Sequence[int]) -> float:
-        """The loss with these pools of the plan and no other."""
+    def _loss(self, tied: Sequence[tuple[Sequence[int], int]]) -> float:
+        """The loss with these groups tied, each into a pool of so many experts, and no other."""
         made: dict[int, tuple[Pool, Residuals]] = {}
-        for p in pools:
-            pool = make_pool(plan, p, self.calibration).pool
-            made.update({layer: (pool, {}) for layer in plan.groups[p]})
-        return self.calibration.loss(TiedTensors(self.source, made, parameter_names(plan, pools[0])))
+        for group, width in tied:
+            pool = make_pool(self._scanned, self.source, group, width, self.calibration).pool
+            made.update({layer: (pool, {}) for layer in group})
+        parameters = self.source.parameter_names(tied[0][0][0])
+        return self.calibration.loss(TiedTensors(self.source, made, parameters))
 
     def _measure(self, curve: Sequence[Point], place: int, measured: dict[int, float]) -> float:
         """The loss that the curve's point at `place` really adds."""
@@ -315,12 +286,7 @@ class _Search:
                 self.progress(len(measured), len(measured) + 1, f"measuring {curve[place].fraction:.0%} of the bytes")
             candidates = curve[place].candidates
             key = f"choice {self.recipe.method} {sorted(self.recipe.method_options.items())} {curve[place].describe()}"
-            loss = self.calibration.remember(
-                key,
-                lambda: self._loss(
-                    self._plan([c.layers for c in candidates], [c.width for c in candidates]), range(len(candidates))
-                ),
-            )
+            loss = self.calibration.remember(key, lambda: self._loss([(c.layers, c.width) for c in candidates]))
             measured[place] = loss - self.calibration.source_loss
         return measured[place]
 

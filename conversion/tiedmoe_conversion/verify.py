@@ -7,9 +7,9 @@ has been lying about, or was healed since, and says what it could not check.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,7 @@ from .layout.keys import map_tensors
 from .layout.source_model import SourceModel, family_model, read_config, read_tied_config
 from .layout.tied_view import LayerTensors
 
-if TYPE_CHECKING:
-    from .plan import Plan
-
-MAX_BYTES_FOR_LOGITS = 2 * 10**9  # one model; the two are loaded one after the other
+MAX_BYTES_FOR_LOGITS = 2 * 10**9  # of a model that is loaded to compare its logits; the two are loaded one by one
 SAMPLE_LENGTH = 32  # tokens of the compared input
 
 SAMPLE_TOKENS = 4  # that each of them is given
@@ -63,8 +60,16 @@ def verify_output(folder: Path, planned: Iterable[Planned]) -> dict[str, Any]:
     return {"tensors": len(found), "headers": True, "auto_class": True, "finite": True}
 
 
-def verify_sample(plan: "Plan", folder: Path) -> dict[str, Any]:
-    """Real numbers: how far an expert of the first and of the last tied layer is from the source's, on a fixed random input.
+def verify_sample(
+    source: SourceModel, output: LayerTensors, groups: Sequence[Sequence[int]], is_lossless: bool
+) -> dict[str, Any]:
+    """Compare real numbers: how far an expert of the first and of the last tied layer is from the source's.
+
+    Args:
+        source: what was converted.
+        output: the converted checkpoint's layers.
+        groups: the layers that are tied.
+        is_lossless: whether the method promised to lose nothing.
 
     Returns:
         `{"layers": {"2": relative error, ...}}`, and under `not_compared` why a layer is not there.
@@ -72,12 +77,12 @@ def verify_sample(plan: "Plan", folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: a method that loses nothing has an error.
     """
-    found = compare_layers(
-        plan.source, tied_layers(open_source(str(folder)), plan.config), _sample_layers(plan.groups)
-    )
+    found = compare_layers(source, output, _sample_layers(groups))
     wrong = {layer: error for layer, error in found["layers"].items() if error != 0}
-    if plan.is_lossless and wrong:
-        raise VerificationError(f"{folder}: relative errors of experts by layer are {wrong}; a lossless method has 0")
+    if is_lossless and wrong:
+        raise VerificationError(
+            f"{output.tensors.source.name}: relative errors of experts by layer are {wrong}; a lossless method has 0"
+        )
     return found
 
 
@@ -118,7 +123,7 @@ def tied_layers(output: Source, config: TiedMoeConfig) -> LayerTensors:
     return LayerTensors(config, map_tensors(output, tied, rules=model), expert_layers(model), tied.base_model_prefix)
 
 
-def _sample_layers(groups: list[list[int]]) -> list[int]:
+def _sample_layers(groups: Sequence[Sequence[int]]) -> list[int]:
     return sorted({groups[0][0], groups[-1][-1]})
 
 
@@ -304,34 +309,33 @@ def _loading_problems(folder: Path) -> dict[str, list[str]]:
     return {key: sorted(map(str, value)) for key, value in loading.items() if value}
 
 
-def verify_lossless(plan: "Plan", folder: Path) -> dict[str, Any]:
-    """The output computes what the source computes, bit for bit: on a sample input, or else layer by layer.
+def verify_lossless(source: SourceModel, output: LayerTensors, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Check that the output computes what the source computes, bit for bit: on a sample input, or else layer by layer.
 
     Returns:
         `{"compared": "logits", "tokens": 32, "equal": True}`, or `{"compared": "experts", "layers": [...], "equal": True,
-        "because": ...}` where the model is too large to be loaded or its family cannot run it here.
+        "because": ...}` if the model is too large to be loaded or its family cannot run it here.
 
     Raises:
         VerificationError: they differ.
     """
-    size = max(plan.bytes_before, plan.bytes_after)
+    opened, folder = source.opened, output.tensors.source.folder
+    size = max(sum(info.num_bytes for info in each.tensors.values()) for each in (opened, output.tensors.source))
     because = f"a model of {size:,} bytes is more than the {MAX_BYTES_FOR_LOGITS:,} that are loaded to compare logits"
-    uneven = [
-        info.name for info in plan.source.opened.tensors.values() if isinstance(info, BlockScaled) and not info.is_even
-    ]
+    uneven = [info.name for info in opened.tensors.values() if isinstance(info, BlockScaled) and not info.is_even]
     if uneven:
         because = f"transformers reads an fp8 weight wrongly whose size its blocks do not divide, such as {uneven[0]}"
     elif size <= MAX_BYTES_FOR_LOGITS:
         try:
-            expected = _logits(plan.source.opened.folder, plan.source.opened.is_quantised)
+            expected = _logits(opened.folder, opened.is_quantised)
         except Exception as error:  # the family's own code, before ours has been run
             because = f"the source's own forward pass fails here: {type(error).__name__}: {error}"
         else:
             if not torch.equal(expected.view(torch.uint8), _logits(folder).view(torch.uint8)):
-                raise VerificationError(f"{folder}: the logits are not those of {plan.recipe.source}")
+                raise VerificationError(f"{folder}: the logits are not those of {source.name}")
             return {"compared": "logits", "tokens": SAMPLE_LENGTH, "equal": True}
-    layers, output = _sample_layers(plan.groups), tied_layers(open_source(str(folder)), plan.config)
-    if lost := lost_expert(plan.source, output, layers):
+    layers = _sample_layers(groups)
+    if lost := lost_expert(source, output, layers):
         raise VerificationError(f"{folder}: {lost} is not the source's")
     return {"compared": "experts", "layers": layers, "equal": True, "because": because}
 

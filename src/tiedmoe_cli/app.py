@@ -190,7 +190,7 @@ def plan(recipe, progress: ProgressCall) -> tuple[dict, Any]:
     """
     from tiedmoe_conversion import make_plan, preview
 
-    if recipe.budget is not None or recipe.max_loss is not None:
+    if recipe.chooses_groups:
         found = preview(recipe)
         return found.summary(), str(found)
     made = make_plan(recipe)
@@ -203,10 +203,11 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
     SOURCE is a folder or a hub id, OUTPUT a new or empty folder, which is complete or not there.
     """
     from tiedmoe_conversion import convert
+    from tiedmoe_conversion.display import show_measured
 
     report = convert(recipe, progress, Console(stderr=True).print)
     shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
-    return report, Group(*([measurement_table(report["measured"])] if "measured" in report else []), *shown)
+    return report, Group(*([show_measured(report["measured"])] if "measured" in report else []), *shown)
 
 
 def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
@@ -278,21 +279,6 @@ def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:
     for each in listed:
         table.add_row(each["name"], each["method"], each["parameters"], each["summary"])
     return listed, table
-
-
-def measurement_table(measured: dict) -> Table:
-    """What `tiedmoe_conversion.calibration.measure` returns, for people."""
-    slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
-    table = Table(f"on {measured['tokens']:,} held-out tokens", "source", "tied")
-    table.add_row("loss", f"{measured['loss_before']:.4f}", f"{measured['loss_after']:.4f}")
-    table.add_row("experts chosen as by the source", "", f"{measured['routing_agreement']['mean']:.1%}")
-    total = sum(each["of"] for each in slots)
-    table.add_row(
-        "slots that no token chose", *(f"{sum(each[k] for each in slots)} of {total}" for k in ("source", "tied"))
-    )
-    dead = sum(each["dead"] for each in experts)
-    table.add_row("pool experts that no token reached", "", f"{dead} of {sum(each['of'] for each in experts)}")
-    return table
 
 
 def _silence_libraries() -> None:

@@ -12,7 +12,7 @@ from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import canonical_family, expert_layers
 
 from ..checkpoint.quantised import block_size
-from ..checkpoint.reader import Source
+from ..checkpoint.reader import Source, open_source
 from ..errors import ConversionError, did_you_mean
 from .keys import FamilyTensors, describe_dtype, map_tensors
 
@@ -41,6 +41,31 @@ class SourceModel:
         """The state-dict names of a layer's expert parameters, in the model's order."""
         return [name for name in self.model.state_dict() if name.startswith(f"{self.experts[layer]}.")]
 
+    def parameter_names(self, layer: int) -> tuple[str, ...]:
+        """Name the parameters of a layer's experts, such as `("gate_up_proj", "down_proj")`."""
+        return tuple(name.removeprefix(f"{self.experts[layer]}.") for name in self.expert_names(layer))
+
+    @property
+    def num_experts(self) -> int:
+        """E, the rows of every expert parameter of every layer.
+
+        Raises:
+            ConversionError: they differ.
+        """
+        rows = {name: self.tensors.meta[name].shape[:1] for layer in self.experts for name in self.expert_names(layer)}
+        if len(set(rows.values())) != 1:
+            raise ConversionError(
+                f"{self.name}: the experts' parameters have different numbers of experts: {rows}; expected one number "
+                "for all layers, which is all that pools can be made of here"
+            )
+        return next(iter(rows.values()))[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights, without those that the family ignores."""
+        dropped = self.tensors.dropped
+        return sum(info.num_bytes for name, info in self.opened.tensors.items() if name not in dropped)
+
     def describe_experts(self, layer: int) -> dict[str, str]:
         """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16] bfloat16"}`."""
         found = {}
@@ -49,6 +74,12 @@ class SourceModel:
             dtype = describe_dtype(self.opened.tensors[self.tensors.units[name].keys[0]])
             found[name.removeprefix(f"{self.experts[layer]}.")] = f"{list(tensor.shape)} {dtype}"
         return found
+
+
+def open_source_model(source: str, revision: str | None = None, allow_pickle: bool = False) -> SourceModel:
+    """Open an untied checkpoint, read its config and find every tensor's place in its family's model; reads no tensor."""
+    opened = open_source(source, revision, allow_pickle)
+    return SourceModel.map(opened, read_config(opened))
 
 
 def read_config(source: Source) -> PreTrainedConfig:

@@ -5,16 +5,18 @@ from typing import Literal
 import torch
 
 from ..layout.neurons import Experts
-from .base import Group, LayerExperts, Pool, register_method
+from .base import Group, LayerExperts, Memory, Pool, register_method
 from .matching import match_experts, match_neurons, matching_bytes
 
 
 @register_method(
     "align",
     slot_maps=True,
-    group_copies=(0, 6),
-    scratch_bytes=lambda sizes, tokens_per_expert, **options: matching_bytes(
-        sizes, 2 * min(tokens_per_expert, sizes.num_tokens)
+    memory=Memory(
+        group_copies=(0, 6),
+        scratch_bytes=lambda sizes, tokens_per_expert, **options: matching_bytes(
+            sizes, 2 * min(tokens_per_expert, sizes.num_tokens)
+        ),
     ),
     calibration=lambda on="activations", weights=None, **options: on == "activations" or weights == "frequency",
 )

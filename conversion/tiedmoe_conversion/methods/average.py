@@ -5,12 +5,17 @@ from typing import Literal
 
 import torch
 
-from .base import Group, Pool, register_method
+from .base import Group, Memory, Pool, register_method
 
 PIECE = 1 << 15  # elements; torch works on more of them with several threads, which wait for each other
 
 
-@register_method("average", float32_copies=1, calibration=lambda weights="uniform", **options: weights == "frequency")
+@register_method(
+    "average",
+    streams=True,
+    memory=Memory(float32_layers=1),
+    calibration=lambda weights="uniform", **options: weights == "frequency",
+)
 def average(group: Group, weights: Literal["uniform", "frequency"] = "uniform") -> Pool:
     """The mean of the group's experts, by expert number, computed in float32: uniform, or by routing frequency.
 

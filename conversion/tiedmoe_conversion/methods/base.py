@@ -194,6 +194,27 @@ class Sizes:
     num_tokens: int
 
 
+def _default_scratch(sizes: Sizes, **options: Any) -> int:
+    """One expert's inputs, activations and outputs on all of the text, twice over, and two square matrices of its neurons."""
+    return 8 * sizes.num_tokens * (2 * sizes.hidden_size + 3 * sizes.width) + 16 * sizes.width**2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method holds while it works, for the plan's estimate; the defaults are an estimate from above for most.
+
+    Attributes:
+        float32_layers: of a method that streams: float32 buffers of one layer's size that it keeps.
+        group_copies: of any other: how often it holds the group's experts, and the pool's, in float32.
+        scratch_bytes: what it holds beside those copies, at most: tokens, activations, matrices of one expert. Called as
+            `scratch_bytes(sizes, **options)` with `Sizes` and all of the options, defaults included.
+    """
+
+    float32_layers: int = 0
+    group_copies: tuple[float, float] = (2, 4)
+    scratch_bytes: Callable[..., int] = _default_scratch
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method; see `register_method` for the fields."""
@@ -206,16 +227,10 @@ class Method:
     slot_maps: bool
     lossless: bool
     layers_read: Callable[..., Sequence[int]]
-    float32_copies: int
-    group_copies: tuple[float, float] | None
-    scratch_bytes: Callable[..., int]
     calibration: Callable[..., bool]
     refines: str | None
-
-    @property
-    def streams(self) -> bool:
-        """Whether the pool is made a tensor at a time; the others hold their whole group in float32."""
-        return self.group_copies is None
+    streams: bool
+    memory: Memory
 
     @property
     def options(self) -> dict[str, Any]:
@@ -268,30 +283,27 @@ def register_method(
     slot_maps: bool = False,
     lossless: bool = False,
     layers_read: Callable[..., Sequence[int]] = lambda layers, **options: layers,
-    float32_copies: int = 0,
-    group_copies: tuple[float, float] | None = None,
-    scratch_bytes: Callable[..., int] = lambda sizes, **options: 0,
     calibration: bool | Callable[..., bool] = False,
     refines: str | None = None,
+    streams: bool = False,
+    memory: Memory = Memory(),  # frozen
 ) -> Callable[[Callable[..., Pool]], Callable[..., Pool]]:
     """Register `build(group, **options) -> Pool` under `name`; the first line of its docstring is its help.
 
     Args:
-        pool_num_experts: P from the source's E and the number of layers in the group, where the recipe names none.
+        pool_num_experts: P from the source's E and the number of layers in the group, if the recipe names none.
         any_width: whether the method makes a pool of any `group.pool_num_experts` itself. The pool of another method is
             widened after it, by clones that change nothing (`methods/widen.py`).
         slot_maps: whether the layers keep their own router width E and reach the pool through a slot map.
         lossless: whether the tied model computes the source's logits, bit for bit; verified when it claims so.
         layers_read: the layers of a group, by index, that the method reads; the others' experts are dropped by name.
             Called as `layers_read(layers, **options)`, and raises `ConversionError` for a bad option value.
-        float32_copies: float32 buffers of one layer's size that a method which streams keeps, for the plan's memory estimate.
-        group_copies: of a method that works on `Experts`: how often it holds the group's experts, and the pool's, in float32.
-        scratch_bytes: what it holds beside those copies while it works, at most: tokens, activations, matrices of one expert.
-            Called as `scratch_bytes(sizes, **options)` with `Sizes` and all of the options, defaults included.
         calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
-        refines: the function is `build(group, start, **options)`, where `start` is the pool of the method before it in
-            the recipe; such a method may be named by `then`. The value names the method that runs before it where it
+        refines: the function is `build(group, start, **options)`, and `start` is the pool of the method before it in
+            the recipe; such a method may be named by `then`. The value names the method that runs before it if it
             is the recipe's first.
+        streams: whether the pool is made a block at a time; any other method holds its whole group in float32.
+        memory: if the defaults of `Memory` say too little, or far too much.
     """
 
     def register(build: Callable[..., Pool]) -> Callable[..., Pool]:
@@ -307,11 +319,10 @@ def register_method(
             slot_maps,
             lossless,
             layers_read,
-            float32_copies,
-            group_copies,
-            scratch_bytes,
             needs_calibration,
             refines,
+            streams,
+            memory,
         )
         return build
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from ..layout.neurons import ExpertFunction, Experts
-from .base import Group, LayerExperts, Pool, Sizes, register_method
+from .base import Group, LayerExperts, Memory, Pool, Sizes, register_method
 from .matching import match_neurons, matching_bytes
 from .readers import Reader, better_pool, slots_of_rows
 
@@ -25,8 +25,7 @@ def _scratch_bytes(sizes: Sizes, up: str, candidates: int, tokens_per_expert: in
 @register_method(
     "least_squares",
     slot_maps=True,
-    group_copies=(1, 4),
-    scratch_bytes=_scratch_bytes,
+    memory=Memory(group_copies=(1, 4), scratch_bytes=_scratch_bytes),
     calibration=True,
     refines="align",
 )

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from ..layout.neurons import ExpertFunction, Experts
-from .base import Group, LayerExperts, Pool, RoutedInputs, Sizes, register_method
+from .base import Group, LayerExperts, Memory, Pool, RoutedInputs, Sizes, register_method
 from .readers import better_pool
 
 CHECKS = 10  # looks at the held-out tokens, at even distances
@@ -25,8 +25,7 @@ def _scratch_bytes(sizes: Sizes, batch_tokens: int, **options) -> int:
 @register_method(
     "prefit",
     slot_maps=True,
-    group_copies=(1, 7),
-    scratch_bytes=_scratch_bytes,
+    memory=Memory(group_copies=(1, 7), scratch_bytes=_scratch_bytes),
     calibration=True,
     refines="least_squares",
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .base import Group, Pool, Sizes, register_method
+from .base import Group, Memory, Pool, Sizes, register_method
 from .union import union
 
 TOKENS_AT_A_TIME = 64  # of all experts of a layer at once
@@ -24,8 +24,7 @@ def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
     "prototype",
     any_width=True,
     slot_maps=True,
-    group_copies=(1, 0),
-    scratch_bytes=_scratch_bytes,
+    memory=Memory(group_copies=(1, 0), scratch_bytes=_scratch_bytes),
     calibration=True,
 )
 def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:

@@ -22,7 +22,9 @@ def selected_layers(layers: Sequence[int], layer: str | int = "first") -> list[i
     return [layers[layer]]
 
 
-@register_method("select", layers_read=selected_layers, calibration=lambda layer="first", **options: layer == "best")
+@register_method(
+    "select", streams=True, layers_read=selected_layers, calibration=lambda layer="first", **options: layer == "best"
+)
 def select(group: Group, layer: str | int = "first") -> Pool:
     """One layer's experts, bit for bit: the first's, the last's, those of a place in the group, or the best layer's.
 

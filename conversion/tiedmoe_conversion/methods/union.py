@@ -16,6 +16,7 @@ from .base import Group, Pool, register_method
     pool_num_experts=lambda num_experts, group_size: num_experts * group_size,
     slot_maps=True,
     lossless=True,
+    streams=True,
 )
 def union(group: Group) -> Pool:
     """Every expert of the group, reached through a slot map: the source's logits, bit for bit, and no byte saved."""
