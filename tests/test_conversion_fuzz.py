@@ -1,24 +1,34 @@
-"""Checkpoints that nobody made on purpose: a config, an index or a header with anything in it gives an error or a valid plan.
+"""Input that nobody made on purpose: configs, indexes, headers, recipes and text with anything in them give an error or a result.
 
 A few hundred cases here; `TIEDMOE_FUZZ_CASES=10000` (`make fuzz`) asks for as many as it says, and other ones every time. Every case
 has 20 seconds and 2 GB; whatever raises anything but a `ValueError`, or changes a file, fails.
 """
 
 import contextlib
+import gzip
+import io
 import json
+import lzma
 import os
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from checkpoints import make_text, make_tokenizer
 from conversions import save_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from tiedmoe_conversion.plan import Plan
+from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.training import text_files
+from transformers_tiedmoe.training.data import load_blocks
 
 CASES = int(os.environ.get("TIEDMOE_FUZZ_CASES", "240"))
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "qwen2_moe")
@@ -250,3 +260,85 @@ def test_index(sources, data):
             path.write_bytes(spliced(data.draw, path.read_bytes()))
 
     attempt(sources, family, edit, run=data.draw(st.integers(0, 9)) == 0)
+
+
+deep = st.sampled_from(["[" * 5000, "{a: " * 5000, "- " * 5000, "&a [*a]", "&a [1, 1], &b [*a, *a], &c [*b, *b]", "9" * 5000,
+                        "1:" * 999 + "1", "2020-99-99", "!!python/name:os.system", "!!binary x", "~", "\ud800", "\0", "? x",
+                        "!!set {a}", ".nan", "1e999", "0x" + "f" * 5000, "<<: 1", "---", "%x", "'"])  # fmt: skip
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_recipe(tmp_path_factory, data):
+    """A recipe file gives a recipe that stands in YAML as it is, or an error."""
+    recipe = ConversionRecipe("in", "out", method="prefit", then=["least_squares"], calibration="austen")
+    fields = recipe.to_dict()
+    for _ in range(data.draw(st.integers(1, 3))):
+        fields[data.draw(st.one_of(st.sampled_from(sorted(fields)), words))] = data.draw(anything)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+    if data.draw(st.booleans()):
+        lines[data.draw(st.integers(0, len(lines) - 1))] = (
+            data.draw(st.sampled_from(sorted(fields))) + ": " + data.draw(deep)
+        )
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    if data.draw(st.integers(0, 4)) == 0:
+        content = spliced(data.draw, content)
+    path = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    path.write_bytes(content)
+    with Limits(), contextlib.suppress(TiedMoeError):
+        found = ConversionRecipe.from_yaml(path)
+        found.to_yaml(path)
+        assert ConversionRecipe.from_yaml(path) == found
+
+
+TEXT = make_text(30)
+ROWS = [{"text": line, "n": i} for i, line in enumerate(TEXT.splitlines())]
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": partial(lzma.compress, preset=0),
+            ".zst": partial(pa.Codec("zstd").compress, asbytes=True)}  # fmt: skip
+
+
+def parquet_bytes():
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    return file.getvalue()
+
+
+WHOLE = {
+    "txt": TEXT.encode(),
+    "jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    "json": json.dumps(ROWS).encode(),
+    "parquet": parquet_bytes(),
+}
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_training_text(tmp_path_factory, data):
+    """A file of text gives blocks of its own tokens, or an error."""
+    kind, compression = data.draw(st.sampled_from(sorted(WHOLE))), data.draw(st.sampled_from(sorted(COMPRESS)))
+    content = WHOLE[kind]
+    edit = data.draw(st.sampled_from(["splice", "cut", "rows", "bomb", "bytes", "packed"]))
+    if edit == "rows" and kind in ("json", "jsonl"):
+        rows = [*ROWS, data.draw(anything), {"text": data.draw(anything)}]
+        content = json.dumps(rows).encode() if kind == "json" else b"\n".join(json.dumps(row).encode() for row in rows)
+    elif edit == "bomb" and compression:
+        content = data.draw(st.sampled_from([b"a", b"a\n", b"[", b'{"text": ', b"\0"])) * (16 << 20)
+    elif edit == "bytes":
+        content = data.draw(st.binary(max_size=99))
+    elif edit == "cut":
+        content = content[: data.draw(st.integers(0, len(content)))]
+    elif edit == "splice":
+        content = spliced(data.draw, content)
+    packed = COMPRESS[compression](content)
+    if edit == "packed":
+        packed = spliced(data.draw, packed)
+    path = tmp_path_factory.getbasetemp() / f"t.{kind}{compression}"
+    path.write_bytes(packed)
+    with Limits(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "SMALL_BYTES", 1 << 16)
+        with contextlib.suppress(TiedMoeError):
+            train, validation = load_blocks(path, TOKENIZER, block_size=8)
+            assert all(len(row["input_ids"]) == 8 for part in (train, validation) for row in part)
+
+
+TOKENIZER = make_tokenizer()

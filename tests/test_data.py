@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from functools import partial
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from checkpoints import TINY, make_text, make_tokenizer
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from transformers_tiedmoe.errors import TiedMoeError
-from transformers_tiedmoe.training import text_files
+from transformers_tiedmoe.training import data, text_files
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 
 
@@ -31,11 +32,15 @@ def tokens_of(*parts):
     return [token for part in parts for row in part for token in row["input_ids"]]
 
 
-@pytest.mark.parametrize(("name", "open_file"), [("t.txt", open), ("t.txt.gz", gzip.open), ("t.txt.xz", lzma.open)])
-def test_load_blocks_packs_a_text_file_in_order_and_holds_out_its_end(name, open_file, tmp_path, tokenizer):
+zstd_compress = partial(pa.Codec("zstd").compress, asbytes=True)
+COMPRESS = {".gz": gzip.compress, ".xz": partial(lzma.compress, preset=0), ".zst": zstd_compress}
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), *COMPRESS.items()])
+def test_load_blocks_packs_a_text_file_in_order_and_holds_out_its_end(suffix, compress, tmp_path, tokenizer):
     text = make_text()
-    with open_file(tmp_path / name, "wt") as file:
-        file.write(text)
+    name = "t.txt" + suffix
+    (tmp_path / name).write_bytes(compress(text.encode()))
     train, validation = load_blocks(tmp_path / name, tokenizer, block_size=16, validation_fraction=0.1)
     expected = tokenizer(text)["input_ids"]
     num_blocks = len(expected) // 16
@@ -99,6 +104,8 @@ def test_load_blocks_reads_a_folder_in_order_of_name(tmp_path, tokenizer):
         ("t.txt.xz", lzma.compress(b"text" * 999)[:-30], {}, TiedMoeError, "damaged: Compressed file ended"),
         ("t.txt.gz", gzip.compress(b"text" * 999)[:-3] + b"abc", {}, TiedMoeError, "damaged"),
         ("t.txt.gz", gzip.compress(random.Random(0).randbytes(9999))[:500] + b"x" * 99, {}, TiedMoeError, "damaged"),
+        ("t.txt.zst", zstd_compress(b"text" * 999)[:-1], {}, TiedMoeError, "damaged: Truncated compressed stream"),
+        ("t.txt.zst", b"text", {}, TiedMoeError, "damaged: ZSTD decompress failed"),
         ("t.txt.xz", b"text", {}, TiedMoeError, "damaged: Input format not supported"),
         ("t.parquet", b"PAR1" + bytes(99) + b"PAR1", {}, TiedMoeError, "cannot be read as parquet"),
         ("t.txt", "x", {"block_size": 1}, ValueError, "block_size=1"),
@@ -113,14 +120,14 @@ def test_load_blocks_refuses(name, content, options, error, message, tmp_path, t
         load_blocks(path, tokenizer, **options)
 
 
-@pytest.mark.parametrize("compress", [partial(lzma.compress, preset=0), gzip.compress], ids=["xz", "gz"])
+@pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "parquet"])
-def test_load_blocks_expands_no_bomb(compress, suffix, tmp_path, tokenizer, monkeypatch):
+def test_load_blocks_expands_no_bomb(compression, suffix, tmp_path, tokenizer, monkeypatch):
     """Here beyond 64 KiB, in use beyond 64 MiB; and not one byte more is held than that."""
     monkeypatch.setattr(text_files, "SMALL_BYTES", 1 << 16)
-    bomb = compress((b"[" if suffix == "json" else b"") + b"a" * (32 << 20))
+    bomb = COMPRESS[compression]((b"[" if suffix == "json" else b"") + b"a" * (32 << 20))
     assert len(bomb) < 40_000
-    path = tmp_path / f"t.{suffix}.{'xz' if compress is not gzip.compress else 'gz'}"
+    path = tmp_path / f"t.{suffix}{compression}"
     path.write_bytes(bomb)
     most = max(1 << 16, text_files.MAX_EXPANSION * len(bomb))
     message = f"it expands to more than {most} bytes, 250 times its size"
@@ -143,6 +150,31 @@ def test_load_blocks_reads_text_of_json_as_text_whatever_it_looks_like(tmp_path,
     for name in ("t.jsonl", "t.json", "strings.json"):
         tokens = tokens_of(*load_blocks(tmp_path / name, tokenizer, block_size=8))
         assert tokens == expected[: len(tokens)], name
+
+
+def test_load_blocks_hands_little_to_the_tokenizer_at_a_time(tmp_path, tokenizer, monkeypatch):
+    """The same tokens: rows and lines are cut after a full stop here."""
+    line = "the.cat.sat.on."
+    monkeypatch.setattr(data, "TOKENIZED_AT_ONCE", 8 * len(line))
+    monkeypatch.setattr(text_files, "LINE_LENGTH", 2 * len(line))
+    given = []
+
+    def counted(texts, **options):
+        given.append(sum(map(len, texts)))
+        return tokenizer(texts, **options)
+
+    counted.eos_token_id = tokenizer.eos_token_id
+    (tmp_path / "t.txt").write_text(line * 100)
+    rows = [line, line * 100, line * 3]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    once = tokenizer(line)["input_ids"]
+    tokens = tokens_of(*load_blocks(tmp_path / "t.txt", counted, block_size=8))
+    assert tokens == (once * 100)[: len(tokens)]
+    tokens = tokens_of(*load_blocks(tmp_path / "t.jsonl", counted, block_size=8))
+    expected = [token for row in rows for token in [*once * (len(row) // len(line)), tokenizer.eos_token_id]]
+    assert tokens == expected[: len(tokens)]
+    assert len(given) > 20
+    assert max(given) == 8 * len(line)
 
 
 def test_load_blocks_sees_that_a_file_has_changed(tmp_path, tokenizer):

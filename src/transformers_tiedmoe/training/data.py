@@ -18,6 +18,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from ..errors import TiedMoeError
 from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
 
+TOKENIZED_AT_ONCE = 1 << 20  # characters
+
 
 def load_blocks(
     data: str | Path,
@@ -170,12 +172,8 @@ def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
 
     def encode(batch):
         rows = [row for row in batch["text"] if row]
-        rows = ["".join(rows)] if is_lines else rows
-        if not rows:
-            return {"tokens": []}
-        # verbose=False: a document longer than the model's context is no problem here, it is cut into blocks.
-        encoded = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"tokens": [ids + end for ids in encoded["input_ids"]]}
+        rows = ["".join(rows)] if is_lines and rows else rows
+        return {"tokens": [ids + end for ids in _encode(rows, tokenizer)]}
 
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
     encoded = texts.map(
@@ -183,3 +181,34 @@ def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
     )
     chunks = encoded.data.column("tokens").chunks
     return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks] or [np.empty(0, np.int32)])
+
+
+def _encode(rows: list[str], tokenizer) -> list[list[int]]:
+    """The tokens of every row; no more than `TOKENIZED_AT_ONCE` characters are in the tokenizer's hands at a time.
+
+    It takes some hundred bytes a character, and ends the process if there are not so many.
+    """
+    tokens: list[list[int]] = [[] for _ in rows]
+    pieces: list[tuple[int, str]] = []
+
+    def empty() -> None:
+        # verbose=False: a document longer than the model's context is no problem here, it is cut into blocks.
+        encoded = tokenizer(
+            [text for _, text in pieces], add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        for (row, _), ids in zip(pieces, encoded["input_ids"]):
+            tokens[row] += ids
+        pieces.clear()
+
+    num_characters = 0
+    for row, text in enumerate(rows):
+        for start in range(0, len(text), TOKENIZED_AT_ONCE):
+            piece = text[start : start + TOKENIZED_AT_ONCE]
+            num_characters += len(piece)
+            if pieces and num_characters > TOKENIZED_AT_ONCE:
+                empty()
+                num_characters = len(piece)
+            pieces.append((row, piece))
+    if pieces:
+        empty()
+    return tokens

@@ -23,6 +23,7 @@ COMPRESSIONS = (".xz", ".gz", ".zst")
 # Text compresses to a fifth, logs to a hundredth; what expands further is no text, however large a machine is.
 MAX_EXPANSION = 250
 SMALL_BYTES = 64 << 20  # may be reached whatever the file's size
+LINE_LENGTH = 1 << 16  # characters of a text file's line that make a row; a longer one is cut
 PARQUET_ROWS = 64  # read at a time: a page may repeat one long value for very many rows
 
 
@@ -81,20 +82,12 @@ def _open(path: Path) -> Iterator[io.BufferedReader]:
         elif suffix == ".gz":
             expanded = stack.enter_context(gzip.open(file))
         elif suffix == ".zst":
-            expanded = stack.enter_context(_zstandard(path).stream_reader(file, read_across_frames=True))
+            expanded = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
         if suffix in COMPRESSIONS:
             most = max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
             yield io.BufferedReader(_Bounded(expanded, most), 1 << 20)
         else:
             yield file
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(f"{path} is read with zstandard, which is not installed; pip install zstandard") from error
-    return zstandard.ZstdDecompressor(max_window_size=1 << 27)
 
 
 class _Bounded(io.RawIOBase):
@@ -123,7 +116,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _decoded(file: io.BufferedReader) -> Iterator[str]:
-    """The lines of a text file, with their ends; a byte order mark is no text."""
+    """The lines of a file, with their ends; a byte order mark is no text."""
     for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if "\0" in line:
             raise TiedMoeError(f"line {number} holds a NUL byte: binary data, or UTF-16")
@@ -131,7 +124,7 @@ def _decoded(file: io.BufferedReader) -> Iterator[str]:
 
 
 def _lines(file: io.BufferedReader, text_column: str) -> Iterator[str]:
-    return _decoded(file)
+    return (line[i : i + LINE_LENGTH] for line in _decoded(file) for i in range(0, len(line), LINE_LENGTH))
 
 
 def _json_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | None]:
