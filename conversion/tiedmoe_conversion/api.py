@@ -6,7 +6,7 @@ from .plan import Plan, make_plan
 from .recipe import ConversionRecipe
 from .run import convert, execute
 from .search import choose, preview
-from .untie import untie
+from .untying import untie
 from .verify import verify_folder
 
 __all__ = [
