@@ -9,6 +9,7 @@ from conversions import edit_config, edit_tensors, read_tensors, save_source
 from safetensors.torch import load_file, save_file
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie, verify_folder
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
 
 POOL = "model.expert_pools.0.down_proj"
@@ -134,6 +135,23 @@ def test_weights_that_the_manifest_does_not_name(folder):
 def test_a_manifest_without_files(folder):
     edit_manifest(folder, lambda found: found.pop("files"))
     refuse(folder, "names no files", source=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dropped", None), ("dropped", [None]), ("dropped", {}), ("dropped", [{"tensor": [1], "reason": ""}]),
+        ("source", None), ("source", []), ("source", 3), ("source", {"headers_and_config_sha256": []}), ("recipe", [1]),
+        ("verification", None), ("versions", []), ("made_by", 1), ("files", [1]), ("files", {"../a": {"bytes": 1}}),
+        ("files", {"a": None}),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_claims_what_it_cannot(folder, field, value):
+    edit_manifest(folder, lambda found: found.update({field: value}))
+    message = rf"tiedmoe_conversion.json has \['{field}'\] of another form than a conversion writes"
+    for source in (None, folder / "source"):
+        with pytest.raises(TiedMoeError, match=message):
+            verify_folder(folder / "out", source and str(source))
 
 
 @pytest.mark.parametrize("row", [-1, 8, 2**40])

@@ -4,14 +4,17 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from conversions import unchanged_disk
 
+from transformers_tiedmoe import files, journal, workdir
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import atomic_write_json, check_apart, file_digest
 from transformers_tiedmoe.journal import append, read_journal
-from transformers_tiedmoe.workdir import check_output, discard_work, open_folder, open_work
+from transformers_tiedmoe.workdir import check_output, discard_work, open_folder, open_work, was_renamed
 
 IDENTITY = {"recipe": {"steps": 3}}
 
@@ -90,6 +93,130 @@ def test_an_error_leaves_nothing_unless_the_work_is_to_be_kept(tmp_path):
             raise RuntimeError
         assert sorted(os.listdir(tmp_path / "new") if (tmp_path / "new").exists() else []) == left
     assert tree(tmp_path) == []
+
+
+def test_an_error_before_anything_was_done_leaves_nothing_to_keep(tmp_path):
+    with contextlib.suppress(RuntimeError), open_work(tmp_path / "out", IDENTITY, keep=True) as work:
+        work.remember("dtype", "float32")
+        assert work.scratch.is_dir()
+        raise RuntimeError
+    assert tree(tmp_path) == []
+
+
+# Killed at every moment: before the n-th write, flush, rename or removal, after which none of these does anything more.
+
+MOMENTS = [
+    (files, "flush"), (journal, "flush"), (workdir, "flush"), (workdir, "append"), (workdir, "remove_file"),
+    (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"), (Path, "rmdir"),
+    (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(job, at):
+    """Whether `job()` reached the moment `at`, where it was stopped for good: no clearing up reaches the disk either."""
+    left = at
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in MOMENTS:
+            patch.setattr(module, name, counted(getattr(module, name)))
+        try:
+            job()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("is_replacing", [False, True])
+def test_work_killed_at_every_moment(tmp_path, is_replacing):
+    """The same command ends well and leaves the output and nothing else; what was there before is whole until then."""
+    expected = {"a.json": "[\n  1\n]\n", "sub/b.txt": "b", "c.txt": "c"}
+
+    def job(output, owned=("old.txt",) if is_replacing else None):
+        with open_work(output, IDENTITY, owned=owned) as work:
+            if work.report is None:
+                work.write_json("a.json", [1])
+                work.store("long", lambda path: path.write_bytes(b"x"))
+                with work.draft() as draft:
+                    (draft / "sub").mkdir()
+                    (draft / "sub" / "b.txt").write_text("b")
+                work.path("c.txt").write_text("c")
+                work.finish("c.txt")
+                work.complete({"done": 1})
+        assert work.report == {"done": 1}
+
+    at, is_killed = 0, True
+    while is_killed:
+        output = tmp_path / str(at) / "out"
+        if is_replacing:
+            finish_one(output, "old.txt")
+        is_killed = killed(lambda output=output: job(output), at)
+        if not output.exists() or output.joinpath("old.txt").exists() or not any(output.iterdir()):
+            job(output)
+        else:  # complete, and so is the clearing up if the same command is given again
+            with contextlib.suppress(TiedMoeError):
+                job(check_output(output))
+        found = {path.relative_to(output).as_posix(): path.read_text() for path in output.rglob("*") if path.is_file()}
+        assert found == expected, at
+        assert sorted(os.listdir(output.parent)) == ["out"], at
+        at += 1
+    assert at > 50
+
+
+def finish_one(output, name):
+    with open_work(output, IDENTITY) as work:
+        work.write_text(name, "old")
+        work.complete({})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_killed_at_every_moment(tmp_path, overwrite):
+    """What the journal calls finished is whole, the user's file stays, and the next run makes the rest."""
+
+    def job(folder):
+        with open_demo(folder, steps=4 if overwrite else 3, overwrite=overwrite) as demo:
+            if not demo.is_sound("a.txt"):
+                demo.write_text("a.txt", "new")
+            demo.remember("seconds", 1.5)
+            output = folder / "tied"
+            if not output.exists() or was_renamed(output):
+                finish(output)
+        return demo
+
+    at, is_killed = 0, True
+    while is_killed:
+        folder = tmp_path / str(at)
+        with open_demo(folder) as demo:
+            demo.write_text("a.txt", "old")
+            finish_one(folder / "tied", "old.txt")
+        (folder / "tied" / "notes.txt").write_text("mine")
+        if overwrite:
+            (folder / "tied" / "notes.txt").rename(folder / "notes.txt")
+        is_killed = killed(lambda folder=folder: job(folder), at)
+        demo = job(folder)
+        assert demo.values == {"seconds": 1.5}
+        names = {name for name in tree(folder) if ".tiedmoe" not in name}
+        if overwrite:
+            assert names == {"a.txt", "notes.txt", "tied", "tied/a.txt", "tied/b.txt"}, at
+            assert demo.owned == {"a.txt", "tied/a.txt", "tied/b.txt"}
+        else:
+            assert names == {"a.txt", "tied", "tied/old.txt", "tied/notes.txt"}, at
+        assert (folder / "a.txt").read_text() == ("new" if overwrite else "old")
+        at += 1
+    assert at > (40 if overwrite else 5)
 
 
 def test_another_identity_says_what_differs(tmp_path):

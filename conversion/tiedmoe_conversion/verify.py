@@ -20,7 +20,7 @@ from transformers.utils import logging
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.files import file_digest
-from transformers_tiedmoe.hub import MANIFEST
+from transformers_tiedmoe.hub import MANIFEST, check_manifest
 
 from .checkpoint.quantised import BlockScaled
 from .checkpoint.reader import Source, open_source, regular_file
@@ -159,7 +159,9 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
         ConversionError: the first thing that is wrong: what was found, what was expected, what to do.
     """
     opened = open_source(str(output))
-    manifest = opened.read_json(MANIFEST) if regular_file(opened.folder, MANIFEST) else None
+    manifest = None
+    if regular_file(opened.folder, MANIFEST):
+        manifest = check_manifest(opened.read_json(MANIFEST), opened.folder / MANIFEST)
     report: dict[str, Any] = {"output": str(output), "not_checked": {}}
     if manifest is None:
         report["not_checked"]["hashes"] = f"there is no {MANIFEST}: made by another command, such as a healing"
@@ -182,7 +184,7 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
     if source is None:
         report["not_checked"]["source"] = "no source was named"
     else:
-        allow_pickle = bool((manifest or {}).get("recipe", {}).get("allow_pickle"))
+        allow_pickle = bool(((manifest or {}).get("recipe") or {}).get("allow_pickle"))
         opened_source = open_source(source, revision, allow_pickle)
         report["source"] = _check_source(opened_source, manifest, config, tensors, report["not_checked"])
     return report

@@ -160,12 +160,12 @@ def others_in(folder: Path, owned: Collection[str]) -> list[str]:
 
 
 def remove_file(folder: Path, name: str) -> None:
-    """Delete the file `name` and the folders in `folder` that it leaves empty; not what has taken its place as a link."""
+    """Delete the file `name`, if it is there, and the folders in `folder` that it leaves empty; never a link, nor through one."""
     path = folder / name
     parents = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
-    if any(each.is_symlink() for each in (path, *parents)) or not path.is_file():
+    if any(each.is_symlink() for each in (path, *parents)) or path.is_dir():
         return
-    path.unlink()
+    path.unlink(missing_ok=True)
     for parent in parents:  # the deepest first
         with contextlib.suppress(OSError):
             parent.rmdir()

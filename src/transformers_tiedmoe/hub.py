@@ -6,7 +6,7 @@ chose go into it as plain text: no Markdown, no HTML, no link but to a web page.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 from .errors import TiedMoeError
+from .files import is_file_name
 from .version import __version__
 
 MANIFEST = "tiedmoe_conversion.json"
@@ -98,7 +99,7 @@ def read_manifest(model: str, revision: str | None = None) -> dict[str, Any]:
     """Read the manifest of `model`, a folder or hub id; empty if it has none.
 
     Raises:
-        TiedMoeError: it is no JSON object.
+        TiedMoeError: it is no JSON object, or not of the form that `save_manifest` writes.
     """
     path = cached_file(
         model,
@@ -117,12 +118,60 @@ def read_manifest(model: str, revision: str | None = None) -> dict[str, Any]:
             f"{path} cannot be read: {error}; expected the JSON object that a conversion wrote: copy the checkpoint again, or "
             "delete that file"
         ) from error
+    return check_manifest(found, path)
+
+
+def check_manifest(found: Any, path: str | Path) -> dict[str, Any]:
+    """Return the content of a manifest, if what it claims has the type and range of what `save_manifest` writes.
+
+    Args:
+        found: as it was parsed.
+        path: for the error.
+    """
     if not isinstance(found, dict):
         raise TiedMoeError(
             f"{path} holds a {type(found).__name__}; expected the JSON object that a conversion wrote: copy the checkpoint "
             "again, or delete that file"
         )
+    wrong = sorted(name for name, is_right in _MANIFEST_FIELDS.items() if name in found and not is_right(found[name]))
+    if wrong:
+        raise TiedMoeError(
+            f"{path} has {wrong} of another form than a conversion writes; copy the checkpoint again, or delete that file"
+        )
     return found
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, dict) and all(each is None or isinstance(each, str) for each in value.values())
+
+
+def _is_dropped(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("tensor"), str) and isinstance(each.get("reason"), str)
+        for each in value
+    )
+
+
+def _is_files(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        is_file_name(name) and isinstance(each, dict) for name, each in value.items()
+    )
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_MANIFEST_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "made_by": lambda value: isinstance(value, str),
+    "recipe": lambda value: value is None or isinstance(value, dict),  # None: healed, and converted by somebody else
+    "source": _is_source,
+    "dropped": _is_dropped,
+    "verification": _is_mapping,
+    "versions": _is_mapping,
+    "healing": _is_mapping,
+    "files": _is_files,
+}
 
 
 def save_card(folder: Path, source: Mapping[str, Any], licence: Mapping[str, Any], **fields: Any) -> None:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -254,6 +254,10 @@ class Folder:
         elif "value" in entry:
             self.values[entry["value"]] = entry["is"]
 
+    def _is_worth_keeping(self) -> bool:
+        scratch = self._state / SCRATCH
+        return bool(self.owned or self._stored or (scratch.is_dir() and any(scratch.iterdir())))
+
     def _tidy(self) -> None:
         """Delete what a killed run left unfinished."""
         shutil.rmtree(self._state / DRAFT, ignore_errors=True)
@@ -318,12 +322,22 @@ def open_work(
 
     An error removes the folder, unless `keep`; a kill or Ctrl-C leaves it, and the next run with the same `identity` goes on.
 
+    Example:
+        >>> output = check_output("healed", {"model": "tied", "data": "text.txt"})
+        >>> with open_work(output, {"options": {"steps": 100}}, keep=True) as work:
+        ...     if work.report is None:  # else an earlier run was killed after it had finished
+        ...         train(output_dir=work.scratch)  # goes on with the checkpoints there
+        ...         with work.draft() as draft:
+        ...             model.save_pretrained(draft)
+        ...         work.complete({"loss": 1.25})
+
     Args:
         output: as `check_output` returns it.
         identity: what decides the output's bytes, JSON-able, one mapping per aspect: recipe, source, versions, ...
         owned: as in `check_output`: an output of these files is replaced at the end, and unfinished work of another identity
             now. None replaces nothing.
-        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too.
+        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too, if there is a file, a
+            stored result, or something in `scratch`.
         is_main: whether this process, of several that run the same, holds the lock and finishes. The others enter after it,
             and may read; what they write goes into `scratch`.
 
@@ -351,7 +365,7 @@ def open_work(
         except OSError:
             if not (partial / JOURNAL).exists():
                 _remove_state(partial)
-                _remove_parents(made)
+                _remove_parents(made, output)
             raise
         try:
             work = Work(partial, entries)
@@ -368,10 +382,10 @@ def open_work(
             except _Refused:
                 raise
             except Exception:
-                if not keep:
+                if not (keep and work._is_worth_keeping()):
                     _discard(work, output)
                     _remove_state(partial, last=LOCK)  # nobody else may begin while something is left
-                    _remove_parents(entries[0]["made"])
+                    _remove_parents(entries[0]["made"], output)
                 raise
         finally:
             lock.release()
@@ -490,7 +504,7 @@ def _begin(
 ) -> list[dict[str, Any]]:
     """The journal's entries: those of an earlier run that made the same, or a first one."""
     entries = read_journal(partial / JOURNAL, mend=True)
-    if entries and entries[0]["identity"] != identity:
+    if entries and (difference := _difference(entries[0]["identity"], identity)):
         if was_renamed(output):
             _remove_state(partial, but=(LOCK, PID))
             try:
@@ -499,8 +513,7 @@ def _begin(
                 _remove_state(partial)
                 raise
         elif owned is None:
-            begin = f"{partial} holds unfinished work on {output}"
-            _check_identity(entries[0]["identity"], identity, begin, "delete that folder to start anew")
+            _refuse(f"{partial} holds unfinished work on {output}", difference, "delete that folder to start anew")
         else:
             _discard(Work(partial, entries), output)
             _remove_state(partial, but=(LOCK, PID))
@@ -527,9 +540,9 @@ def _open_state(
         _remove_state(state, but=(LOCK, PID))
         path.mkdir(exist_ok=True)
         entries = []
-    if entries:
-        _check_identity(entries[0]["identity"], identity, begin, advice)
-    else:
+    if entries and (difference := _difference(entries[0]["identity"], identity)):
+        _refuse(begin, difference, advice)
+    if not entries:
         append(state / JOURNAL, {"identity": identity, "made": made})
         entries = read_journal(state / JOURNAL)
     opened = Folder(path, state, entries)
@@ -543,7 +556,8 @@ def _close_folder(opened: Folder, temporary: bool) -> None:
     if temporary or len(entries) == 1:
         _discard(opened, opened.folder)
         _remove_state(opened._state, last=LOCK)
-        _remove_parents([str(opened.folder), *entries[0]["made"]] if temporary else entries[0]["made"])
+        made = entries[0]["made"]
+        _remove_parents([str(opened.folder), *made] if temporary else made, opened.folder)
 
 
 def _acquire(state: Path, doing: str, advice: str) -> FileLock:
@@ -552,8 +566,8 @@ def _acquire(state: Path, doing: str, advice: str) -> FileLock:
         lock.acquire(timeout=0)
     except (Timeout, FileNotFoundError) as error:  # the latter: the other one has just finished and removes the folder
         try:
-            pid = f" (process {(state / PID).read_text().strip()})"
-        except OSError:
+            pid = f" (process {int((state / PID).read_text())})"
+        except (OSError, ValueError):
             pid = ""
         raise TiedMoeError(
             f"another process{pid} {doing}; expected to be the only one: wait until it is done, or {advice}"
@@ -562,23 +576,25 @@ def _acquire(state: Path, doing: str, advice: str) -> FileLock:
     return lock
 
 
-def _check_identity(begun: dict[str, Any], asked: dict[str, Any], begin: str, advice: str) -> None:
-    """Raise unless what was begun is what was asked for; say what differs."""
+def _difference(begun: dict[str, Any], asked: dict[str, Any]) -> tuple[str, str] | None:
+    """The first aspect in which two identities differ, and how."""
     for aspect in {**asked, **begun}:
         old, new = begun.get(aspect, {}), asked.get(aspect, {})
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        if not names:
-            continue
-        differences = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names[:3])
-        if aspect == "source":
-            raise TiedMoeError(
-                f"{begin}, whose source has changed since: {differences}; expected the same source: restore it to go on, or "
-                f"{advice}"
-            )
+        if names:
+            return aspect, ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names[:3])
+    return None
+
+
+def _refuse(begin: str, difference: tuple[str, str], advice: str) -> NoReturn:
+    aspect, what = difference
+    if aspect == "source":
         raise TiedMoeError(
-            f"{begin} that differs in its {aspect}: {differences}; expected the same: repeat the old command to go on, or "
-            f"{advice}"
+            f"{begin}, whose source has changed since: {what}; expected the same source: restore it to go on, or {advice}"
         )
+    raise TiedMoeError(
+        f"{begin} that differs in its {aspect}: {what}; expected the same: repeat the old command to go on, or {advice}"
+    )
 
 
 def _tell_folders(output: Path, names: Collection[str]) -> None:
@@ -637,10 +653,12 @@ def _remove_state(state: Path, but: Collection[str] = (), last: str = JOURNAL) -
         state.rmdir()
 
 
-def _remove_parents(made: Iterable[str]) -> None:
-    for parent in made:  # the deepest first; only empty ones
-        with contextlib.suppress(OSError):
-            Path(parent).rmdir()
+def _remove_parents(made: Iterable[str], folder: Path) -> None:
+    """Delete `folder` and the folders around it that were made for it, the deepest first, if they are empty."""
+    for path in map(Path, made):
+        if path in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _check_owned(output: Path, owned: Collection[str]) -> None:
