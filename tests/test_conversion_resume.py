@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+from checkpoints import make_text, make_tokenizer
 from conversions import edit_config, save_source, unchanged_disk
 from safetensors.torch import load_file, save_file
 
@@ -49,18 +50,22 @@ KILLED = textwrap.dedent(
         (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
     ):
         count(module, name, getattr(module, name))
-    def convert(name, kill_at):
+    def convert(name, kill_at, **fields):
         global at, moments
         at, moments = kill_at, 0
         recipe = dict(source="../source", output=name, method="select", skip_first=1, skip_last=1, max_shard_size="40KB")
-        execute(make_plan(ConversionRecipe(**recipe)))
+        execute(make_plan(ConversionRecipe(**recipe | fields)))
+
+    def calibrated(name, kill_at):
+        fields = dict(calibration="../text.txt", calibration_tokens=64, calibration_block_size=16, measure=False)
+        convert(name, kill_at, method="least_squares", **fields)
 
     def untied(name, kill_at):
         global at, moments
         at, moments = kill_at, 0
         untie("../tied", name, max_shard_size="40KB")
 
-    commands = {"convert": convert, "untie": untied}
+    commands = {"convert": convert, "calibrated": calibrated, "untie": untied}
     # One child per kill, forked: torch and transformers are imported once.
     for line in sys.stdin:
         folder, command, name, kill_at = line.split()
@@ -114,29 +119,37 @@ def contents(folder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 @pytest.mark.parametrize(
     ("command", "num_moments"),
-    [("convert", 4), ("untie", 3), pytest.param("convert", 20, marks=pytest.mark.slow)],  # the same code behind both
+    [("convert", 4), ("untie", 3), ("calibrated", 3), pytest.param("convert", 20, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments(tmp_path, killer, command, num_moments):
     """Before every write, flush, rename and removal that is drawn; one run is killed again and again."""
-    save_source(tmp_path / "source")
+    save_source(tmp_path / "source", vocab_size=320)
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(make_text(40))
     execute(plan_of(tmp_path / "source", output=str(tmp_path / "tied"), method="select"))
     runs = tmp_path / "runs"
     runs.mkdir()
+    if command == "calibrated":
+        killer.run(runs, command, "first")  # datasets caches the text
     moments = int(killer.run(runs, command, "whole").removeprefix("done "))
     expected = contents(runs / "whole")
     assert moments > 60
     for moment in [*random.Random(0).sample(range(1, moments - 1), num_moments - 2), moments - 1, moments]:
-        name, is_done = f"at-{moment}", moment == moments
+        # The last moments remove the hidden statistics, the last of all an empty folder.
+        name, is_done = f"at-{moment}", moment > moments - (2 if command == "calibrated" else 1)
         assert killer.run(runs, command, name, moment) == "killed"
-        outcome = killer.run(runs, command, name)  # the last moment is the removal of an empty folder
+        outcome = killer.run(runs, command, name)
         assert outcome.startswith("error TiedMoeError output folder" if is_done else "done"), (moment, outcome)
         assert contents(runs / name) == _named(expected, "whole", name), moment
         assert not (runs / f".{name}.partial").exists()
+        assert not (runs / f".{name}.statistics").exists()
     outcome, at = "killed", moments // 3
     while outcome == "killed":  # a little further every time
         outcome = killer.run(runs, command, "often", at)
         at += moments // 6
-    assert outcome.startswith("done")
+    assert outcome.startswith(
+        ("done", "error TiedMoeError output folder often")
+    )  # the latter: killed at its last moment
     assert contents(runs / "often") == _named(expected, "whole", "often")
     assert not [path for path in runs.iterdir() if path.name.startswith(".")]
 

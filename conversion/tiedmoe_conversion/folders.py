@@ -1,9 +1,11 @@
 """Where a conversion writes: its output and its statistics, neither of them in, or around, what it reads."""
 
+import contextlib
 from pathlib import Path
 
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import check_apart, expand
-from transformers_tiedmoe.workdir import check_output
+from transformers_tiedmoe.workdir import check_output, discard_folder, partial_folder
 
 from .recipe import ConversionRecipe
 
@@ -17,9 +19,21 @@ def output_folder(recipe: ConversionRecipe) -> Path:
     """
     inputs = {"source": recipe.source, "calibration text": recipe.calibration}
     if recipe.statistics is None:
-        return check_output(recipe.output, inputs)
+        try:
+            return check_output(recipe.output, inputs)
+        except TiedMoeError:
+            _remove_leftover(recipe)
+            raise
     check_apart(recipe.statistics, inputs, "statistics")
     return check_output(recipe.output, {**inputs, "statistics": Path(expand(recipe.statistics))})
+
+
+def _remove_leftover(recipe: ConversionRecipe) -> None:
+    """Delete the hidden statistics of a run that was killed when all was done but their removal."""
+    output = Path(expand(recipe.output)).absolute()
+    if output.is_dir() and any(output.iterdir()) and not partial_folder(output).exists():
+        with contextlib.suppress(TiedMoeError):  # in use
+            discard_folder(hidden_statistics(output))
 
 
 def statistics_folder(recipe: ConversionRecipe) -> Path:
