@@ -260,6 +260,14 @@ def test_demo_config_refuses(field, value, message):
         DemoConfig(**{field: value})
 
 
+def test_demo_config_knows_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DemoConfig(output="~/demo", source="~/source", data="~/text.txt")
+    assert (config.output, config.source, config.text) == tuple(
+        f"{tmp_path}/{x}" for x in ("demo", "source", "text.txt")
+    )
+
+
 def test_novels_ship_with_the_package():
     with lzma.open(DemoConfig().text, "rt", encoding="utf-8") as file:
         text = file.read()

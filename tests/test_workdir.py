@@ -5,10 +5,13 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conversions import unchanged_disk
+from safetensors.torch import save_file
 
 from transformers_tiedmoe import files, journal, workdir
 from transformers_tiedmoe.errors import TiedMoeError
@@ -490,6 +493,7 @@ def test_a_temporary_folder_goes_but_for_ctrl_c(tmp_path):
         (OSError(errno.EROFS, "Read-only file system"), "cannot write .*out: Read-only file system"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "is full"),  # as safetensors says it
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "is full"),  # as torch does
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "is full"),
     ],
 )
 def test_what_a_disk_can_do_wrong_is_one_paragraph(tmp_path, error, message):
@@ -502,6 +506,45 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(TiedMoeError, match=r"cannot write .*Permission denied"), open_work(tmp_path / "out", {}):
         pass
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of a disk of 64 KiB."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this machine does not let its user mount a tmpfs")
+    yield small
+    subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch", "python"])
+def test_a_disk_that_is_really_full_or_read_only(small_disk, library):
+    tensor = torch.zeros(100_000)
+    write = {
+        "safetensors": lambda path: save_file({"x": tensor}, path),
+        "torch": lambda path: torch.save(tensor, path),
+        "python": lambda path: path.write_bytes(tensor.numpy().tobytes()),
+    }[library]
+
+    def work_on(output, **options):
+        with open_work(output, IDENTITY, **options) as work:
+            write(work.scratch / "checkpoint")
+
+    with pytest.raises(
+        TiedMoeError, match=r"the disk of .*out is full; nothing is left of the attempt\. Free some space"
+    ):
+        work_on(small_disk / "out")
+    assert tree(small_disk) == []
+    with pytest.raises(TiedMoeError, match="is full; what is done is kept"), open_demo(small_disk / "demo") as demo:
+        write(demo.path("x"))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for enter in (lambda: work_on(small_disk / "out"), lambda: open_demo(small_disk / "other").__enter__()):
+        with pytest.raises(
+            TiedMoeError, match=r"cannot write .*: Read-only file system .*choose another output folder"
+        ):
+            enter()
 
 
 def test_inputs_in_the_output_and_around_it(tmp_path):

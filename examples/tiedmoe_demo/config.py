@@ -1,5 +1,6 @@
 """`DemoConfig`: everything that decides a run of the demo; each field is a flag of `tiedmoe demo`."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -59,6 +60,9 @@ class DemoConfig:
     overwrite: bool = _option(False, "begin anew where output holds an earlier demo")
 
     def __post_init__(self):
+        for name in ("output", "source", "data"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         positive = (
             *("heal_steps", "source_steps", "batch_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
             *("num_attention_heads", "num_experts", "num_experts_per_tok", "new_tokens"),

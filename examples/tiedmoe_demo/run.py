@@ -125,7 +125,7 @@ class _Run:
         if config.source is None:
             folder = config.path("source")
             return folder, train_source(config, folder, self.tell)
-        folder = Path(config.source).expanduser()
+        folder = Path(config.source)
         return folder if folder.is_dir() else Path(snapshot_download(config.source)), None
 
     def tie(self, source: Path) -> dict:

@@ -198,4 +198,5 @@ def _error_number(error: Exception) -> int | None:
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return int(found[1])
-    return errno.ENOSPC if "PytorchStreamWriter failed writing file" in str(error) else None
+    is_torchs = re.search(r"PytorchStreamWriter failed writing file|unexpected pos \d+ vs \d+", str(error))
+    return errno.ENOSPC if is_torchs else None
