@@ -3,6 +3,7 @@
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .auto_files import register_tokenizer
 from .configuration_tiedmoe import TiedMoeConfig
 from .experts_interface import tiedmoe_experts_forward
 from .modeling_tiedmoe import (
@@ -15,6 +16,7 @@ from .pools import tie_groups
 from .version import __version__
 
 AutoConfig.register("tiedmoe", TiedMoeConfig)  # the models register family by family, in `register_heads`
+register_tokenizer()
 ALL_EXPERTS_FUNCTIONS.register("tiedmoe", tiedmoe_experts_forward)
 
 __all__ = [

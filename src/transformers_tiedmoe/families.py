@@ -135,7 +135,10 @@ def _config_class(base: Any, family: str) -> Any:
     }
     made = type(f"TiedMoe{parent.__name__}", (base, parent), namespace)
     for head in heads_of(family):  # the Auto classes look the exact config class up
-        head._auto_model.register(made, model_class(head, made), exist_ok=True)
+        model = model_class(head, made)
+        head._auto_model.register(made, model, exist_ok=True)
+        # Trainer (label smoothing shifts a causal LM's labels) and pipelines look the class's name up
+        head._family_heads._model_mapping[f"tiedmoe_{family}"] = model.__name__
     return made
 
 

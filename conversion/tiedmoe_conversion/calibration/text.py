@@ -5,8 +5,8 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from transformers_tiedmoe.auto_files import load_tokenizer
 from transformers_tiedmoe.training.data import load_blocks
 
 from ..checkpoint.reader import Source
@@ -63,7 +63,7 @@ class CalibrationText:
 
 def _tokenizer(source: Source) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = load_tokenizer(source.folder, source.name)
         # Where there is no file, transformers makes one up that gives no token for any text.
         problem = None if tokenizer("Some text.").input_ids else "the one that transformers finds knows no text"
     except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise

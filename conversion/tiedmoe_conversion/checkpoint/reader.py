@@ -5,6 +5,7 @@ asked for. A Hub source is planned from its headers; a weight file is downloaded
 Nobody has checked a checkpoint: only regular files inside its folder are opened.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+from transformers_tiedmoe.auto_files import load_tokenizer, settle_tokenizer
 
 from ..errors import ConversionError
 from .buffers import Buffers
@@ -30,6 +33,7 @@ TRAVELLING_FILES = (
     "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one at least makes a tokenizer
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 
 
@@ -131,10 +135,23 @@ class Source:
         return {} if self.commit is not None else {file: list(stamp) for file, stamp in sorted(self._stamps.items())}
 
     def copy_travelling_files(self, folder: Path) -> None:
-        """Copy `travelling_files` into `folder`; their contents, where they are links into the Hub's cache."""
-        for name in self.travelling_files():
+        """Copy `travelling_files` into `folder`; their contents, if they are links into the Hub's cache.
+
+        The tokenizer's are made to load as the source's do beside the config.json that is in `folder` already.
+        """
+        names = self.travelling_files()
+        for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, folder / name)
+        if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in VOCABULARIES):
+            settle_tokenizer(self._tokenizer(), folder)
+
+    def _tokenizer(self) -> Any:
+        """The source's tokenizer, None if transformers cannot load it without the source's code."""
+        try:
+            return load_tokenizer(self.folder, self.name)
+        except Exception:  # whatever a broken tokenizer, or one with code of its own, makes transformers raise
+            return None
 
     def read_json(self, file: str) -> dict[str, Any]:
         """The JSON object in one of the small files."""

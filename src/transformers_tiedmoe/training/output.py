@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers import CONFIG_NAME
 
+from ..auto_files import settle_tokenizer
+
 PROGRESS = "heal_progress.json"
 REPORT = "heal.json"
 # Options that may differ between a killed run and the one that continues it.
@@ -78,6 +80,7 @@ class HealOutput:
         """Save model, tokenizer and report; what is already staged (an adapter) moves along."""
         model.save_pretrained(self.staging)
         tokenizer.save_pretrained(self.staging)
+        settle_tokenizer(tokenizer, self.staging)
         for path in sorted(self.staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             target = self.folder / path.name
             if target.is_dir():

@@ -1,0 +1,166 @@
+"""What transformers decides by `model_type` besides the model, brought to the source's answer.
+
+`AutoTokenizer` picks its class by `model_type` and by the class that tokenizer_config.json names, which it overrules for
+some types only. A tied checkpoint's type is "tiedmoe", and an untied one of a multimodal source has the type of the
+source's text model: the same files may load as another class, which splits text otherwise. Two things prevent it:
+
+- `settle_tokenizer` writes the class that the source's files load as into tokenizer_config.json, so that the folder is
+  right wherever it is read, and compares what it loads as with the source's tokenizer;
+- `TiedMoeTokenizer` asks the family for a folder written without that, wherever this package is imported.
+
+What else goes by `model_type` is listed in docs/conversion.md and tested in tests/test_auto_files.py.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto import tokenization_auto
+
+from .errors import TiedMoeError
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+NAMED_BY_SOURCE = (
+    "source_tokenizer_class"  # in a tokenizer_config.json of ours: the class that the source's file names
+)
+# What every version of transformers, and whoever reads no class but tokenizer.json, calls transformers 5's own fallback.
+FALLBACK = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+class TiedMoeTokenizer:
+    """Stands for the tokenizer class of every tied checkpoint in `AutoTokenizer`'s tables: its family's."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *inputs: Any, **kwargs: Any) -> Any:
+        """Load what `AutoTokenizer` gives for the same files beside a config of the family.
+
+        A folder without a config.json has no family; the class that its tokenizer_config.json names is taken.
+        """
+        fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs) if _has_config(name, kwargs) else ({}, None)
+        family = fields.get("family")
+        config = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else PreTrainedConfig()
+        config.tokenizer_class = fields.get("tokenizer_class")
+        return AutoTokenizer.from_pretrained(name, *inputs, config=config, **kwargs)
+
+
+def _has_config(name: str | Path, kwargs: dict[str, Any]) -> bool:
+    return not Path(name).is_dir() or (Path(name) / kwargs.get("subfolder", "") / CONFIG).is_file()
+
+
+def register_tokenizer() -> None:
+    """Make `AutoTokenizer` ask the family of a tied checkpoint which class its tokenizer files load as.
+
+    The two tables are transformers' own for a type whose checkpoints name the wrong class: the registered one is taken.
+    """
+    tokenization_auto.REGISTERED_TOKENIZER_CLASSES[TiedMoeTokenizer.__name__] = TiedMoeTokenizer
+    tokenization_auto.TOKENIZER_MAPPING_NAMES["tiedmoe"] = TiedMoeTokenizer.__name__
+    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add("tiedmoe")
+
+
+def load_tokenizer(folder: str | Path, name: str | None = None) -> PreTrainedTokenizerBase:
+    """Load what `AutoTokenizer.from_pretrained(name)` gives, from the files in `folder`; no code of theirs is run.
+
+    Args:
+        folder: a checkpoint's folder, or a hub id.
+        name: what the user calls the checkpoint, by which transformers decides too: the hub id of a snapshot.
+
+    Raises:
+        Exception: whatever a missing or broken tokenizer makes transformers raise.
+    """
+    if name in (None, str(folder)):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError):  # as AutoTokenizer itself
+        config = PreTrainedConfig.from_pretrained(folder)
+    config._name_or_path = name
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+
+
+def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Make the tokenizer files in a checkpoint's `folder` load as `tokenizer`, and check that they do.
+
+    Only tokenizer_config.json is written, and only if it must be: the class that `tokenizer` has, and neither code nor a
+    processor that is not beside it. The class that the source named is kept under `source_tokenizer_class`, and comes
+    back when the checkpoint is untied, if it then gives the same tokenizer.
+
+    Args:
+        tokenizer: the source's, as `load_tokenizer` gives it; None if it cannot be loaded without running
+            its code.
+        folder: with config.json and the tokenizer's files in it, copied or saved.
+
+    Raises:
+        TiedMoeError: no class written there gives that tokenizer.
+    """
+    folder = Path(folder)
+    if tokenizer is None:
+        warnings.warn(
+            f"{folder.name} has no tokenizer that loads: its source's needs code of its own, or is broken, and no code is "
+            "run or copied; put a tokenizer that gives the same tokens beside the weights",
+            stacklevel=2,
+        )
+        return
+    path = folder / TOKENIZER_CONFIG
+    copied = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = {name: value for name, value in copied.items() if name != "processor_class"}  # no processor travels
+    if _is_local_code(kept.get("auto_map")):
+        del kept["auto_map"]
+    tried = []
+    for fields in _candidates(kept, type(tokenizer).__name__):
+        if fields != copied:
+            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            copied = fields
+        found = _loads_as(folder)
+        if all(_is_same(each, tokenizer) for each in found):
+            return
+        tried.append(f"{fields.get('tokenizer_class')} loads as {', '.join(type(each).__name__ for each in found)}")
+    raise TiedMoeError(
+        f"the source's tokenizer is a {type(tokenizer).__name__}, and no class named in {folder.name}'s {TOKENIZER_CONFIG} "
+        f"gives the same tokens there ({'; '.join(tried)}): load it with AutoTokenizer, save it with save_pretrained "
+        "over the source's tokenizer files, and try again"
+    )
+
+
+def _candidates(fields: dict[str, Any], actual: str) -> list[dict[str, Any]]:
+    """What tokenizer_config.json may say, the source's own words first."""
+    candidates = []
+    if NAMED_BY_SOURCE in fields:
+        restored = {name: value for name, value in fields.items() if name not in (NAMED_BY_SOURCE, "tokenizer_class")}
+        named = fields[NAMED_BY_SOURCE]
+        candidates.append(restored | ({} if named is None else {"tokenizer_class": named}))
+    candidates.append(fields)
+    named = fields.get(NAMED_BY_SOURCE, fields.get("tokenizer_class"))
+    candidates.append({**fields, "tokenizer_class": FALLBACK.get(actual, actual), NAMED_BY_SOURCE: named})
+    return candidates
+
+
+def _loads_as(folder: Path) -> list[PreTrainedTokenizerBase]:
+    """The folder's tokenizer as transformers loads it; if tied, also where this package is not imported."""
+    path = folder / CONFIG
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if fields.get("model_type", "tiedmoe") != "tiedmoe":
+        return [load_tokenizer(folder)]
+    unknown = PreTrainedConfig()  # a type that transformers does not know
+    unknown.tokenizer_class = fields.get("tokenizer_class")
+    elsewhere = AutoTokenizer.from_pretrained(folder, config=unknown, trust_remote_code=False)
+    return [elsewhere, TiedMoeTokenizer.from_pretrained(folder)]
+
+
+def _is_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both give the same tokens for every text: one class, and one and the same pipeline inside."""
+    if type(one) is not type(other) or one.special_tokens_map != other.special_tokens_map:
+        return False
+    return _pipeline(one) == _pipeline(other) if one.is_fast else one.get_vocab() == other.get_vocab()
+
+
+def _pipeline(tokenizer: Any) -> dict[str, Any]:
+    """What `tokenizers` does, without padding and truncation, which calls switch on and off."""
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+
+
+def _is_local_code(auto_map: Any) -> bool:
+    """Whether a tokenizer's `auto_map` names a file of its own folder, rather than one of another repository."""
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    return any(isinstance(each, str) and "--" not in each for each in (named if isinstance(named, list) else [named]))
