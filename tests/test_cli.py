@@ -2,8 +2,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,7 +290,7 @@ def test_heal_prints_json_and_nothing_else_on_stdout(tied, text, tmp_path, tiedm
         (["heal", "{source}", "--data", "nothing.txt", "--output", "out"], "error: no file or folder nothing.txt"),
         (["heal", "{source}", "--data", "x", "--output", "out", "--max-steps", "0"], "error: max_steps=0"),
         (["heal", "no/such/model", "--data", "x", "--output", "out"], "error: "),
-        (["demo", "--output", "{source}"], "error: output"),
+        (["demo", "--output", "{source}"], "error: {source} holds something that is not a demo"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_status_1(arguments, message, source, tmp_path, monkeypatch, tiedmoe):
@@ -296,10 +298,47 @@ def test_a_mistake_is_one_paragraph_and_status_1(arguments, message, source, tmp
     result = tiedmoe(*[argument.replace("{source}", source) for argument in arguments], status=1)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert errors[0].startswith(message)
+    assert errors[0].startswith(message.replace("{source}", source))
     assert "Traceback" not in result.output
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def write_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+DAMAGE = {
+    "weights": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tok*")],
+    "type": lambda folder: write_config(folder, num_hidden_layers="four"),
+    "top-k": lambda folder: write_config(folder, num_experts_per_tok=99),
+    "width": lambda folder: write_config(folder, hidden_size=20),
+    "code": lambda folder: write_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"}),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_no_bug_of_ours(damage, source, tied, text, tmp_path, tiedmoe, monkeypatch):
+    """And nobody is asked whether its code may be run."""
+    folders = [shutil.copytree(folder, tmp_path / name) for name, folder in (("source", source), ("tied", tied))]
+    for folder in folders:
+        DAMAGE[damage](folder)
+    monkeypatch.setattr("builtins.input", None)
+    untied, bad = folders
+    heal = ("--data", text, "--output", tmp_path / "healed", "--block-size", 16, "--max-steps", 1)
+    commands = [("heal", bad, *heal)]
+    if damage in ("weights", "tokenizer"):
+        commands.append(("heal", tied, *heal, "--teacher", untied))
+    if "tokenizer" not in damage:
+        commands.append(("plan", untied, tmp_path / "out", "--method", "average", "--skip-first", 1, "--skip-last", 1))
+    for command in commands:
+        (line,) = [line for line in tiedmoe(*command, status=1).stderr.splitlines() if line.startswith("error: ")]
+        assert any(str(path) in line or path.name in line for path in folders) or "pool 0 has 4 experts" in line, line
+        assert not (tmp_path / "healed" / "config.json").exists()
 
 
 @pytest.mark.parametrize("is_debug", [False, True])

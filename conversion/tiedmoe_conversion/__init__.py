@@ -9,7 +9,7 @@ Example:
 or, where `budget` or `max_loss` leave the groups open, all of it at once: `report = convert(recipe)`.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Not before somebody asks: the command line reads `recipe.py` for its flags, and torch takes seconds to import.
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    api = importlib.import_module(".api", __name__)
-    globals().update({each: getattr(api, each) for each in api.__all__})
-    if name not in api.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    # A submodule is found by whoever imports it.
+    if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
+        api = importlib.import_module(".api", __name__)
+        globals().update({each: getattr(api, each) for each in api.__all__})
+        if name in api.__all__:
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,31 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from . import recipe_types as kinds
 from .methods import NAMES
-from .recipe_types import (
-    BlockSize,
-    Budget,
-    Count,
-    Data,
-    Folder,
-    FolderOrNone,
-    Groups,
-    Loss,
-    MethodName,
-    Options,
-    PoolSizes,
-    Positive,
-    Repository,
-    Revision,
-    Seed,
-    ShardSize,
-    Source,
-    Steps,
-    Switch,
-    adapters,
-    checked,
-    refusal,
-)
+from .recipe_types import adapters, checked, refusal
 from .recipes import FOLDER, recipe_names
 
 if TYPE_CHECKING:
@@ -59,56 +37,56 @@ class ConversionRecipe:
         ConversionError: a field that is wrong whatever the source is.
     """
 
-    source: Source = field(metadata={"help": "The untied checkpoint: a local folder or a Hugging Face Hub id."})
-    output: Folder = field(metadata={"help": "The folder to write; it must be new or empty."})
-    group_size: Positive = _option(2, "Consecutive MoE layers that share one pool of experts.")
-    skip_first: Count = _option(2, "MoE layers left untied at the start.")
-    skip_last: Count = _option(2, "MoE layers left untied at the end.")
-    groups: Groups = _option(
+    source: kinds.Source = field(metadata={"help": "The untied checkpoint: a local folder or a Hugging Face Hub id."})
+    output: kinds.Folder = field(metadata={"help": "The folder to write; it must be new or empty."})
+    group_size: kinds.Positive = _option(2, "Consecutive MoE layers that share one pool of experts.")
+    skip_first: kinds.Count = _option(2, "MoE layers left untied at the start.")
+    skip_last: kinds.Count = _option(2, "MoE layers left untied at the end.")
+    groups: kinds.Groups = _option(
         None, "Layer indices per pool, such as [[2, 3], [4, 5]]; overrides the three numbers above."
     )
-    method: MethodName = _option("least_squares", f"How a group's experts become a pool: {', '.join(NAMES)}.")
-    method_options: Options = field(
+    method: kinds.MethodName = _option("least_squares", f"How a group's experts become a pool: {', '.join(NAMES)}.")
+    method_options: kinds.Options = field(
         default_factory=dict, metadata={"help": 'The method\'s own options, such as {"layer": "last"}.'}
     )
-    pool_experts: PoolSizes = _option(
+    pool_experts: kinds.PoolSizes = _option(
         None,
         "Experts per pool: a number, or times the source's such as 1.5x, or one per pool; the method's own by default.",
     )
-    then: Steps = field(
+    then: kinds.Steps = field(
         default_factory=tuple,
         metadata={"help": "Methods that refine the pool afterwards, such as prefit or [{prefit: {steps: 100}}]."},
     )
-    residual_rank: Count = _option(
+    residual_rank: kinds.Count = _option(
         0, "Rank of a low-rank residual that every layer adds to its pool's weights; 0 is none."
     )
-    budget: Budget = _option(
+    budget: kinds.Budget = _option(
         None, "Choose groups and pool sizes: this fraction of the source's bytes, such as 0.6, at the least loss."
     )
-    max_loss: Loss = _option(
+    max_loss: kinds.Loss = _option(
         None,
         "Choose groups and pool sizes: the fewest bytes that add at most this to the held-out loss (nats per token).",
     )
-    calibration: Data = _option(
+    calibration: kinds.Data = _option(
         None, "Text for the methods that need it and for the losses: a file, a folder, a Hub dataset, or austen."
     )
-    calibration_tokens: Positive = _option(
+    calibration_tokens: kinds.Positive = _option(
         32768, "Tokens of the text to fit on; a quarter as many again are held out."
     )
-    calibration_block_size: BlockSize = _option(
+    calibration_block_size: kinds.BlockSize = _option(
         512, "Tokens in a sequence of the text; the source must know so many positions."
     )
-    statistics: FolderOrNone = _option(
+    statistics: kinds.FolderOrNone = _option(
         None, "Folder that keeps what the text told about the source, for further conversions of it."
     )
-    measure: Switch = _option(
+    measure: kinds.Switch = _option(
         True, "With calibration text: the loss before and after, routing agreement and dead slots, in report and card."
     )
-    seed: Seed = _option(0, "Of the choice of text, and of every method that draws.")
-    push_to_hub: Repository = _option(None, "Hub repository to upload the result to, such as account/model.")
-    revision: Revision = _option(None, "Branch, tag or commit of a source on the Hub.")
-    max_shard_size: ShardSize = _option("5GB", "Largest weight file to write, such as 500MB or 5GB.")
-    allow_pickle: Switch = _option(
+    seed: kinds.Seed = _option(0, "Of the choice of text, and of every method that draws.")
+    push_to_hub: kinds.Repository = _option(None, "Hub repository to upload the result to, such as account/model.")
+    revision: kinds.Revision = _option(None, "Branch, tag or commit of a source on the Hub.")
+    max_shard_size: kinds.ShardSize = _option("5GB", "Largest weight file to write, such as 500MB or 5GB.")
+    allow_pickle: kinds.Switch = _option(
         False, "Read .bin files too, with torch.load(weights_only=True), where a source has no safetensors."
     )
 

@@ -21,7 +21,7 @@ class DemoConfig:
     The defaults were chosen by held-out perplexity for two CPU cores and about ten minutes: docs/log.md.
 
     Raises:
-        ValueError: a field that is wrong whatever the source is.
+        TiedMoeError: a field that is wrong whatever the source is.
     """
 
     output: str = _option("demo", "folder to write; one that holds an interrupted run of the same demo is continued")
@@ -60,6 +60,8 @@ class DemoConfig:
     overwrite: bool = _option(False, "begin anew where output holds an earlier demo")
 
     def __post_init__(self):
+        from transformers_tiedmoe.errors import TiedMoeError  # here, as it takes the seconds that torch takes
+
         for name in ("output", "source", "data"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
@@ -69,23 +71,23 @@ class DemoConfig:
         )
         for name in positive:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be at least 1")
+                raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be at least 1")
         if self.vocab_size < 300:
-            raise ValueError(
+            raise TiedMoeError(
                 f"vocab_size={self.vocab_size}, but 256 bytes and the special tokens take 259; use 300 or more"
             )
         if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
+            raise TiedMoeError(
                 f"num_experts_per_tok={self.num_experts_per_tok} experts are to be active, but num_experts="
                 f"{self.num_experts}; lower the one or raise the other"
             )
         if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2:
-            raise ValueError(
+            raise TiedMoeError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size} into heads "
                 "of even width"
             )
         if not self.prompt:
-            raise ValueError("prompt is empty, but generation begins with it; give a few words")
+            raise TiedMoeError("prompt is empty, but generation begins with it; give a few words")
 
     @property
     def text(self) -> str:

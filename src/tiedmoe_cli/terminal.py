@@ -34,7 +34,7 @@ def errors_as_paragraphs() -> Iterator[None]:
         from transformers_tiedmoe.errors import TiedMoeError
 
         message = " ".join(str(error).split())
-        if isinstance(error, (TiedMoeError, ValueError, OSError, ImportError)):
+        if isinstance(error, (TiedMoeError, OSError, ImportError)):
             print(f"error: {message}", file=sys.stderr)
             raise typer.Exit(1) from None
         if isinstance(error, MemoryError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .errors import TiedMoeError
 from .families import canonical_family, config_class, expert_layers, family_skeleton, remote_classes, restore_config
 from .hub import write_stub
 from .pools import check_groups, tie_groups
@@ -59,7 +60,7 @@ class TiedMoeConfig(PreTrainedConfig):
             Every field of the family's own config, at top level.
 
     Raises:
-        ValueError: unknown family, a family without experts, or fields that contradict each other.
+        TiedMoeError: unknown family, a family without experts, or fields that contradict each other.
 
     Example:
         >>> config = TiedMoeConfig(family="olmoe", group_size=4, num_hidden_layers=12)
@@ -94,10 +95,12 @@ class TiedMoeConfig(PreTrainedConfig):
     def from_family(cls, config: PreTrainedConfig, **tying_fields) -> "TiedMoeConfig":
         """The tied configuration of a family's `config`, e.g. an `OlmoeConfig`; `tying_fields` as in the class."""
         if isinstance(config, TiedMoeConfig):
-            raise ValueError("the config is already a tiedmoe one; expected a family's own config such as OlmoeConfig")
+            raise TiedMoeError(
+                "the config is already a tiedmoe one; expected a family's own config such as OlmoeConfig"
+            )
         unknown = set(tying_fields) - set(TYING_FIELDS)
         if unknown:
-            raise ValueError(f"unknown tying fields {sorted(unknown)}; expected some of {list(TYING_FIELDS)}")
+            raise TiedMoeError(f"unknown tying fields {sorted(unknown)}; expected some of {list(TYING_FIELDS)}")
         fields = config.to_dict()
         for name in ("model_type", "transformers_version", "architectures", "auto_map"):
             fields.pop(name, None)
@@ -136,7 +139,7 @@ class TiedMoeConfig(PreTrainedConfig):
     def _resolve_pools(self) -> None:
         moe_layers = sorted(expert_layers(family_skeleton(self)))
         if not moe_layers:
-            raise ValueError(
+            raise TiedMoeError(
                 f"family {self.family!r} with these fields has no layer with experts; expected a Mixture-of-Experts "
                 "configuration (check first_k_dense_replace, mlp_only_layers and the like)"
             )
@@ -153,7 +156,7 @@ class TiedMoeConfig(PreTrainedConfig):
         self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, least=0)
 
         if self.router_z_loss_coef and not getattr(self, "output_router_logits", False):
-            raise ValueError(
+            raise TiedMoeError(
                 f"router_z_loss_coef={self.router_z_loss_coef} has no effect without router logits; "
                 "set output_router_logits=True too"
             )
@@ -162,12 +165,12 @@ class TiedMoeConfig(PreTrainedConfig):
             if self.slot_maps[p]:
                 continue
             if pool_size < self.experts_per_token:
-                raise ValueError(
+                raise TiedMoeError(
                     f"pool {p} has {pool_size} experts but {self.experts_per_token} are active per token; "
                     "enlarge the pool or lower the number of active experts"
                 )
             if pool_size % num_expert_groups:
-                raise ValueError(
+                raise TiedMoeError(
                     f"pool {p} has {pool_size} experts, which n_group={num_expert_groups} does not divide; "
                     "choose a multiple of n_group"
                 )
@@ -176,13 +179,13 @@ class TiedMoeConfig(PreTrainedConfig):
         num_pools = len(self.groups or [])
         values = list(value) if isinstance(value, (list, tuple)) else [value] * num_pools
         if len(values) != num_pools:
-            raise ValueError(
+            raise TiedMoeError(
                 f"{name} has {len(values)} entries for {num_pools} pools; give one value, or one per pool"
             )
         for p, entry in enumerate(values):
             if type(entry) is not kind or (least is not None and entry < least):  # type: ignore[operator]
                 at_least = "" if least is None else f" of at least {least}"
-                raise ValueError(f"{name} of pool {p} is {entry!r}; expected {kind.__name__}{at_least}")
+                raise TiedMoeError(f"{name} of pool {p} is {entry!r}; expected {kind.__name__}{at_least}")
         return values
 
     def __reduce__(self):
@@ -193,4 +196,4 @@ def _first_field(config: PreTrainedConfig, names: tuple[str, ...], what: str) ->
     for name in names:
         if getattr(config, name, None) is not None:
             return name
-    raise ValueError(f"family {config.family!r} has no field for its {what}; expected one of {list(names)}")
+    raise TiedMoeError(f"family {config.family!r} has no field for its {what}; expected one of {list(names)}")

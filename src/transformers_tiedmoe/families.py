@@ -17,6 +17,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from .errors import TiedMoeError
+
 HEADS: list[Any] = []  # our heads in order, each with its Auto class and the mapping of the families' own heads
 
 
@@ -24,13 +26,13 @@ def canonical_family(family: object) -> str:
     """Return the `model_type` of the config that a family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text".
 
     Raises:
-        ValueError: no text-only causal LM with experts of that name.
+        TiedMoeError: no text-only causal LM with experts of that name.
     """
     if isinstance(family, str) and family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
         if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
             return causal_lm.config_class.model_type
-    raise ValueError(
+    raise TiedMoeError(
         f"unknown family {family!r}; expected the model_type of a transformers text-only causal LM whose experts use "
         "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
     )
@@ -60,7 +62,7 @@ def expert_layers(model: nn.Module) -> dict[int, str]:
         if match and _is_experts(module):
             layer = int(match[1])
             if layer in layers:
-                raise ValueError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
+                raise TiedMoeError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
             layers[layer] = path
     return layers
 
@@ -93,7 +95,7 @@ def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
     first, *others = found
     for layer in others:
         if found[layer] != found[first]:
-            raise ValueError(
+            raise TiedMoeError(
                 f"group {p} ties layers {first} and {layer}, whose experts differ: {found[first]} and {found[layer]}; "
                 "put them into different groups"
             )
@@ -146,7 +148,7 @@ def model_class(head: Any, config: Any) -> Any:
     """Make the subclass of `head` and the family's own class, e.g. of TiedMoeForCausalLM and OlmoeForCausalLM.
 
     Raises:
-        ValueError: transformers has no such head for the family.
+        TiedMoeError: transformers has no such head for the family.
     """
     return _model_class(head, config)
 
@@ -155,7 +157,7 @@ def model_class(head: Any, config: Any) -> Any:
 def _model_class(head: Any, config: Any) -> Any:
     family = config.family
     if CONFIG_MAPPING[family] not in head._family_heads:
-        raise ValueError(f"transformers has no {head.__name__.removeprefix('TiedMoe')} of family {family!r}")
+        raise TiedMoeError(f"transformers has no {head.__name__.removeprefix('TiedMoe')} of family {family!r}")
     parent = head._family_heads[CONFIG_MAPPING[family]]
     namespace = {
         "__doc__": f"`{parent.__name__}` with pools; see `{head.__name__}`.",
@@ -220,7 +222,7 @@ def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
                 checkpoint = getattr(module, "_gradient_checkpointing_func", None)
                 if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
                     if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-                        raise ValueError(
+                        raise TiedMoeError(
                             "reentrant gradient checkpointing under FSDP2 gives pools a wrong gradient; call "
                             'gradient_checkpointing_enable({"use_reentrant": False})'
                         )

@@ -15,6 +15,8 @@ a pool of all the group's experts, where layer j of the group reads rows j*E..(j
 
 from collections.abc import Sequence
 
+from .errors import TiedMoeError
+
 
 def tie_groups(
     moe_layers: Sequence[int], group_size: int = 2, skip_first: int = 2, skip_last: int = 2
@@ -40,7 +42,7 @@ def tie_groups(
         ("skip_last", skip_last, 0),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}; expected an integer of at least {least}")
+            raise TiedMoeError(f"{name}={value!r}; expected an integer of at least {least}")
     tied = list(moe_layers)[skip_first : len(moe_layers) - skip_last]
     return [tied[start : start + group_size] for start in range(0, len(tied), group_size)]
 
@@ -51,18 +53,18 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
     owner: dict[int, int] = {}
     for p, group in enumerate(groups):
         if isinstance(group, (str, bytes)) or not isinstance(group, Sequence) or len(group) == 0:
-            raise ValueError(f"group {p} is {group!r}; expected a non-empty list of layer indices, e.g. [2, 3]")
+            raise TiedMoeError(f"group {p} is {group!r}; expected a non-empty list of layer indices, e.g. [2, 3]")
         for layer in group:
             if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_hidden_layers:
-                raise ValueError(
+                raise TiedMoeError(
                     f"group {p} names layer {layer!r}; expected an integer from 0 to {num_hidden_layers - 1}"
                 )
             if layer not in position:
-                raise ValueError(
+                raise TiedMoeError(
                     f"group {p} names layer {layer}, which is dense; only MoE layers can be tied: {list(moe_layers)}"
                 )
             if layer in owner:
-                raise ValueError(
+                raise TiedMoeError(
                     f"layer {layer} is in group {owner[layer]} and in group {p}; a layer reads one pool: "
                     "remove it from one of them"
                 )
@@ -70,7 +72,7 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
         positions = [position[layer] for layer in group]
         if positions != list(range(positions[0], positions[0] + len(positions))):
             run = [moe_layers[i] for i in range(min(positions), max(positions) + 1)]
-            raise ValueError(
+            raise TiedMoeError(
                 f"group {p} is {list(group)}, which skips or reorders MoE layers; a group is a run of consecutive "
                 f"MoE layers such as {run}"
             )

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import TiedMoeError
+
 
 def distillation_loss(
     logits: torch.Tensor,
@@ -28,7 +30,7 @@ def distillation_loss(
         fp32 scalar, the sum over the tokens that are not left out, in nats.
     """
     if logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise TiedMoeError(
             f"the student's logits are {tuple(logits.shape)}, but the teacher's {tuple(teacher_logits.shape)}; "
             "give a teacher with the same vocabulary"
         )

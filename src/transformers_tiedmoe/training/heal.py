@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from ..errors import TiedMoeError, reading
 from .data import load_blocks
 from .lora import add_lora
 from .output import HealOutput
@@ -80,21 +81,23 @@ class HealConfig:
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be at least 1")
+                raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be at least 1")
         for name in ("learning_rate", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be a positive number")
+                raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be a positive number")
         for name in ("teacher_weight", "warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is a share and must lie between 0 and 1")
+                raise TiedMoeError(f"{name}={getattr(self, name)}, but it is a share and must lie between 0 and 1")
         if self.eval_steps < 0 or self.weight_decay < 0:
-            raise ValueError(f"eval_steps={self.eval_steps} and weight_decay={self.weight_decay} must not be negative")
+            raise TiedMoeError(
+                f"eval_steps={self.eval_steps} and weight_decay={self.weight_decay} must not be negative"
+            )
         if self.lr_divisor not in LR_DIVISORS:
-            raise ValueError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
+            raise TiedMoeError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
         for name in ("model", "teacher", "data"):
             value = getattr(self, name)
             if value and Path(value).exists() and Path(value).resolve() == Path(self.output).resolve():
-                raise ValueError(f"output={self.output} is also the {name}; give a folder of its own")
+                raise TiedMoeError(f"output={self.output} is also the {name}; give a folder of its own")
 
 
 def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = None) -> dict:
@@ -117,7 +120,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     Raises:
         FileNotFoundError: no such data.
         OSError: no such model or teacher.
-        ValueError: too little text, a teacher with another vocabulary, an output folder that holds something else, or
+        TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else, or
             a loss that is no longer a number.
         ImportError: `lora` without peft.
     """
@@ -126,7 +129,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     output = HealOutput(config.output, asdict(config))
     args = _training_arguments(config, is_resumed=output.checkpoint is not None, is_quiet=progress is not None)
     tell(output.checkpoint_step, config.max_steps, "reading the text")
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = _load_tokenizer(config.model)
     with args.main_process_first(desc="tokenizing the text"):
         train, validation = load_blocks(
             config.data, tokenizer, config.block_size, config.validation_fraction, config.text_column
@@ -167,7 +170,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
     healed = _final_model(trainer, origin, output)
     after = _held_out(trainer.evaluate())
     if not math.isfinite(after["loss"]):
-        raise ValueError(
+        raise TiedMoeError(
             f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']}; nothing was saved: "
             "lower learning_rate"
         )
@@ -196,7 +199,7 @@ def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = 
 def _training_arguments(config: HealConfig, is_resumed: bool, is_quiet: bool) -> TrainingArguments:
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
-            raise ValueError(
+            raise TiedMoeError(
                 f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every process; "
                 "launch it with --multi_gpu, with lora where memory is short"
             )
@@ -228,19 +231,27 @@ def _training_arguments(config: HealConfig, is_resumed: bool, is_quiet: bool) ->
         disable_tqdm=is_quiet,
     )
     if args.n_gpu > 1:
-        raise ValueError(
+        raise TiedMoeError(
             f"one process sees {args.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one process "
             "a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
         )
     return args
 
 
+def _load_tokenizer(path: str):
+    with reading(f"the tokenizer of {path}"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
 def _load(path: str | Path, dtype) -> PreTrainedModel:
     """A causal language model with every weight found in the checkpoint."""
-    model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    with reading(f"the model {path}"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     lacking = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if lacking:
-        raise ValueError(
+        raise TiedMoeError(
             f"{path} lacks {len(lacking)} weights of {type(model).__name__}, first {lacking[0]}; "
             "they would be drawn at random: give a complete checkpoint of a causal language model"
         )
@@ -277,14 +288,18 @@ def _load_teacher(config: HealConfig, tokenizer) -> PreTrainedModel | None:
     """The frozen teacher. Logits are compared one by one: both models must mean the same token by the same number."""
     if config.teacher is None:
         return None
-    sizes = [AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (config.teacher, config.model)]
+    with reading(f"the config of {config.teacher}"):
+        sizes = [
+            AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
+            for path in (config.teacher, config.model)
+        ]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise TiedMoeError(
             f"teacher {config.teacher} has a vocabulary of {sizes[0]} tokens, but {config.model} one of {sizes[1]}; "
             "give the source that the model was converted from"
         )
-    if AutoTokenizer.from_pretrained(config.teacher).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
+    if _load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise TiedMoeError(
             f"the tokenizers of teacher {config.teacher} and of {config.model} number their tokens differently; "
             "give the source that the model was converted from"
         )

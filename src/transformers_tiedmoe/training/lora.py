@@ -5,6 +5,8 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import TiedMoeError
+
 
 def add_lora(model: PreTrainedModel, rank: int = 16):
     """Wrap a causal language model so that only adapters on its attention and its pools are trained.
@@ -43,7 +45,7 @@ def attention_linears(model: nn.Module) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = [name for name in names if re.search(r"att(n|ention)[^.]*\.", name)]
     if not names:
-        raise ValueError(
+        raise TiedMoeError(
             f"{type(model).__name__} has no linear layer inside an attention module to put an adapter on; "
             "heal it without lora"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import CONFIG_NAME
 
 from ..auto_files import settle_tokenizer
+from ..errors import TiedMoeError
 
 PROGRESS = "heal_progress.json"
 REPORT = "heal.json"
@@ -37,13 +38,15 @@ class HealOutput:
             return
         is_unfinished = (self.folder / PROGRESS).is_file()
         if not is_unfinished and not (self.folder / REPORT).is_file():
-            raise ValueError(f"output {self.folder} is not empty and holds no healing; give a new or an empty folder")
+            raise TiedMoeError(
+                f"output {self.folder} is not empty and holds no healing; give a new or an empty folder"
+            )
         if config["overwrite"]:
             self._replace = True
         elif is_unfinished:
             self._continue(json.loads((self.folder / PROGRESS).read_text()))
         else:
-            raise ValueError(
+            raise TiedMoeError(
                 f"output {self.folder} holds a finished healing; give another folder, or ask to overwrite it (overwrite)"
             )
 
@@ -54,7 +57,7 @@ class HealOutput:
             if progress["identity"].get(name) != value
         ]
         if different:
-            raise ValueError(
+            raise TiedMoeError(
                 f"output {self.folder} holds an unfinished healing with other options ({'; '.join(different)}); "
                 "repeat its command to continue it, or ask to overwrite it (overwrite)"
             )

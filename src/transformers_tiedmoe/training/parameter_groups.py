@@ -9,6 +9,8 @@ import re
 
 from transformers import PreTrainedModel
 
+from ..errors import TiedMoeError
+
 POOL_NAME = re.compile(r"(?:^|\.)expert_pools\.(\d+)\.")
 NO_DECAY = re.compile(r"(?:^|[._])(?:bias|norm|layernorm|rmsnorm|ln)\d*(?:$|[._])", re.IGNORECASE)
 LR_DIVISORS = {"none": lambda group_size: 1.0, "sqrt": math.sqrt}
@@ -31,7 +33,7 @@ def pool_parameter_groups(
         One dict of `params`, `lr` and `weight_decay` for each pair of values that occurs; a parameter is in exactly one.
     """
     if lr_divisor not in LR_DIVISORS:
-        raise ValueError(f"lr_divisor={lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
+        raise TiedMoeError(f"lr_divisor={lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
