@@ -26,9 +26,12 @@ from hypothesis import strategies as st
 
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from tiedmoe_conversion.plan import Plan
+from transformers_tiedmoe import hub
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.journal import append
 from transformers_tiedmoe.training import text_files
 from transformers_tiedmoe.training.data import load_blocks
+from transformers_tiedmoe.workdir import open_work
 
 CASES = int(os.environ.get("TIEDMOE_FUZZ_CASES", "240"))
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "qwen2_moe")
@@ -342,3 +345,66 @@ def test_training_text(tmp_path_factory, data):
 
 
 TOKENIZER = make_tokenizer()
+
+
+@cases(0.2)
+@given(data=st.data())
+def test_journal(tmp_path_factory, data):
+    """A journal of unfinished work: an error that says so, or the whole output and nothing else."""
+    folder = tmp_path_factory.getbasetemp() / "journal"
+    shutil.rmtree(folder, ignore_errors=True)
+    output, state = folder / "out", folder / ".out.partial"
+    with contextlib.suppress(KeyboardInterrupt), open_work(output, {"recipe": {"steps": 3}}) as work:
+        work.write_text("sub/a.txt", "a")
+        work.store("long", lambda path: path.write_text("long"))
+        work.path("b.txt").write_text("b")
+        raise KeyboardInterrupt
+    (folder / "mine.txt").write_text("mine")
+    journal = state / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    kind = data.draw(st.sampled_from(["splice", "field", "entry", "drop", "twice", "cut"]))
+    at = data.draw(st.integers(0, len(lines) - 1))
+    if kind == "drop":
+        del lines[at]
+    elif kind == "twice":
+        lines.insert(data.draw(st.integers(0, len(lines))), lines[at])
+    journal.write_bytes(b"".join(lines))
+    if kind == "splice":
+        journal.write_bytes(spliced(data.draw, journal.read_bytes()))
+    elif kind == "cut":
+        journal.write_bytes(journal.read_bytes()[: data.draw(st.integers(0, journal.stat().st_size))])
+    elif kind in ("field", "entry"):  # with its right hash
+        entry = json.loads(lines[at])
+        del entry["check"]
+        if kind == "field":
+            entry[data.draw(st.sampled_from(sorted(entry)))] = data.draw(st.one_of(anything, st.lists(words)))
+        else:
+            entry = {data.draw(st.sampled_from(["file", "begun", "owned", "deleted", "x"])): data.draw(anything)}
+        append(journal, entry)
+    with Limits(), contextlib.suppress(TiedMoeError):
+        with open_work(output, {"recipe": {"steps": 3}}) as work:
+            if work.report is None:
+                for name, text in (("sub/a.txt", "a"), ("b.txt", "b")):
+                    work.write_text(name, text)
+                work.complete({})
+        found = {path.relative_to(output).as_posix(): path.read_text() for path in output.rglob("*") if path.is_file()}
+        assert found == {"sub/a.txt": "a", "b.txt": "b"}
+        assert not state.exists()
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+@cases(0.5)
+@given(data=st.data())
+def test_manifest(data):
+    """What a manifest claims has the type that its readers count on, or is refused."""
+    digest = {"bytes": 1, "xxh3_128": "0" * 32}
+    manifest = {"made_by": "x", "recipe": {}, "source": {"name": "x"}, "dropped": [{"tensor": "x", "reason": "y"}],
+                "verification": {}, "versions": {}, "files": {"a": digest}}  # fmt: skip
+    manifest[data.draw(st.sampled_from(sorted(manifest)))] = data.draw(anything)
+    with contextlib.suppress(TiedMoeError):
+        found = hub.check_manifest(manifest, "folder/tiedmoe_conversion.json")
+        assert isinstance(found["source"].get("name"), str | None)
+        assert all(isinstance(each["tensor"] + each["reason"], str) for each in found["dropped"])
+        assert all(len((Path("folder") / name).parts) > 1 and each.keys() for name, each in found["files"].items())
+        assert isinstance((found["recipe"] or {}).get("allow_pickle"), object)
+        assert isinstance(found["verification"].get("lossless"), object)

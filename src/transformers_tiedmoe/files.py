@@ -16,6 +16,7 @@ from .errors import TiedMoeError
 HASH = "xxh3_128"  # finds damage, not forgery; sha256 would take longer than copying the files
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+MAX_NAME_BYTES = 255  # of a file or a folder, on every usual disk
 _CHUNK = 1 << 20
 
 
@@ -80,11 +81,15 @@ def file_digest(path: Path) -> dict[str, Any] | None:
 
 
 def is_file_name(name: Any) -> bool:
-    """Tell whether `name` can be a file in a folder: a relative path that does not lead out of its folder."""
+    """Tell whether `name` can be a file in a folder: a relative path that does not lead out of it."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+    try:
+        is_short = all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in path.parts) and len(path.parts) < 64
+    except UnicodeEncodeError:
+        return False
+    return is_short and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 
 
 def is_digest(written: Any) -> bool:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from .errors import TiedMoeError
 from .files import (
+    MAX_NAME_BYTES,
     atomic_write_text,
     check_apart,
     disk_errors_explained,
@@ -63,7 +64,7 @@ def check_output(
         TiedMoeError: one of these is not so, or no folder can have that name.
     """
     path = resolved(output)
-    if len(os.fsencode(partial_folder(path).name)) > 255 or path.is_mount():
+    if len(os.fsencode(partial_folder(path).name)) > MAX_NAME_BYTES or path.is_mount():
         raise TiedMoeError(
             f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
         )
@@ -238,6 +239,8 @@ class Folder:
     def _apply(self, entry: Mapping[str, Any]) -> None:
         if "begun" in entry:
             self._begun.update(entry["begun"])
+            for name in entry["begun"]:
+                self.files.pop(name, None)
         elif "owned" in entry:
             self._owned.update(entry["owned"])
         elif "file" in entry:
@@ -263,6 +266,8 @@ class Folder:
         shutil.rmtree(self._state / DRAFT, ignore_errors=True)
         for name in self._begun:
             remove_file(self.folder, name)
+        if self._begun:
+            self._note({"deleted": sorted(self._begun)})
 
 
 class Work(Folder):
@@ -285,6 +290,8 @@ class Work(Folder):
                 f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move them "
                 "elsewhere, and run the same command again"
             )
+        unfinished = self._begun | {name for name in self.files if not (self.folder / name).is_file()}
+        assert not unfinished, f"never finished: {sorted(unfinished)}"
         for path in [*self.folder.rglob("*"), self.folder]:
             flush(path)
         self._note({"complete": report})
