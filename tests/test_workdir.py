@@ -570,11 +570,12 @@ def test_inputs_in_the_output_and_around_it(tmp_path):
             check_apart(output, {"teacher": None, "model": str(model)})
     check_apart(tmp_path / "out", {"model": str(source), "data": "no/such"})
     check_apart(tmp_path / "no", {"data": "no/such"})  # a hub id, perhaps
+    check_apart(tmp_path / "no", {"data": "a" * 5000, "model": "\ud800", "teacher": "a\0b"})  # for others to refuse
     with pytest.raises(TiedMoeError, match=r"statistics=.* is also the output"):
         check_apart(tmp_path / "out", {"output": tmp_path / "out"}, "statistics")
 
 
-@pytest.mark.parametrize("output", ["", "sub/..", ".", "a\0b", "n" * 250, "/"])
+@pytest.mark.parametrize("output", ["", "sub/..", ".", "a\0b", "n" * 250, "/", "\ud800"])
 def test_outputs_that_can_be_no_folder_are_refused_first(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

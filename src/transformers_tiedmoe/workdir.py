@@ -64,6 +64,14 @@ def check_output(
         TiedMoeError: one of these is not so, or no folder can have that name.
     """
     path = resolved(output)
+    with disk_errors_explained(path, "nothing was written"):
+        _check_place(path, output, owned)
+    check_apart(path, inputs or {})
+    return path
+
+
+def _check_place(path: Path, output: str | Path, owned: Collection[str] | None) -> None:
+    """Raise unless a folder can be made at `path`, or replaced, or is empty."""
     if len(os.fsencode(partial_folder(path).name)) > MAX_NAME_BYTES or path.is_mount():
         raise TiedMoeError(
             f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
@@ -83,8 +91,6 @@ def check_output(
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir():
         raise TiedMoeError(f"output {output} cannot be made: {parent} is a file; choose another one")
-    check_apart(path, inputs or {})
-    return path
 
 
 def was_renamed(output: Path) -> bool:
