@@ -121,6 +121,7 @@ class Folder:
         self._owned: set[str] = set()
         self._begun: set[str] = set()
         self._stored: dict[str, Mapping[str, Any]] = {}
+        self._told = (folder, "what is done is kept")  # when a disk fails
         for entry in entries:
             self._apply(entry)
 
@@ -172,13 +173,14 @@ class Folder:
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
         """Give an empty folder to write into; every file that is in it at the end moves to its place here, complete."""
-        (self._state / DRAFT).mkdir(exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
-        try:
-            yield draft
-            self.take(draft)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with disk_errors_explained(*self._told):
+            (self._state / DRAFT).mkdir(exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
+            try:
+                yield draft
+                self.take(draft)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
 
     def take(self, folder: Path) -> None:
         """Move every file of `folder`, of the run's own making and on the same disk, to its place here."""
@@ -366,7 +368,8 @@ def open_work(
     if partial.is_symlink():
         raise TiedMoeError(f"{partial} is a link; expected a folder of ours, or nothing: remove it")
     made = [str(parent) for parent in output.parents if not parent.exists()]
-    with disk_errors_explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
+    told = (output, "what is done is kept" if keep else "nothing is left of the attempt")
+    with disk_errors_explained(*told):
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = _acquire(partial, f"is writing {output}", "choose another output")
@@ -382,6 +385,7 @@ def open_work(
             raise
         try:
             work = Work(partial, entries)
+            work._told = told
             try:
                 if was_renamed(output):
                     yield work
@@ -444,13 +448,15 @@ def open_folder(
             f"{folder} holds something that is not {what}: {found[:3]}; expected a new or empty one: {advice}"
         )
     made = [str(each) for each in (path, *path.parents) if not each.exists()]
-    with disk_errors_explained(path, "nothing is left of the attempt" if temporary else "what is done is kept"):
+    told = (path, "nothing is left of the attempt" if temporary else "what is done is kept")
+    with disk_errors_explained(*told):
         state.mkdir(parents=True, exist_ok=True)
         lock = _acquire(state, f"uses {folder}", advice)
         try:
             opened = _open_state(
                 path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
             )
+            opened._told = told
             try:
                 with _registered(opened):
                     yield opened
