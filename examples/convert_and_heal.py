@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedmoe_cli.terminal import show_progress
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
-from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
+from transformers_tiedmoe.training.heal import heal
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("source")
@@ -33,10 +34,10 @@ recipe = ConversionRecipe(
 )
 plan = make_plan(recipe)  # reads headers only
 print(plan)
-config = HealConfig(
+config = TiedMoeTrainingArguments(
     model=tied,
     data=arguments.text,
-    output=healed,
+    output_dir=healed,
     teacher=arguments.source,
     max_steps=arguments.max_steps,
     block_size=arguments.block_size,

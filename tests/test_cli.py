@@ -31,7 +31,7 @@ from tiedmoe_cli import terminal
 from tiedmoe_cli.flags import FileOption, with_flags
 from tiedmoe_conversion import ConversionRecipe
 from tiedmoe_demo import DemoConfig
-from transformers_tiedmoe.training.heal import HealConfig
+from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 
 RECIPES = Path(tiedmoe_conversion.__file__).parent / "recipes"
 COMMANDS = {
@@ -39,7 +39,7 @@ COMMANDS = {
     "convert": ConversionRecipe,
     "verify": cli.VerifyConfig,
     "untie": cli.UntieConfig,
-    "heal": HealConfig,
+    "heal": TiedMoeTrainingArguments,
     "demo": DemoConfig,
     "recipes": cli.RecipesConfig,
 }
@@ -83,7 +83,12 @@ def tiedmoe(app):
 def test_help_has_every_field_of_the_dataclass_and_an_example(command, tiedmoe):
     out = " ".join(tiedmoe(command, "--help").stdout.split())
     assert f"Example: tiedmoe {command}" in out
+    every = " ".join(tiedmoe(command, "--help-all").stdout.split()) if command == "heal" else out
+    own = set(COMMANDS[command].__annotations__)
     for each in dataclasses.fields(COMMANDS[command]):
+        if each.name not in own:  # Trainer's own
+            assert f"--{each.name} " in every or f"--{each.name}," in every, each.name
+            continue
         assert f"--{each.name.replace('_', '-')}" in out or each.name.upper() in out, each.name
         assert each.metadata["help"].split()[0] in out
     assert "--json" in out
@@ -175,15 +180,6 @@ def test_verify_compares_with_the_source(source, tmp_path, tiedmoe):
     error = tiedmoe("verify", tmp_path / "tied", status=1).stderr
     assert "model.safetensors is" in error
     assert "convert it again" in " ".join(error.split())
-
-
-def test_paths_are_printed_as_they_are(source, tmp_path, tiedmoe):
-    """Neither wrapped at 80 columns nor read as rich's markup."""
-    output = tmp_path / ("[red]a b" * 20)
-    arguments = ("--groups", "[[1, 2]]", "--method", "average", "--max-shard-size", "1MB")
-    out = tiedmoe("convert", source, output, *arguments).stdout
-    assert out.splitlines()[-1] == f"The tied model is in {output}."
-    assert tiedmoe("verify", output).stdout.splitlines()[-1] == f"{output} is sound."
 
 
 CALIBRATION = ("--calibration-tokens", 128, "--calibration-block-size", 16)
@@ -441,7 +437,67 @@ def test_debug_shows_the_traceback(source, app, monkeypatch):
 
 
 def test_a_flag_that_does_not_exist_is_status_2(tiedmoe):
-    assert "No such option" in tiedmoe("heal", "m", "--dato", "x", status=2).stderr
+    assert "No such option" in tiedmoe("convert", "m", "--dato", "x", status=2).stderr
+    error = tiedmoe("heal", "m", "--dato", "x", status=2).stderr
+    assert "no such flag or argument: --dato; did you mean --data?" in error
+
+
+def test_heal_takes_every_flag_of_trainer_and_a_config_whose_fields_the_command_line_replaces(
+    tied, text, tmp_path, tiedmoe
+):
+    config = tmp_path / "heal.yaml"
+    config.write_text(
+        "output: nowhere\nbatch-size: 2\nlearning_rate: 1e-2\nmax_steps: 9\noptim: adagrad\nblock_size: 16\n"
+        "lr_scheduler_type: constant\n"
+    )
+    flags = [
+        "--data",
+        text,
+        "--output_dir",
+        tmp_path / "healed",
+        "--config",
+        config,
+        "--max-steps",
+        2,
+        "--adam-beta2",
+        0.9,
+    ]
+    report = json.loads(tiedmoe("heal", tied, *flags, "--logging_steps", 1, "--json").stdout)
+    assert report["steps"] == 2
+    assert report["tokens"] == 2 * 2 * 16
+    assert report["config"]["optim"] == "adagrad"
+    assert (report["config"]["adam_beta2"], report["config"]["learning_rate"]) == (0.9, 0.01)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--deepspeed", "x.json"], "deepspeed='x.json' is not supported by healing: healing needs the weights whole"),
+        (["--fsdp", "full_shard"], "fsdp='full_shard' is not supported by healing"),
+        (["--push_to_hub"], "push_to_hub=True is not supported by healing: upload the finished folder"),
+        (["--lr_scheduler_type", "square"], "transformers' TrainingArguments refuse this: square is not a valid"),
+        (["--num_train_epochs", "2"], "healing counts steps, not epochs"),
+        (["--batch-size", "2", "--per_device_train_batch_size", "4"], "per_device_train_batch_size is given twice"),
+        (["--config", "{bomb}"], "it uses the alias"),
+        (["--config", "{list}"], "holds a list; expected lines such as 'learning_rate: 1e-4'"),
+        (["--config", "{typo}"], "healing has no argument 'learnin_rate'; did you mean learning_rate?"),
+        (["--config", "{word}"], "learning_rate='fast'; expected a number"),
+    ],
+)
+def test_heal_refuses_arguments_that_it_cannot_follow(arguments, message, tied, text, tmp_path, tiedmoe):
+    files = {
+        "bomb": "a: &a [1, 1]\nb: [*a, *a]\n",
+        "list": "- 1\n",
+        "typo": "learnin_rate: 1\n",
+        "word": "learning_rate: fast\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    arguments = [each.format(**{name: tmp_path / name for name in files}) for each in arguments]
+    result = tiedmoe("heal", tied, "--data", text, "--output", tmp_path / "healed", *arguments, status=1)
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "healed").exists()
 
 
 def test_a_missing_optional_package_is_no_traceback(tied, text, tmp_path, tiedmoe, monkeypatch):
@@ -553,7 +609,7 @@ def test_ctrl_c_ends_the_process_with_130(tied, text, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not (output / "heal_progress.json").exists():
+        while not (tmp_path / ".healed.partial" / "scratch" / "checkpoints").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)

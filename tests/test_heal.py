@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.adapters import find_adapter
+from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.files import file_digest
+from transformers_tiedmoe.hub import read_manifest
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
+from transformers_tiedmoe.training.trainer import HealTrainer
+from transformers_tiedmoe.workdir import open_work
 
 QUICK = {"max_steps": 6, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
 
@@ -40,6 +48,11 @@ def tied(tmp_path_factory):
 @pytest.fixture
 def output(tmp_path):
     return str(tmp_path / "healed")
+
+
+def checkpoints(output):
+    """Where Trainer's checkpoints of an unfinished healing are."""
+    return Path(output).with_name(f".{Path(output).name}.partial") / "scratch" / "checkpoints"
 
 
 def losses(report):
@@ -117,7 +130,7 @@ def test_heal_killed_and_started_again_ends_where_an_unbroken_run_does(fixture, 
     with pytest.raises(Killed):
         heal(HealConfig(model, data, output, **options), kill)
     assert not Path(output, "config.json").exists(), "it must not look complete"
-    Path(output, "checkpoint-5").mkdir()  # what a kill in the middle of saving leaves
+    (checkpoints(output) / "checkpoint-5").mkdir()  # what a kill in the middle of saving leaves
     resumed = heal(HealConfig(model, data, output, **options))
     assert resumed["resumed_from_step"] == 4
     assert resumed["steps"] == 6
@@ -134,7 +147,7 @@ def test_heal_process_killed_by_the_system_is_continued_by_the_same_command(tied
     command += ["--max-steps", "60", "--save-steps", "5", "--batch-size", "4", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not Path(output, "checkpoint-10", "trainer_state.json").exists():
+    while not (checkpoints(output) / "checkpoint-10" / "complete.json").exists():
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -150,35 +163,290 @@ def test_heal_process_killed_by_the_system_is_continued_by_the_same_command(tied
 
 def test_heal_refuses_outputs_that_hold_something_else(tied, data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not empty and holds no healing"):
+    for overwrite, message in ((False, "is not empty"), (True, "which the run to be replaced did not write")):
+        with pytest.raises(TiedMoeError, match=message):
             heal(HealConfig(tied, data, str(tmp_path), overwrite=overwrite, **QUICK))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_heal_refuses_a_finished_output_unless_asked_and_other_options_when_unfinished(tied, data, output):
-    heal(HealConfig(tied, data, output, **QUICK))
-    with pytest.raises(ValueError, match="holds a finished healing"):
-        heal(HealConfig(tied, data, output, **QUICK))
-    Path(output, "heal.json").rename(Path(output, "mark"))
-
+def kill_at(step):
     def kill(done, total, what):
-        if done:
+        if done == step:
             raise InterruptedError
 
-    other = QUICK | {"max_steps": 3}
-    Path(output, "mark").rename(Path(output, "heal.json"))
-    with pytest.raises(InterruptedError):
-        heal(HealConfig(tied, data, output, overwrite=True, **other), kill)
-    with pytest.raises(ValueError, match="max_steps was 3 and is 6"):
+    return kill
+
+
+def test_heal_replaces_a_finished_output_when_asked_and_only_at_its_end(tied, data, output):
+    heal(HealConfig(tied, data, output, **QUICK))
+    first = weights(output)
+    with pytest.raises(TiedMoeError, match="holds a finished healing"):
         heal(HealConfig(tied, data, output, **QUICK))
-    assert heal(HealConfig(tied, data, output, **other))["steps"] == 3
+    other = QUICK | {"max_steps": 3, "save_steps": 1, "overwrite": True}
+    with pytest.raises(InterruptedError):
+        heal(HealConfig(tied, data, output, **other), kill_at(2))
+    assert all(torch.equal(weight, first[name]) for name, weight in weights(output).items()), "the old one is lost"
+    report = heal(HealConfig(tied, data, output, **other))
+    assert (report["steps"], report["resumed_from_step"]) == (3, 1)
+    assert json.loads(Path(output, "heal.json").read_text())["steps"] == 3
+    assert [path.name for path in Path(output).parent.iterdir()] == ["healed"]
+
+
+def test_heal_overwrite_deletes_only_what_a_healing_wrote(tied, data, output):
+    heal(HealConfig(tied, data, output, **QUICK))
+    (Path(output) / "mine.txt").write_text("mine")
+    with pytest.raises(TiedMoeError, match=r"holds \['mine.txt'\], which the run to be replaced did not write"):
+        heal(HealConfig(tied, data, output, overwrite=True, **QUICK))
+    assert (Path(output) / "mine.txt").read_text() == "mine"
+    for name in ("model", "teacher", "data"):
+        inside = Path(output) / "inside"
+        shutil.copytree(tied, inside)
+        fields = {"model": tied, "data": data, name: str(inside)}
+        with pytest.raises(TiedMoeError, match=r"lies in output=|which the run to be replaced did not write"):
+            heal(HealConfig(output=output, overwrite=True, **fields, **QUICK))
+        assert (inside / "config.json").is_file()
+        shutil.rmtree(inside)
+
+
+@pytest.mark.parametrize("what", ["max_steps", "model", "data", "teacher"])
+def test_heal_is_not_continued_with_another(what, source, data, tmp_path, output):
+    """The same names, but other contents: what was trained so far would belong to something else."""
+    tied, text, teacher = save_tied(tmp_path / "tied"), tmp_path / "text.txt", save_source(tmp_path / "teacher")
+    shutil.copy(data, text)
+    options = QUICK | {"save_steps": 1, "teacher": teacher}
+    with pytest.raises(InterruptedError):
+        heal(HealConfig(tied, str(text), output, **options), kill_at(3))
+    if what == "max_steps":
+        options["max_steps"] = 9
+    elif what == "data":
+        text.write_text(make_text()[:-20])
+    else:
+        folder = Path({"model": tied, "teacher": teacher}[what])
+        for path in folder.glob("*.safetensors"):
+            os.utime(path, (1, 1))
+    differs = {"max_steps": "arguments: max_steps was 6 and is 9", "data": "data: tokens_sha256"}.get(
+        what, f"{what}: model"
+    )
+    with pytest.raises(TiedMoeError, match=f"differs in its {differs}.*repeat the old command to go on, or"):
+        heal(HealConfig(tied, str(text), output, **options))
+    assert (checkpoints(output) / "checkpoint-2" / "complete.json").is_file()
+
+
+def test_heal_killed_after_its_last_checkpoint_trains_no_step_more(tied, data, tmp_path, output):
+    options = QUICK | {"save_steps": 2}
+    unbroken = heal(HealConfig(tied, data, str(tmp_path / "unbroken"), **options))
+
+    def kill(done, total, what):
+        if done == total and what == "evaluating":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        heal(HealConfig(tied, data, output, **options), kill)
+    report = heal(HealConfig(tied, data, output, **options))
+    assert report["resumed_from_step"] == 6
+    for name in ("steps", "tokens", "history", "before", "after"):
+        assert report[name] == unbroken[name], name
+    expected, found = weights(tmp_path / "unbroken"), weights(output)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("optimizer.pt", "cut"), ("optimizer.pt", "remove"), ("scheduler.pt", "remove"), ("rng_state.pth", "cut"),
+        ("trainer_state.json", "empty"), ("model.safetensors", "cut"), ("complete.json", "garble"),
+    ],
+)  # fmt: skip
+def test_heal_goes_on_from_the_checkpoint_before_a_damaged_one(file, damage, tied, data, tmp_path, output):
+    options = QUICK | {"save_steps": 2, "max_steps": 5}
+    with pytest.raises(InterruptedError):
+        heal(HealConfig(tied, data, output, **options), kill_at(5))
+    path = checkpoints(output) / "checkpoint-4" / file
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:-7], "empty": b"", "garble": b"[1"}[damage])
+    report = heal(HealConfig(tied, data, output, **options))
+    assert report["resumed_from_step"] == 2
+    assert report["steps"] == 5
+    assert any(
+        "checkpoint-4 is damaged or was cut off; the run went on from checkpoint-2" in w for w in report["warnings"]
+    )
+
+
+def test_two_heals_on_one_output(tied, data, output):
+    """The second is refused while the first is at work, and leaves it alone."""
+    with open_work(Path(output), {"first": {"one": 1}}, keep=True) as work:
+        (work.scratch / "checkpoints").mkdir()
+        with pytest.raises(TiedMoeError, match=r"another process.* is writing .*healed; expected to be the only one"):
+            heal(HealConfig(tied, data, output, **QUICK))
+        assert (work.scratch / "checkpoints").is_dir()
+        work.write_text("file", "of the first")
+        work.complete({})
+    assert [path.name for path in Path(output).iterdir()] == ["file"]
+
+
+def test_heal_says_so_when_the_model_is_worse_or_knows_nothing(tied, data, tmp_path, output):
+    trained = str(tmp_path / "trained")
+    heal(HealConfig(tied, data, trained, **QUICK | {"max_steps": 20}))
+    report = heal(HealConfig(trained, data, str(tmp_path / "worse"), **QUICK | {"learning_rate": 3.0}))
+    assert report["after"]["loss"] > report["before"]["loss"]
+    assert any("worse than before" in warning for warning in report["warnings"])
+    with pytest.raises(
+        TiedMoeError, match=r"diverged: the held-out loss was .* is that of guessing; nothing was saved"
+    ):
+        heal(HealConfig(trained, data, output, **QUICK | {"learning_rate": 1e9}))
+    assert not Path(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 65}, r"block_size=65, but .* knows 64 positions; lower it"),
+        ({"lora": True, "lora_rank": 10**9}, "lora_rank=1000000000, but the model's hidden size is 16"),
+    ],
+)
+def test_heal_refuses_what_the_model_cannot(fields, message, tied, data, output):
+    with pytest.raises(TiedMoeError, match=message):
+        heal(HealConfig(tied, data, output, **QUICK | fields))
+    assert list(Path(output).parent.iterdir()) == []
+
+
+def test_block_size_is_what_the_model_knows_if_not_given(tied, data, output):
+    options = {name: value for name, value in QUICK.items() if name != "block_size"} | {"max_steps": 1}
+    assert heal(HealConfig(tied, data, output, **options))["tokens"] == 4 * 64
+
+
+def test_heal_refuses_tokens_beyond_the_vocabulary(tmp_path, output):
+    tied = save_tied(tmp_path / "tied")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<tool{i}>" for i in range(20)])  # up to 321, and the embedding was not resized
+    tokenizer.save_pretrained(tied)
+    data = str(tmp_path / "text.txt")
+    Path(data).write_text("<tool18>\n" + make_text())
+    with pytest.raises(
+        TiedMoeError, match=r"its tokenizer gives token 32[01], but its vocab_size is 320; expected the tokenizer"
+    ):
+        heal(HealConfig(tied, data, output, **QUICK))
+    assert not Path(output).exists()
+
+
+def test_mixed_dtypes_of_a_checkpoint_survive(tmp_path, data, output):
+    """Routers in float32 among bfloat16, with bits that bfloat16 has not: trained from these, and saved so."""
+    tied = save_tied(tmp_path / "tied", dtype=torch.bfloat16)
+    path = Path(tied, "model.safetensors")
+    tensors = load_file(path)
+    routers = [name for name in tensors if name.endswith("mlp.gate.weight")]
+    tensors |= {name: tensors[name].float() + 1e-5 for name in routers}
+    save_file(tensors, path, metadata={"format": "pt"})
+    heal(HealConfig(tied, data, output, **QUICK | {"max_steps": 1, "learning_rate": 1e-12}))
+    healed = load_file(Path(output, "model.safetensors"))
+    assert {name: tensor.dtype for name, tensor in healed.items()} == {n: t.dtype for n, t in tensors.items()}
+    for name in routers:
+        torch.testing.assert_close(healed[name], tensors[name], rtol=0, atol=1e-7)
+
+
+def test_healed_folder_has_card_and_manifest_of_every_file(tied, data, output):
+    report = heal(HealConfig(tied, data, output, **QUICK))
+    manifest, card = read_manifest(output), Path(output, "README.md").read_text()
+    assert manifest["made_by"] == "tiedmoe heal"
+    assert manifest["healing"]["after"] == report["after"]
+    files = {path.relative_to(output).as_posix(): path for path in Path(output).rglob("*") if path.is_file()}
+    del files["tiedmoe_conversion.json"]
+    assert manifest["files"] == {name: file_digest(path) for name, path in files.items()}
+    assert f"| {report['before']['loss']:.4f} | {report['after']['loss']:.4f} |" in card
+    assert str(Path(data).parent) not in card + json.dumps(manifest)
+
+
+def test_what_is_on_the_disk_is_what_was_measured(tied, data, output, monkeypatch):
+    """A save that writes another model than the one in memory ends the run, and nothing looks complete."""
+    real = TiedMoeForCausalLM.save_pretrained
+
+    def other(self, folder, **kwargs):
+        real(self, folder, **kwargs)
+        path = Path(folder, "model.safetensors")
+        if "draft" in str(folder):
+            save_file({n: t * 0.5 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(TiedMoeForCausalLM, "save_pretrained", other)
+    with pytest.raises(AssertionError, match=r"has the loss .* on sample blocks, but the model in memory"):
+        heal(HealConfig(tied, data, output, **QUICK))
+    assert not Path(output).exists()
+
+
+def save_with_adapter(folder):
+    from peft import LoraConfig, get_peft_model
+
+    tied = save_tied(folder)
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), config)
+    model.save_pretrained(tied)
+    return tied, model.merge_and_unload()
+
+
+def test_heal_refuses_an_adapter_or_merges_it(tmp_path, data, output):
+    tied, merged = save_with_adapter(tmp_path / "tied")
+    with pytest.raises(TiedMoeError, match=r"holds an adapter \(adapter_config.json\).*merge it \(--merge-adapter"):
+        heal(HealConfig(tied, data, output, **QUICK))
+    with pytest.raises(TiedMoeError, match="holds an adapter"):
+        heal(HealConfig(save_source(tmp_path / "source"), data, output, teacher=tied, **QUICK))
+    assert not Path(output).exists()
+    report = heal(HealConfig(tied, data, output, merge_adapter=True, **QUICK))
+    _, validation = load_blocks(data, make_tokenizer(), block_size=16)
+    assert report["before"]["loss"] == pytest.approx(perplexity(merged, validation)["loss"], rel=1e-5)
+    assert not find_adapter(output)
+    saved = AutoModelForCausalLM.from_pretrained(output)
+    assert perplexity(saved, validation)["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
+    with pytest.raises(TiedMoeError, match="holds no adapter to merge"):
+        heal(HealConfig(output, data, str(tmp_path / "again"), merge_adapter=True, **QUICK))
+
+
+def test_padding_changes_neither_divergence_nor_held_out_loss(tmp_path):
+    """Masks and positions reach the teacher and the evaluation."""
+    torch.manual_seed(0)
+    fields = {**TINY, "initializer_range": 0.2}
+    model = TiedMoeForCausalLM(TiedMoeConfig(family="olmoe", skip_first=1, skip_last=1, **fields)).eval()
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = HealTrainer(model=model, teacher=model, teacher_weight=1.0, args=args)
+    ids, zeros = torch.randint(1, 320, (1, 10)), torch.zeros(1, 6, dtype=torch.int64)
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    mask = torch.cat([zeros, torch.ones_like(ids)], 1)
+    padded = {
+        "input_ids": torch.cat([zeros, ids], 1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        "labels": torch.cat([zeros - 100, zeros[:, :1] - 100, ids[:, 1:]], 1),
+    }
+    with torch.no_grad():
+        assert trainer.compute_loss(model, dict(padded)).item() == pytest.approx(0, abs=1e-6)
+        expected, found = (trainer.prediction_step(model, dict(each), False)[1].item() for each in (plain, padded))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path, data, output, monkeypatch):
+    """A tokenizer with `auto_map` would be imported on a "y" from stdin; nobody asks."""
+    tied = save_tied(tmp_path / "tied")
+    Path(tied, "evil.py").write_text("raise SystemExit('it ran')")
+    config = json.loads(Path(tied, "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    Path(tied, "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    assert heal(HealConfig(tied, data, output, **QUICK | {"max_steps": 1}))["steps"] == 1
+    other = save_tied(tmp_path / "kernels")
+    path = Path(other, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": "someone/kernels"}))
+    with pytest.raises(TiedMoeError, match=r"asks for the attention kernels someone/kernels"):
+        heal(HealConfig(other, data, str(tmp_path / "other"), **QUICK))
 
 
 def test_heal_that_diverges_saves_nothing(tied, data, output):
-    with pytest.raises(ValueError, match=r"diverged: the held-out loss was 5\.\d+ and is nan; nothing was saved"):
+    with pytest.raises(
+        TiedMoeError, match=r"diverged: by step \d the loss is no number any more; nothing was saved: lower"
+    ):
         heal(HealConfig(tied, data, output, **QUICK | {"learning_rate": 1e38}))
-    assert not Path(output, "config.json").exists()
+    assert list(Path(output).parent.iterdir()) == []
+    heal(HealConfig(tied, data, output, **QUICK | {"max_steps": 1}))  # the advice is not in the way of itself
 
 
 def test_heal_refuses_sharded_weights(tied, data, output, monkeypatch):
@@ -195,8 +463,6 @@ def test_heal_leaves_the_disk_alone_when_the_data_is_missing(tied, output):
 
 
 def test_heal_refuses_a_checkpoint_that_lacks_weights(tied, data, output, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     broken = tmp_path / "broken"
     save_tied(broken)
     tensors = load_file(broken / "model.safetensors")
@@ -221,8 +487,8 @@ def test_heal_config_checks_its_fields(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if message is None:
         options, message = {"output": str(tmp_path), "model": "."}, "is also the model"
-    with pytest.raises(ValueError, match=message):
-        HealConfig(**{"model": "m", "data": "d", "output": "o"} | options)
+    with pytest.raises(TiedMoeError, match=message):
+        heal(HealConfig(**{"model": "m", "data": "d", "output": "o"} | options))
 
 
 def test_heal_distills_from_the_source(source, tied, data, output, tmp_path):

@@ -10,11 +10,13 @@ import yaml
 from conversions import save_source
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
+from transformers import AutoConfig
 
 import transformers_tiedmoe
 from tiedmoe_conversion import ConversionRecipe, convert
 from transformers_tiedmoe import __version__, hub
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.files import file_digest
 
 
 class Api:
@@ -154,12 +156,14 @@ def test_healed_folder_says_where_it_comes_from(tmp_path):
     shutil.copytree(tmp_path / "tied", healed, ignore=shutil.ignore_patterns("README.md", hub.MANIFEST))
     text = tmp_path / "text.txt"
     text.write_text("text")
-    hub.save_healed(healed, str(tmp_path / "tied"), {**HEALING, "data": str(text)}, {"config.json": {"bytes": 1}})
+    config = AutoConfig.from_pretrained(healed)
+    healing = {**HEALING, "data": str(text)}
+    hub.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {"config.json": {"bytes": 1}})
     manifest, card = hub.read_manifest(str(healed)), ModelCard.load(healed / "README.md")
     assert manifest["made_by"] == "tiedmoe heal"
     assert (manifest["source"], manifest["recipe"]) == (made["source"], made["recipe"])
     assert manifest["healing"] == HEALING
-    assert manifest["files"] == {"config.json": {"bytes": 1}}
+    assert manifest["files"] == {"README.md": file_digest(healed / "README.md"), "config.json": {"bytes": 1}}
     assert card.data.license == "mit"
     for part in (
         "# healed\n",

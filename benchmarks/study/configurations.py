@@ -19,7 +19,7 @@ class Row:
         size: how its bytes come about, such as "g=4, 2.5E"; unique within a series.
         recipe: fields of `ConversionRecipe`.
         num_seeds: how many seeds it is run with, at most the study's.
-        heal: fields of `HealConfig` where the row is healed differently.
+        heal: fields of `TiedMoeTrainingArguments` if the row is healed differently.
         kind: "convert"; or a control: "source" as it is, "scratch" (tied, trained from random weights), "prune" (fewer
             experts in every layer, chosen by `recipe["keep"]`).
     """

@@ -22,8 +22,9 @@ from tiedmoe_demo.config import VALIDATION_FRACTION
 from tiedmoe_demo.figures import expert_parameters
 from tiedmoe_demo.train_source import train_source
 from transformers_tiedmoe.files import read_json
+from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks, perplexity
-from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.training.heal import heal
 from transformers_tiedmoe.workdir import Folder, discard_work
 
 from .configurations import Row
@@ -223,15 +224,15 @@ class Study:
 
     def _heal(self, run: Run) -> dict[str, Any]:
         name = f"healing/{run.name}"
-        config = HealConfig(
+        config = TiedMoeTrainingArguments(
             model=str(self._checkpoint(run)),
             data=self.demo.text,
-            output=str(self.demo.path(name)),
+            output_dir=str(self.demo.path(name)),
             overwrite=True,
             teacher=None if run.row.kind == "source" else str(self.source),
             max_steps=self.steps(run.share),
             learning_rate=self.heal_learning_rate,
-            batch_size=self.demo.batch_size,
+            per_device_train_batch_size=self.demo.batch_size,
             block_size=self.demo.block_size,
             validation_fraction=VALIDATION_FRACTION,
             save_steps=self.steps(run.share),

@@ -17,9 +17,10 @@ from huggingface_hub import snapshot_download
 from transformers import CONFIG_NAME, AutoTokenizer
 
 from transformers_tiedmoe.files import check_apart, read_json
+from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks
-from transformers_tiedmoe.training.heal import HealConfig, heal
-from transformers_tiedmoe.training.output import REPORT as HEAL_REPORT
+from transformers_tiedmoe.training.heal import REPORT as HEAL_REPORT
+from transformers_tiedmoe.training.heal import heal
 from transformers_tiedmoe.workdir import Folder, discard_folder, discard_work, open_folder, was_renamed
 
 from .config import VALIDATION_FRACTION, DemoConfig
@@ -163,14 +164,14 @@ class _Run:
         if (folder / HEAL_REPORT).is_file():
             report = read_json(folder / HEAL_REPORT)
         else:
-            options = HealConfig(
+            options = TiedMoeTrainingArguments(
                 model=str(model),
                 data=config.text,
-                output=str(folder),
+                output_dir=str(folder),
                 teacher=teacher,
                 max_steps=config.heal_steps,
                 learning_rate=config.heal_learning_rate,
-                batch_size=config.batch_size,
+                per_device_train_batch_size=config.batch_size,
                 block_size=config.block_size,
                 validation_fraction=VALIDATION_FRACTION,
                 seed=config.seed,

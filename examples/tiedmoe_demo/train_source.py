@@ -22,8 +22,8 @@ from transformers import (
 from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.files import read_json
 from transformers_tiedmoe.modeling_tiedmoe import TiedMoeForCausalLM
+from transformers_tiedmoe.training.callbacks import ProgressReport
 from transformers_tiedmoe.training.data import _load_texts, load_blocks
-from transformers_tiedmoe.training.trainer import ProgressReport
 from transformers_tiedmoe.workdir import Work, open_work, was_renamed
 
 from .config import VALIDATION_FRACTION, DemoConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -60,12 +60,12 @@ class Command:
     """A function of this module as a command of the shell.
 
     Attributes:
-        run: called as `run(config, progress)`; returns the result for `--json`, and without it what to print: a text,
-            something for rich, or a list of these.
+        run: called as `run(config, progress)`; returns the result for `--json`, and what rich prints without it.
         config_class: `module:class` of the dataclass that its flags are made from; imported when the command is called.
         example: a command line for the help.
         arguments: fields that are given by position.
         file_option: a flag that names a file of fields, read by the class's `from_yaml(file, **given)`.
+        parse: `module:function` that makes the arguments of the words after the command by itself, help included.
         is_light: it needs neither torch nor transformers.
     """
 
@@ -74,6 +74,7 @@ class Command:
     example: str
     arguments: tuple[str, ...] = ()
     file_option: FileOption | None = None
+    parse: str | None = None
     is_light: bool = False
 
     @property
@@ -85,7 +86,7 @@ class Command:
         """Register it as a command of `app` that calls `callback`."""
         app.command(self.name, help=self.run.__doc__, epilog=f"Example: {self.example}")(callback)
 
-    def __call__(self, given: dict, as_json: bool, file: str | None) -> None:
+    def __call__(self, given: Any, as_json: bool, file: str | None) -> None:
         """Run with the fields that the user gave, and print the result."""
         # Under `accelerate launch` every process runs the command, and the first one speaks.
         is_main = os.environ.get("RANK", "0") == "0"
@@ -93,18 +94,20 @@ class Command:
         with errors_as_paragraphs(), contextlib.redirect_stdout(sys.stderr), show_progress(is_main) as progress:
             if not self.is_light:
                 _silence_libraries()
-            config_class = pkgutil.resolve_name(self.config_class)
-            if file is not None:
-                config = config_class.from_yaml(file, **given)
-            else:  # A recipe says which of its fields are missing; elsewhere typer requires them.
-                config = getattr(config_class, "from_dict", lambda fields: config_class(**fields))(given)
-            result, text = self.run(config, progress)
+            result, text = self.run(self._config(given, file), progress)
         if as_json and is_main:
             print(json.dumps(result, indent=2))
         elif is_main:
-            for shown in text if isinstance(text, list) else [text]:
-                # A text is for copying: as it is, without markup and without being wrapped.
-                print(shown) if isinstance(shown, str) else Console().print(shown)
+            print(text) if isinstance(text, str) else Console().print(text)
+
+    def _config(self, given: Any, file: str | None) -> Any:
+        config_class = pkgutil.resolve_name(self.config_class)
+        if isinstance(given, config_class):  # parsed already
+            return given
+        if file is not None:
+            return config_class.from_yaml(file, **given)
+        # A recipe says which of its fields are missing; elsewhere typer requires them.
+        return getattr(config_class, "from_dict", lambda fields: config_class(**fields))(given)
 
 
 class Commands(TyperGroup):
@@ -136,9 +139,28 @@ _PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 def _with_flags(command: Command) -> Any:
     """The command as click has it, with its flags."""
     app = typer.Typer(**_PLAIN)
+    if command.parse is not None:
+        app.command(
+            command.name,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )(_parsed(command))
+        return typer.main.get_command(app)
     config_class = pkgutil.resolve_name(command.config_class)
     command.add_to(app, with_flags(command, config_class, command.arguments, command.file_option))
     return typer.main.get_command(app)
+
+
+def _parsed(command: Command) -> Callable:
+    """The command that parses its words itself."""
+
+    def callback(context: typer.Context) -> None:
+        words = [word for word in context.args if word != "--json"]
+        with errors_as_paragraphs():
+            config = pkgutil.resolve_name(command.parse or "")(words)
+        command(config, "--json" in context.args, None)
+
+    return callback
 
 
 def _commands() -> dict[str, Command]:
@@ -157,8 +179,9 @@ def _commands() -> dict[str, Command]:
         ),
         Command(untie, "tiedmoe_cli.app:UntieConfig", "tiedmoe untie tied untied", two_folders),
         Command(
-            heal, "transformers_tiedmoe.training.heal:HealConfig",
-            "tiedmoe heal tied --data text.txt --output healed --max-steps 500", ("model",),
+            heal, "transformers_tiedmoe.training.arguments:TiedMoeTrainingArguments",
+            "tiedmoe heal tied --data text.txt --output healed --max-steps 500",
+            parse="transformers_tiedmoe.training.arguments:parse_arguments",
         ),
         Command(demo, "tiedmoe_demo.config:DemoConfig", "tiedmoe demo --output demo"),
         Command(
@@ -210,7 +233,7 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
 
     report = convert(recipe, progress, Console(stderr=True).print)
     shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
-    return report, [*([show_measured(report["measured"])] if "measured" in report else []), *shown]
+    return report, Group(*([show_measured(report["measured"])] if "measured" in report else []), *shown)
 
 
 def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
@@ -222,7 +245,7 @@ def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
     table = Table("check", "found")
     for name, found in _flat(report):
         table.add_row(name, found)
-    return report, [table, f"{config.output} is sound."]
+    return report, Group(table, f"{config.output} is sound.")
 
 
 def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -258,8 +281,8 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     table = Table("held out", "loss", "perplexity")
     for when in ("before", "after"):
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
-    done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output}."
-    return report, [table, done]
+    done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output_dir}."
+    return report, Group(table, *(f"warning: {each}" for each in report["warnings"]), done)
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
@@ -267,7 +290,7 @@ def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
     from tiedmoe_demo import comparison_table, run_demo
 
     report = run_demo(config, progress)
-    return report, [comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}."]
+    return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
 
 
 def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:

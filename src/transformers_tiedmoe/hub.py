@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 from .errors import TiedMoeError
-from .files import is_file_name
+from .files import file_digest, is_file_name
 from .version import __version__
 
 MANIFEST = "tiedmoe_conversion.json"
@@ -212,15 +212,24 @@ def save_card(folder: Path, source: Mapping[str, Any], licence: Mapping[str, Any
     card.save(folder / CARD)
 
 
-def save_healed(folder: Path, model: str, healing: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+def save_healed(
+    folder: Path,
+    title: str,
+    model: str,
+    config: Any,
+    healing: Mapping[str, Any],
+    digests: Mapping[str, Any],
+) -> None:
     """Write the manifest and the card of a healed checkpoint: what it was converted from, how, and what healing gave.
 
     Args:
-        folder: of the complete healed checkpoint, in which the two are still missing.
+        folder: where the two are written.
+        title: name of the healed checkpoint.
         model: the folder or hub id that was healed; its own manifest and card say where it comes from.
+        config: the healed model's.
         healing: JSON-able: `data`, `teacher` (or None), `teacher_weight`, `steps`, `tokens`, `learning_rate`, and
             `before` and `after`, each with `loss` in nats per token, `perplexity` and `tokens`. Paths become names.
-        digests: of every file there is, as `save_manifest`.
+        digests: of every other file of the checkpoint, as `save_manifest`.
     """
     made = read_manifest(model)
     earlier = made.get("source") if isinstance(made.get("source"), dict) else None
@@ -232,20 +241,19 @@ def save_healed(folder: Path, model: str, healing: Mapping[str, Any], digests: M
         "teacher": healing["teacher"] and public_name(healing["teacher"]),
     }
     recipe = made.get("recipe") if isinstance(made.get("recipe"), dict) else None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     save_card(
         folder,
         source,
         read_licence(model),
-        title=folder.name,
+        title=title,
         made_by=f"Made by `tiedmoe heal` from {plain(public_name(model))}.",
         healing={**told, "data": plain(told["data"]), "teacher": told["teacher"] and plain(told["teacher"])},
         recipe=recipe,
-        groups=config.get("groups") or [],
-        pool_num_experts=config.get("pool_num_experts") or [],
+        groups=getattr(config, "groups", None) or [],
+        pool_num_experts=getattr(config, "pool_num_experts", None) or [],
     )
     fields = {"recipe": recipe, "source": earlier or {"name": public_name(model)}, "healing": told}
-    save_manifest(folder, "tiedmoe heal", fields, digests)
+    save_manifest(folder, "tiedmoe heal", fields, {**digests, CARD: file_digest(folder / CARD)})
 
 
 def read_licence(model: str, revision: str | None = None) -> dict[str, Any]:

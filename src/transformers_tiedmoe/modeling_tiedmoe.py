@@ -29,7 +29,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .configuration_tiedmoe import TiedMoeConfig
-from .errors import TiedMoeError
 from .experts_interface import defer_weight_gradients, is_default_for
 from .families import (
     check_alike,
@@ -151,7 +150,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config: TiedMoeConfig, *args, **kwargs):
         if not isinstance(config, TiedMoeConfig):
-            raise TiedMoeError(
+            raise ValueError(
                 f"{cls.__name__} got a {type(config).__name__}; expected a TiedMoeConfig, which "
                 "TiedMoeConfig.from_family(config, group_size=2) makes of a family's config"
             )
@@ -159,7 +158,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: TiedMoeConfig, *args, **kwargs):
         if is_deepspeed_zero3_enabled():
-            raise TiedMoeError(
+            raise ValueError(
                 "DeepSpeed ZeRO-3 splits weights up while a model is built, which pools do not support; "
                 "use FSDP2 (accelerate's fsdp_version: 2) or ZeRO-2"
             )
@@ -210,7 +209,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
         for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
             if fields.get(name) not in (None, False, 1):
-                raise TiedMoeError(
+                raise ValueError(
                     f"{name}={fields[name]!r} on a tied model; only FSDP2 is supported so far, "
                     "for which leave it out and set fsdp_size"
                 )
@@ -227,7 +226,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                 config or pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in hub}
             )
             if not isinstance(found, TiedMoeConfig):
-                raise TiedMoeError(
+                raise ValueError(
                     f"{pretrained_model_name_or_path} holds a {found.model_type!r} model; expected 'tiedmoe'. "
                     "Convert it first: tiedmoe convert SOURCE OUTPUT --calibration TEXT"
                 )

@@ -68,18 +68,21 @@ def load_blocks(
     return packed.select(range(num_train)), packed.select(range(num_train, num_blocks))
 
 
-def sequence_losses(model, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sequence_losses(
+    model, input_ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy of each sequence, without the auxiliary losses that a MoE adds to `outputs.loss`.
 
     Args:
         model: a causal language model, called without labels.
         input_ids: int64 `[B, T]`.
         labels: int64 `[B, T]`, -100 where a token is not to be predicted.
+        inputs: further inputs of the model, such as `attention_mask` and `position_ids` of a padded batch.
 
     Returns:
         The sum of the losses in nats, fp32 `[B]`, and the number of tokens predicted, int64 `[B]`.
     """
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[:, :-1]
     targets = labels[:, 1:]
     # One sequence at a time: the fp32 copy of the logits of a whole batch is what runs out of memory.
     sums = [F.cross_entropy(row.float(), target, reduction="sum") for row, target in zip(logits, targets, strict=True)]

@@ -1,253 +1,373 @@
 """Healing: the short training after a conversion, with transformers' Trainer underneath.
 
-`heal(HealConfig(model, data, output))` measures held-out perplexity, trains, measures again and leaves in `output` a
-model that the Auto classes load and `heal.json`, the report. Works on any causal language model: without pools it is
-plain fine-tuning. Kill it and call it again: it goes on from the last checkpoint in `output`.
+`heal(TiedMoeTrainingArguments(model=..., data=..., output_dir=...))` measures held-out loss, trains, measures again, and
+leaves in `output_dir` a model that the Auto classes load, its card and manifest, and `heal.json`, the report. Works on any
+causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename. Kill it and call
+it again: it goes on from the last checkpoint.
 """
 
+import contextlib
+import copy
+import hashlib
 import math
 import platform
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
-    TrainingArguments,
+    TrainerState,
     default_data_collator,
     set_seed,
 )
 
+from ..adapters import load_merged, refuse_adapter
+from ..audit.metrics import perplexity as perplexity_of
 from ..errors import TiedMoeError, reading
-from .data import load_blocks
+from ..files import atomic_write_json
+from ..hub import MANIFEST, read_manifest, save_healed, versions
+from ..workdir import Work, check_output, open_work
+from .arguments import TiedMoeTrainingArguments
+from .callbacks import ProgressReport
+from .checkpoints import RecordCheckpoints, last_sound, step_of
+from .data import load_blocks, perplexity
 from .lora import add_lora
-from .output import HealOutput
-from .parameter_groups import LR_DIVISORS
-from .trainer import HealTrainer, ProgressReport
+from .mixed_dtypes import read_rounded, replaced
+from .trainer import Diverged, HealTrainer
+
+REPORT = "heal.json"
+DEFAULT_BLOCK_SIZE = 512
+Progress = Callable[[int, int, str], None]
 
 
-def _option(default, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def HealConfig(model: str, data: str, output: str, **fields: Any) -> TiedMoeTrainingArguments:
+    """Make the arguments under the names of version 0.1: `output`, `batch_size`, `warmup_fraction`."""
+    return TiedMoeTrainingArguments.from_dict({"model": model, "data": data, "output": output, **fields})
 
 
-@dataclass(frozen=True)
-class HealConfig:
-    """What to heal, on what, and how. Every check that needs no file is made here."""
-
-    model: str = field(metadata={"help": "Folder or hub id of the model to heal."})
-    data: str = field(
-        metadata={
-            "help": "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a "
-            "dataset of the Hub (id or id:config)."
-        }
-    )
-    output: str = field(metadata={"help": "Folder to write; one that holds an unfinished healing is continued."})
-    teacher: str | None = _option(None, "Folder or hub id of the source, to learn from its predictions as well.")
-    teacher_weight: float = _option(
-        0.5,
-        "Share of the distillation loss where there is a teacher; the text has the rest. 1 where the source was trained on "
-        "that text: it has nothing more to learn from it.",
-    )
-    temperature: float = _option(1.0, "Softens both distributions in the distillation loss.")
-    max_steps: int = _option(200, "Optimizer steps.")
-    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW, reached by warmup, left by a cosine.")
-    lr_divisor: str = _option("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
-    weight_decay: float = _option(0.0, "Of everything but biases and norms.")
-    warmup_fraction: float = _option(0.05, "Share of the steps in which the learning rate grows.")
-    batch_size: int = _option(8, "Sequences in one forward on one device.")
-    gradient_accumulation_steps: int = _option(1, "Forwards in one optimizer step.")
-    block_size: int = _option(512, "Tokens in a sequence.")
-    text_column: str = _option("text", "Column of the text, where the data has columns.")
-    validation_fraction: float = _option(0.05, "Share of the text, from its end, that is held out.")
-    train_norms: bool = _option(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
-    lora: bool = _option(False, "Train low-rank adapters on attention and pools; the merged model is saved.")
-    lora_rank: int = _option(16, "Rank of the adapters.")
-    gradient_checkpointing: bool = _option(False, "Less memory, about a third more time.")
-    bf16: bool | None = _option(None, "Compute in bfloat16, weights in float32; by default where the GPU can.")
-    save_steps: int = _option(100, "Steps between two checkpoints, from which a killed run goes on.")
-    eval_steps: int = _option(0, "Steps between two evaluations; 0: only before and after.")
-    seed: int = _option(42, "Of the order of the data and of new adapters.")
-    overwrite: bool = _option(False, "Replace a healing that output already holds.")
-
-    def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps"):
-            if getattr(self, name) < 1:
-                raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be at least 1")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be a positive number")
-        for name in ("teacher_weight", "warmup_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TiedMoeError(f"{name}={getattr(self, name)}, but it is a share and must lie between 0 and 1")
-        if self.eval_steps < 0 or self.weight_decay < 0:
-            raise TiedMoeError(
-                f"eval_steps={self.eval_steps} and weight_decay={self.weight_decay} must not be negative"
-            )
-        if self.lr_divisor not in LR_DIVISORS:
-            raise TiedMoeError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
-        for name in ("model", "teacher", "data"):
-            value = getattr(self, name)
-            if value and Path(value).exists() and Path(value).resolve() == Path(self.output).resolve():
-                raise TiedMoeError(f"output={self.output} is also the {name}; give a folder of its own")
-
-
-def heal(config: HealConfig, progress: Callable[[int, int, str], None] | None = None) -> dict:
+def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> dict[str, Any]:
     """Train a converted model for a short while and save it.
 
-    In full training the weights are float32 and, with `bf16`, the arithmetic is bfloat16; each is saved in the dtype it
-    was read in. With `lora` the weights stay as they were read, the adapters are float32, and both the merged model
-    (in `output`) and the adapter (in `output/adapter`) are saved. Norms are frozen unless `train_norms`; the router
+    In full training the weights are float32 and, with `bf16`, the arithmetic is bfloat16; each is saved in the dtype that it
+    has in the model's files. With `lora` the weights stay as they are, the adapters are float32, and both the merged model
+    (in `output_dir`) and the adapter (in `output_dir/adapter`) are saved. Norms are frozen unless `train_norms`; the router
     is trained, with the auxiliary losses that the model's own config asks for.
 
     Args:
-        config: what to heal, on what, and how.
+        args: what to heal, on what, and how.
         progress: called as `progress(done_steps, all_steps, what)`, instead of Trainer's own bar and log.
 
     Returns:
-        The report that `output/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`, `tokens`,
+        The report that `output_dir/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`, `tokens`,
         all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of this
-        process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `config`, `versions`.
+        process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`, `config`,
+        `versions`.
 
     Raises:
         FileNotFoundError: no such data.
         OSError: no such model or teacher.
-        TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else, or
-            a loss that is no longer a number.
+        TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else, another
+            healing at work on it, a full disk, or a loss that is no longer a number.
         ImportError: `lora` without peft.
     """
     tell = progress or (lambda done, total, what: None)
-    set_seed(config.seed)
-    output = HealOutput(config.output, asdict(config))
-    args = _training_arguments(config, is_resumed=output.checkpoint is not None, is_quiet=progress is not None)
-    tell(output.checkpoint_step, config.max_steps, "reading the text")
-    tokenizer = _load_tokenizer(config.model)
-    with args.main_process_first(desc="tokenizing the text"):
+    set_seed(args.seed)
+    state = PartialState()
+    owned = _owned(args)
+    inputs = {"model": args.model, "data": args.data, "teacher": args.teacher}
+    folder = str(args.output_dir)
+    output = check_output(folder, inputs, owned) if state.is_main_process else Path(folder).absolute()
+
+    if not args.merge_adapter:
+        refuse_adapter(args.model)
+    if args.teacher:
+        refuse_adapter(args.teacher, merge="save the merged teacher first")
+
+    tell(0, args.max_steps, "reading the text")
+    config = load_config(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    args = _with_block_size(args, config)
+    with state.main_process_first():
         train, validation = load_blocks(
-            config.data, tokenizer, config.block_size, config.validation_fraction, config.text_column
+            args.data, tokenizer, args.block_size or 0, args.validation_fraction, args.text_column
         )
-    tell(output.checkpoint_step, config.max_steps, "loading the model")
-    teacher = _load_teacher(config, tokenizer)
-    model, origin = _load_model(config, output)
-    trainable_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    trainer = HealTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=default_data_collator,  # blocks need no padding, nor a tokenizer that can pad
-        processing_class=tokenizer,
-        callbacks=[ProgressReport(progress)] if progress else None,
-        lr_divisor=config.lr_divisor,
-        teacher=teacher and teacher.to(args.device),
-        teacher_weight=config.teacher_weight,
-        temperature=config.temperature,
-    )
-    if progress:
-        trainer.remove_callback(PrinterCallback)
-
-    if trainer.is_world_process_zero():
-        output.begin(origin)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(output.checkpoint) if output.checkpoint else None)
-    seconds = time.perf_counter() - start
-    logs = trainer.state.log_history  # of the killed runs as well
-    seconds -= sum(
-        log.get("eval_runtime", 0) for log in logs if log["step"] > output.checkpoint_step or not output.checkpoint
-    )
-
-    tell(config.max_steps, config.max_steps, "evaluating")
-    before = _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
-    history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
-    healed = _final_model(trainer, origin, output)
-    after = _held_out(trainer.evaluate())
-    if not math.isfinite(after["loss"]):
-        raise TiedMoeError(
-            f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']}; nothing was saved: "
-            "lower learning_rate"
-        )
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * args.world_size * config.block_size
-    report = {
-        "before": before,
-        "after": after,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * tokens_per_step,
-        "seconds": round(seconds, 2),
-        "resumed_from_step": output.checkpoint_step,
-        "parameters": healed.num_parameters(),
-        "trainable_parameters": trainable_parameters,
-        "history": history,
-        "num_processes": args.world_size,
-        "device": str(args.device),
-        "config": asdict(config),
-        "versions": _versions(),
+    _check_tokens(args, config, train, validation)
+    identity = {
+        "arguments": args.identity | {name: _place(getattr(args, name)) for name in ("model", "data", "teacher")},
+        "model": _fingerprint(args.model, config),
+        "data": {"tokens_sha256": _tokens_digest(train, validation)},
+        "teacher": _fingerprint(args.teacher, load_config(args.teacher, args.trust_remote_code))
+        if args.teacher
+        else {},
+        "versions": versions(),
     }
-    if trainer.is_world_process_zero():
-        output.finish(healed, tokenizer, report)
-    trainer.accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as stack:
+        with state.main_process_first():  # the lock first; the others only read
+            work = stack.enter_context(
+                open_work(output, identity, owned=owned, keep=True, is_main=state.is_main_process)
+            )
+        if work.report is None:
+            try:
+                report = _Run(args, config, tokenizer, (train, validation), work, progress).report()
+            except Diverged:
+                work.keep = False  # the next run, with other arguments, is not to find this one
+                raise
+            if state.is_main_process:
+                work.complete(report)
+        else:
+            report = work.report
+        state.wait_for_everyone()
     return report
 
 
-def _training_arguments(config: HealConfig, is_resumed: bool, is_quiet: bool) -> TrainingArguments:
-    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
+class _Run:
+    """One run of a healing in its working folder."""
+
+    def __init__(self, args, config, tokenizer, blocks, work: Work, progress: Progress | None):
+        self.args: TiedMoeTrainingArguments = args
+        self.config, self.tokenizer, self.work, self.progress = config, tokenizer, work, progress
+        self.train, self.validation = blocks
+        self.is_main = PartialState().is_main_process
+        self.checkpoints = work.scratch / "checkpoints"
+        self.checkpoint, damaged = last_sound(self.checkpoints)
+        self.warnings = [
+            f"checkpoint {name} is damaged or was cut off; the run went on from "
+            f"{self.checkpoint.name if self.checkpoint else 'the beginning'}"
+            for name in damaged
+        ]
+        PartialState().wait_for_everyone()  # all have looked
+        if self.is_main:
+            for name in damaged:
+                shutil.rmtree(self.checkpoints / name)
+        self._tell("loading the model")
+        self.teacher = self._load_teacher()
+        self.model = self._load_model()
+        self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
+        self.trainer = self._make_trainer()
+
+    def report(self) -> dict[str, Any]:
+        """Train what is left to train, save, look at what was saved, and tell."""
+        args, trainer = self.args, self.trainer
+        start = time.perf_counter()
+        if step_of(self.checkpoint) < args.max_steps:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        else:  # killed after its last step: Trainer would do one more
+            self._take_over(self.checkpoint)
+        logs = trainer.state.log_history  # of the killed runs as well
+        of_this_run = [log for log in logs if log["step"] > step_of(self.checkpoint) or not self.checkpoint]
+        seconds = time.perf_counter() - start - sum(log.get("eval_runtime", 0) for log in of_this_run)
+        before = _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
+        history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
+        self._tell("evaluating", done=args.max_steps)
+        model = self._final_model()
+        after = _held_out(trainer.evaluate())
+        self._judge(before, after)
+        steps = trainer.state.global_step
+        report = {
+            "before": before,
+            "after": after,
+            "steps": steps,
+            "tokens": steps
+            * args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size
+            * args.block_size,
+            "seconds": round(seconds, 2),
+            "resumed_from_step": step_of(self.checkpoint),
+            "parameters": model.num_parameters(),
+            "trainable_parameters": self.trainable,
+            "history": history,
+            "warnings": self.warnings,
+            "num_processes": args.world_size,
+            "device": str(args.device),
+            "config": args.identity,
+            "versions": _versions(),
+        }
+        if self.is_main:
+            self._save(model, report)
+        trainer.accelerator.wait_for_everyone()
+        return report
+
+    def _tell(self, what: str, done: int | None = None) -> None:
+        if self.progress:
+            self.progress(step_of(self.checkpoint) if done is None else done, self.args.max_steps, what)
+
+    def _load_teacher(self) -> PreTrainedModel | None:
+        """Load the frozen teacher. Logits are compared one by one: a number must mean the same token to both models."""
+        args = self.args
+        if args.teacher is None:
+            return None
+        config = load_config(args.teacher, args.trust_remote_code)
+        sizes = [each.get_text_config().vocab_size for each in (config, self.config)]
+        if sizes[0] != sizes[1]:
             raise TiedMoeError(
-                f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every process; "
-                "launch it with --multi_gpu, with lora where memory is short"
+                f"teacher {args.teacher} has a vocabulary of {sizes[0]} tokens, but {args.model} one of {sizes[1]}; "
+                "give the source that the model was converted from"
             )
-    bf16 = config.bf16
-    if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    args = TrainingArguments(
-        output_dir=config.output,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup_fraction * config.max_steps),
-        weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        bf16=bf16,
-        save_steps=config.save_steps,
-        save_total_limit=1,
-        eval_strategy="steps" if config.eval_steps else "no",
-        eval_steps=config.eval_steps or None,
+        tokenizer = load_tokenizer(args.teacher, args.trust_remote_code)
+        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise TiedMoeError(
+                f"the tokenizers of teacher {args.teacher} and of {args.model} number their tokens differently; "
+                "give the source that the model was converted from"
+            )
+        teacher = load_model(args.teacher, args.trust_remote_code)
+        return teacher.eval().requires_grad_(False).to(args.device)
+
+    def _load_model(self) -> PreTrainedModel:
+        """Load the model ready to train."""
+        args = self.args
+        # Trainer's own resuming matches the names in the file with those of the modules and skips what differs, but
+        # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes do.
+        load = load_merged if args.merge_adapter else load_model
+        model = load(args.model, args.trust_remote_code)
+        self.dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
+        # Of a checkpoint with several dtypes: what Auto classes round to the config's.
+        self.rounded = {} if args.merge_adapter else read_rounded(args.model, model)
+        if self.checkpoint and not args.lora:
+            model = load_model(str(self.checkpoint), args.trust_remote_code)
+        if args.lora:
+            return add_lora(model, args.lora_rank)
+        for module in model.modules():
+            frozen = "norm" in type(module).__name__.lower() and not args.train_norms
+            for parameter in module.parameters(recurse=False):
+                # In bfloat16 an update smaller than 1/256 of a weight is lost.
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(not frozen)
+        if not self.checkpoint:
+            for name, tensor in self.rounded.items():
+                _tensors(model)[name].data.copy_(tensor)
+        return model
+
+    def _make_trainer(self) -> HealTrainer:
+        args = copy.copy(self.args)
+        args.output_dir = str(self.checkpoints)
+        args.eval_on_start = self.checkpoint is None
         # Not trainer.evaluate() before trainer.train(): accelerate then takes the model for prepared, and several
         # processes train without exchanging gradients (transformers 5.23 with accelerate 1.15).
-        eval_on_start=not is_resumed,
-        logging_steps=max(1, config.max_steps // 50),
-        seed=config.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=is_quiet,
-    )
-    if args.n_gpu > 1:
-        raise TiedMoeError(
-            f"one process sees {args.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one process "
-            "a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
+        args.disable_tqdm = args.disable_tqdm or self.progress is not None
+        trainer = HealTrainer(
+            model=self.model,
+            args=args,
+            train_dataset=self.train,
+            eval_dataset=self.validation,
+            data_collator=default_data_collator,  # blocks need no padding, nor a tokenizer that can pad
+            processing_class=self.tokenizer,
+            callbacks=[RecordCheckpoints(), *([ProgressReport(self.progress)] if self.progress else [])],
+            lr_divisor=args.lr_divisor,
+            teacher=self.teacher,
+            teacher_weight=args.teacher_weight,
+            temperature=args.temperature,
         )
-    return args
+        if self.progress:
+            trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _take_over(self, checkpoint: Path | None) -> None:
+        """Put the state of the last step's checkpoint, whose weights are loaded, in the place of training."""
+        assert checkpoint is not None
+        self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.lora:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
+        self.model.to(self.args.device)
+
+    def _final_model(self) -> PreTrainedModel:
+        """Return the model as it is to be saved: merged, in the dtypes of its files; it is evaluated from now on."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if hasattr(model, "merge_and_unload"):
+            if self.is_main:
+                with self.work.draft() as draft:
+                    model.save_pretrained(draft / "adapter")
+            self.trainer.model = model = model.merge_and_unload()
+        for name, tensor in _tensors(model).items():
+            if name in self.rounded and not self.args.lora:
+                self.rounded[name] = tensor.data.to(self.rounded[name].dtype, copy=True)
+            tensor.data = tensor.data.to(self.dtypes[name])  # as Auto classes load it
+        if (use_cache := getattr(self.config, "use_cache", None)) is not None:
+            model.config.use_cache = use_cache  # Trainer switched it off
+        return model
+
+    def _judge(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Raise if the model knows nothing any more; warn if it is worse than it was."""
+        uniform = math.log(self.config.get_text_config().vocab_size)
+        is_uniform = abs(after["loss"] - uniform) < 1e-3 and before["loss"] < uniform - 1e-2
+        if not math.isfinite(after["loss"]) or is_uniform:
+            raise Diverged(
+                f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']:.3f}, and {uniform:.3f} is "
+                "that of guessing; nothing was saved: lower learning_rate"
+            )
+        if after["loss"] > before["loss"]:
+            self.warnings.append(
+                f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is {after['loss']:.4f}; lower "
+                "learning_rate, or give more text"
+            )
+
+    def _save(self, model: PreTrainedModel, report: dict[str, Any]) -> None:
+        """Write the model and all that goes with it; raise if what the disk then holds is another model."""
+        with self.work.draft() as draft:
+            with replaced(model, self.rounded):
+                model.save_pretrained(draft)
+            self.tokenizer.save_pretrained(draft)
+            atomic_write_json(draft / REPORT, report)
+        check_saved(self.work.folder, model, self.validation, self.args)
+        healing = {name: report[name] for name in ("steps", "tokens", "before", "after")} | {
+            "learning_rate": self.args.learning_rate,
+            "data": self.args.data,
+            "teacher": self.args.teacher,
+            "teacher_weight": self.args.teacher_weight,
+        }
+        with self.work.draft() as draft:
+            title = Path(str(self.args.output_dir)).name
+            save_healed(draft, title, self.args.model, model.config, healing, self.work.files)
 
 
-def _load_tokenizer(path: str):
-    with reading(f"the tokenizer of {path}"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a config; nothing that comes with the checkpoint is run, and no kernel is loaded on its word.
+
+    Raises:
+        TiedMoeError: it names kernels of the Hub.
+    """
+    with reading(f"the config of {model}"):
+        fields, _ = PreTrainedConfig.get_config_dict(model)
+    named = str(fields.get("_attn_implementation") or fields.get("attn_implementation") or "")
+    if "/" in named and not trust_remote_code:
+        raise TiedMoeError(
+            f"{model} asks for the attention kernels {named}, which would be code of its choosing; expected none: remove it from "
+            "config.json, or trust the checkpoint (trust_remote_code)"
+        )
+    with reading(f"the config of {model}"):
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
-def _load(path: str | Path, dtype) -> PreTrainedModel:
-    """A causal language model with every weight found in the checkpoint."""
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer; nothing that comes with the checkpoint is run unless it is trusted."""
+    with reading(f"the tokenizer of {model}"):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model of which every weight is in the checkpoint.
+
+    Raises:
+        TiedMoeError: weights are missing or of another shape.
+    """
     with reading(f"the model {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
         )
     lacking = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if lacking:
@@ -258,78 +378,92 @@ def _load(path: str | Path, dtype) -> PreTrainedModel:
     return model
 
 
-def _load_model(config: HealConfig, output: HealOutput) -> tuple[PreTrainedModel, dict]:
-    """The model ready to train, and what its checkpoint said that training changes and `_final_model` restores."""
-    # Trainer's own resuming matches the names in the file with those of the modules and skips what differs, but
-    # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes do.
-    path: str | Path = config.model
-    if output.checkpoint and not config.lora and any(output.checkpoint.glob("model*.safetensors")):
-        path = output.checkpoint
-    model = _load(path, dtype="auto")
-    origin = {name: output.state[name] for name in ("dtypes", "use_cache") if name in output.state} or {
-        "dtypes": {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()},
-        "use_cache": getattr(model.config, "use_cache", None),
-    }
-    if config.gradient_checkpointing:
-        # transformers 5.23 renamed it, in Trainer's arguments too. Both default to the non-reentrant kind.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.lora:
-        return add_lora(model, config.lora_rank), origin
-    for module in model.modules():
-        frozen = "norm" in type(module).__name__.lower() and not config.train_norms
-        for parameter in module.parameters(recurse=False):
-            # In bfloat16 an update smaller than 1/256 of a weight is lost.
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(not frozen)
-    return model, origin
+def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> None:
+    """Load what was saved as anybody will, and raise unless it has the loss of the model in memory.
+
+    An adapter beside the weights, a name that no longer fits or a dtype that was lost would show here.
+    """
+    rows = validation.select(range(min(len(validation), args.per_device_eval_batch_size)))
+    expected = perplexity(model, rows, args.per_device_eval_batch_size)["loss"]
+    saved = load_model(str(folder), args.trust_remote_code).to(model.device)
+    found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
+    if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
+        raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
 
 
-def _load_teacher(config: HealConfig, tokenizer) -> PreTrainedModel | None:
-    """The frozen teacher. Logits are compared one by one: both models must mean the same token by the same number."""
-    if config.teacher is None:
-        return None
-    with reading(f"the config of {config.teacher}"):
-        sizes = [
-            AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
-            for path in (config.teacher, config.model)
-        ]
-    if sizes[0] != sizes[1]:
+def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
+    """The files of the finished healing that `overwrite` replaces; None if nothing is to be replaced."""
+    folder = Path(str(args.output_dir))
+    if not (folder / REPORT).is_file():
+        return set() if args.overwrite else None
+    if not args.overwrite:
         raise TiedMoeError(
-            f"teacher {config.teacher} has a vocabulary of {sizes[0]} tokens, but {config.model} one of {sizes[1]}; "
-            "give the source that the model was converted from"
+            f"output {folder} holds a finished healing; give another folder, or ask to overwrite it (overwrite)"
         )
-    if _load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
+    files = read_manifest(str(folder)).get("files")
+    return {*(files if isinstance(files, dict) else {}), MANIFEST}
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _place(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
+def _fingerprint(model: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a folder's files say of themselves, or a hub id's commit: another one is another healing."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"commit": getattr(config, "_commit_hash", None)}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _columns(*parts: datasets.Dataset) -> Iterator[np.ndarray]:
+    for part in parts:
+        for chunk in part.with_format("numpy").iter(4096):
+            yield np.asarray(chunk["input_ids"], dtype=np.int32)
+
+
+def _tokens_digest(*parts: datasets.Dataset) -> str:
+    digest = hashlib.sha256()
+    for block in _columns(*parts):
+        digest.update(block.tobytes())
+    return digest.hexdigest()
+
+
+def _check_tokens(args: TiedMoeTrainingArguments, config: PreTrainedConfig, *parts: datasets.Dataset) -> None:
+    most, vocab_size = max(int(block.max()) for block in _columns(*parts)), config.get_text_config().vocab_size
+    if most >= vocab_size:
         raise TiedMoeError(
-            f"the tokenizers of teacher {config.teacher} and of {config.model} number their tokens differently; "
-            "give the source that the model was converted from"
+            f"{args.model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the tokenizer that "
+            "belongs to the weights"
         )
-    return _load(config.teacher, dtype="auto").eval().requires_grad_(False)
 
 
-def _final_model(trainer: HealTrainer, origin: dict, output: HealOutput) -> PreTrainedModel:
-    """The trained model as it is to be saved: merged, in the dtypes it came in; `trainer` evaluates it from now on."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        if trainer.is_world_process_zero():
-            model.save_pretrained(output.staging / "adapter")
-        trainer.model = model = model.merge_and_unload()
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(getattr(torch, origin["dtypes"][name]))
-    if origin["use_cache"] is not None:
-        model.config.use_cache = origin["use_cache"]  # Trainer switched it off
-    return model
+def _with_block_size(args: TiedMoeTrainingArguments, config: PreTrainedConfig) -> TiedMoeTrainingArguments:
+    """The arguments with a block size that the model knows positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    known = positions if isinstance(positions, int) and positions > 0 else math.inf
+    if args.block_size is not None and args.block_size > known:
+        raise TiedMoeError(f"block_size={args.block_size}, but {args.model} knows {known} positions; lower it")
+    args = copy.copy(args)
+    args.block_size = args.block_size or int(min(DEFAULT_BLOCK_SIZE, known))
+    return args
 
 
-def _held_out(metrics: dict) -> dict:
+def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
     loss = metrics["eval_loss"]
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": loss, "perplexity": perplexity, "tokens": metrics["eval_tokens"]}
+    return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": metrics["eval_tokens"]}
 
 
-def _history_entry(entry: dict) -> dict:
+def _history_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry[name] for name in ("step", "loss", "eval_loss") if name in entry}
 
 
-def _versions() -> dict:
-    packages = ("transformers-tiedmoe", "transformers", "torch", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **versions()} | {
+        name: version(name) for name in ("accelerate", "datasets")
+    }

@@ -23,6 +23,7 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
 
     Raises:
         ImportError: peft is not installed.
+        TiedMoeError: a rank above the model's hidden size.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -30,6 +31,10 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
         raise ImportError(
             "LoRA needs peft, which is not installed; pip install 'transformers-tiedmoe[peft]'"
         ) from error
+    if rank > (hidden_size := model.config.get_text_config().hidden_size):
+        raise TiedMoeError(
+            f"lora_rank={rank}, but the model's hidden size is {hidden_size}; expected at most that, and far less to save anything"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -1,17 +1,25 @@
-"""What healing changes in transformers' Trainer: the optimizer's groups, distillation, and what is evaluated."""
+"""What healing changes in transformers' Trainer: the optimizer's groups, distillation, what is evaluated, divergence."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
+from ..errors import TiedMoeError
 from .data import sequence_losses
 from .distillation import distillation_loss
 from .parameter_groups import pool_parameter_groups
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Diverged(TiedMoeError):
+    """Tell that a loss is no longer a number, or worse than none: nothing of the run is worth keeping."""
+
 
 class HealTrainer(Trainer):
-    """Trainer with pool parameter groups, a teacher where there is one, and evaluation without auxiliary losses.
+    """Trainer with pool parameter groups, a teacher if there is one, and evaluation without auxiliary losses.
 
     Args:
         lr_divisor: see `pool_parameter_groups`.
@@ -26,11 +34,12 @@ class HealTrainer(Trainer):
         self.teacher = teacher
         self.teacher_weight = teacher_weight
         self.temperature = temperature
+        self._is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model=None):
-        """The optimizer that the arguments name, over pool parameter groups."""
+        """Make the optimizer that the arguments name, over pool parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
             groups = pool_parameter_groups(model, self.args.learning_rate, self.args.weight_decay, self.lr_divisor)
@@ -38,13 +47,35 @@ class HealTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run one forward and backward, and remember whether the loss was a number; the device is not waited for."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._is_finite &= loss.detach().isfinite()
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        """Log, unless a loss since the last time was no number."""
+        self._refuse_to_go_on()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._refuse_to_go_on()  # such a checkpoint would only lead on into the same
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _refuse_to_go_on(self) -> None:
+        if not bool(self._is_finite):
+            raise Diverged(
+                f"the healing diverged: by step {self.state.global_step} the loss is no number any more; nothing was saved: "
+                "lower learning_rate"
+            )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss, auxiliary losses included, mixed with the divergence from the teacher."""
+        """Mix the model's own loss, auxiliary losses included, with the divergence from the teacher."""
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         with torch.no_grad():
-            teacher_logits = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+            teacher_logits = self.teacher(**_model_inputs(inputs), use_cache=False).logits
         labels = inputs["labels"][:, 1:]
         divergence = distillation_loss(outputs.logits[:, :-1], teacher_logits[:, :-1], labels, self.temperature)
         # Normalised as Trainer normalises the model's own loss: over the tokens of all processes and accumulation steps.
@@ -56,35 +87,19 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per sequence the summed cross-entropy and the number of tokens, so that the mean over tokens is exact.
+        """Return per sequence the summed cross-entropy and the number of tokens, so that the mean over tokens is exact.
 
         Trainer's own mean would include the balance loss and count the sequences that fill up the last batch twice.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            sums, counts = sequence_losses(model, inputs["input_ids"], inputs["labels"])
+            sums, counts = sequence_losses(model, labels=inputs["labels"], **_model_inputs(inputs))
         return None, sums, counts
 
 
-class ProgressReport(TrainerCallback):
-    """Calls `progress(done_steps, all_steps, what)` after each step."""
-
-    def __init__(self, progress: Callable[[int, int, str], None]):
-        self.progress = progress
-        self.what = "healing"
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Show where a continued run starts."""
-        self.progress(state.global_step, state.max_steps, "evaluating" if args.eval_on_start else self.what)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the last loss to show."""
-        if logs and "loss" in logs:
-            self.what = f"healing, loss {float(logs['loss']):.3f}"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Report one more step."""
-        self.progress(state.global_step, state.max_steps, self.what)
+def _model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a model's logits: without masks and positions a padded batch has others."""
+    return {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
 
 
 def _token_weighted_loss(prediction) -> dict:

@@ -1,0 +1,110 @@
+"""LoRA files beside a model's weights: Auto classes load them on top, what reads the weights alone does not.
+
+One rule for every command: refuse, and say how to merge; or merge, if asked to.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
+
+from .errors import TiedMoeError
+
+ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+
+
+def find_adapter(model: str | Path, revision: str | None = None) -> str | None:
+    """Return the name of an adapter's file in `model`, a folder or hub id; None if there is none."""
+    folder = Path(model)
+    for name in ADAPTER_FILES:
+        if folder.is_dir():
+            if (folder / name).exists():
+                return name
+        elif cached_file(
+            str(model),
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        ):
+            return name
+    return None
+
+
+def refuse_adapter(model: str | Path, revision: str | None = None, merge: str = "--merge-adapter") -> None:
+    """Raise `TiedMoeError` if an adapter lies beside the weights of `model`.
+
+    Args:
+        model: a folder or hub id.
+        revision: of a hub id.
+        merge: what to ask for to have it merged.
+    """
+    if (found := find_adapter(model, revision)) is not None:
+        raise TiedMoeError(
+            f"{model} holds an adapter ({found}), which Auto classes load on top of the weights; expected the weights alone: "
+            f"merge it ({merge}; or peft's merge_and_unload() and save_pretrained into a new folder), or move its files away"
+        )
+
+
+def load_merged(model: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model with the adapter that lies beside its weights merged into them, in its own dtype.
+
+    Raises:
+        TiedMoeError: there is no adapter, its base is nowhere to be found, or it does not fit.
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            "merging an adapter needs peft, which is not installed; pip install 'transformers-tiedmoe[peft]'"
+        ) from error
+    if find_adapter(model) is None:
+        raise TiedMoeError(f"{model} holds no adapter to merge; leave merge_adapter out")
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            base = AutoModelForCausalLM.from_pretrained(
+                _base_of(Path(model), Path(empty)), dtype="auto", trust_remote_code=trust_remote_code
+            )
+            return PeftModel.from_pretrained(base, str(model)).merge_and_unload(safe_merge=True)
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:  # whatever peft makes of files it cannot use
+        raise TiedMoeError(
+            f"the adapter in {model} cannot be merged: {error}; merge it with the peft that wrote it, or move its files away"
+        ) from error
+
+
+def merged_copy(model: str | Path, folder: Path, trust_remote_code: bool = False) -> Path:
+    """Write `model` with its adapter merged, and its tokenizer and other small files, into the new `folder`."""
+    load_merged(model, trust_remote_code).save_pretrained(folder)
+    for path in sorted(Path(model).iterdir()):
+        is_weight = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
+        if path.is_file() and not is_weight and path.name not in ADAPTER_FILES and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def _base_of(model: Path, empty: Path) -> str:
+    """Where the base's weights are: links to those beside the adapter, which Auto classes would not look at, or elsewhere."""
+    beside = [path for path in model.iterdir() if path.is_file() and path.name not in ADAPTER_FILES]
+    if any(
+        path.name.startswith(("model", "pytorch_model")) and path.suffix in (".safetensors", ".bin") for path in beside
+    ):
+        for path in beside:
+            (empty / path.name).symlink_to(path.resolve())
+        return str(empty)
+    found: Any = json.loads((model / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    if not isinstance(base, str) or not base:
+        raise TiedMoeError(f"{model} holds an adapter whose {ADAPTER_CONFIG_NAME} names no base model; expected one")
+    return base
