@@ -6,12 +6,15 @@ VENV := .venv
 ifdef PY
 INSTALLED :=
 TRITON_OLDEST :=
+TRANSFORMERS_4 :=
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/kernels/torch-ext:$(CURDIR)/conversion:$(CURDIR)/examples$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 # The oldest triton supported, beside the one that is imported: kernels are compiled with both. It has no wheel but for Linux.
 TRITON_OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6/installed)
+# A transformers 4 beside the one that is imported: untied checkpoints are for its readers too.
+TRANSFORMERS_4 := $(VENV)/transformers-4/installed
 endif
 # One thread a process: the models of the tests are too small for more, and xdist runs two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -24,7 +27,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table clean
+.PHONY: demo seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -37,6 +40,9 @@ study-conversion: $(INSTALLED)  ## every conversion method's loss against bytes,
 
 test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
+
+untied-check: $(INSTALLED) $(TRANSFORMERS_4)  ## untied checkpoints of 17 families in transformers 4.57.6 against the tied models
+	$(ONE_THREAD) $(PY) -m pytest -q -m slow tests/test_conversion_untie.py
 
 CASES ?= 10000
 fuzz: $(INSTALLED)  ## broken configs, indexes and safetensors headers: an error each, never a crash, a hang or a write elsewhere
@@ -81,4 +87,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/triton-3.6/installed: | $(VENV)/installed
 	rm -rf $(@D)
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --target $(@D) triton==3.6.0
+	touch $@
+
+$(VENV)/transformers-4/installed: | $(VENV)/installed
+	rm -rf $(@D)
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --target $(@D) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	touch $@

@@ -1,13 +1,26 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conversions import FAMILIES, assert_equal_tensors, read_tensors, save_source, save_tokenizer, unchanged_disk
-from families import tiny_config
+from conversions import (
+    FAMILIES,
+    assert_equal_tensors,
+    edit_tensors,
+    read_tensors,
+    save_source,
+    save_tokenizer,
+    unchanged_disk,
+)
+from families import moe_families, tiny_config
 from test_conversion_execute import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie
+from tiedmoe_conversion.untying import save_family_config
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.configuration_tiedmoe import TYING_FIELDS
 from transformers_tiedmoe.files import file_digest
@@ -142,3 +155,129 @@ def test_a_wide_pool_is_not_read_at_once(tmp_path):
         untie(tmp_path / "tied", tmp_path / "back")
     layer = max(tensor.nbytes for name, tensor in plan.source.tensors.meta.items() if ".experts." in name)
     assert layer < counter.peak < 3.5 * layer
+
+
+ROPE_THETA = {"rope_type": "default", "rope_theta": 20000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "short_mscale": 1.1}
+LONG |= {"long_mscale": 1.2, "original_max_position_embeddings": 32}
+# Fields of a family and what readers other than transformers 5 must find: the names that files on the Hub have.
+OLDER_FIELDS = {
+    "olmoe": (
+        {"rope_parameters": ROPE_THETA},
+        {"rope_theta": 20000.0, "rope_scaling": None, "torch_dtype": "bfloat16"},
+    ),
+    "qwen3_moe": ({}, {"num_experts": 4, "rope_theta": 10000.0}),
+    "mixtral": ({}, {"num_experts": 4, "num_local_experts": 4, "rope_theta": 1000000.0}),
+    "deepseek_v3": (
+        {"rope_parameters": YARN | {"rope_theta": 20000.0}},
+        {"rope_theta": 20000.0, "rope_scaling": YARN},
+    ),
+    "gpt_oss": (
+        {"rope_parameters": ROPE_THETA},
+        {"rope_theta": 20000.0, "rope_scaling": None},
+    ),  # its default is scaled
+    "glm4_moe": ({"rope_parameters": ROPE_THETA | {"partial_rotary_factor": 0.25}}, {"partial_rotary_factor": 0.25}),
+    "phimoe": (
+        {"rope_parameters": LONG | {"rope_theta": 20000.0}},
+        {"rope_theta": 20000.0, "rope_scaling": LONG, "original_max_position_embeddings": 32},
+    ),
+    "granitemoehybrid": ({}, {"layer_types": ["mamba", "attention"] * 3, "num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("family", OLDER_FIELDS)
+def test_config_has_the_older_names_too(tmp_path, family):
+    """Without them transformers 4, vLLM and llama.cpp take defaults: another model, without a word."""
+    fields, expected = OLDER_FIELDS[family]
+    config = tiny_config(family, dtype=torch.bfloat16, **fields)
+    save_family_config(config, tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert {name: found[name] for name in expected} == expected
+    assert found["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", [family for family in moe_families() if family != "gemma4"])
+def test_transformers_reads_the_same_config_back(tmp_path, family):
+    """The older names beside the newer ones change nothing for it."""
+    config = tiny_config(family, dtype=torch.bfloat16)
+    save_family_config(config, tmp_path)
+    found = AutoConfig.from_pretrained(tmp_path)
+    found.name_or_path = config.name_or_path
+    assert found.to_dict() == config.to_dict()
+
+
+def test_untied_config_is_written_for_every_reader(tmp_path):
+    save_source(tmp_path / "source", "qwen3_moe", rope_parameters=ROPE_THETA)
+    recipe = ConversionRecipe(
+        source=str(tmp_path / "source"), output=str(tmp_path / "tied"), method="union", group_size=3
+    )
+    execute(make_plan(recipe))
+    untie(tmp_path / "tied", tmp_path / "untied")
+    config = json.loads((tmp_path / "untied" / "config.json").read_text())
+    assert (config["rope_theta"], config["num_experts"], config["num_local_experts"]) == (20000.0, 4, 4)
+
+
+def test_dropped_prediction_layers_are_not_promised(tmp_path):
+    """llama.cpp counts num_hidden_layers + num_nextn_predict_layers blocks, vLLM offers speculative decoding by it."""
+    save_source(tmp_path / "source", "glm4_moe", num_nextn_predict_layers=1)
+    edit_tensors(  # as GLM-4.5-Air names its extra layer
+        tmp_path / "source",
+        lambda tensors: tensors | {n.replace(".5.", ".46.", 1): t for n, t in tensors.items() if ".layers.5." in n},
+    )
+    fields = {"method": "union", "groups": [[1, 2], [3, 4]]}
+    plan = make_plan(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "tied"), **fields))
+    assert any(".layers.46." in name for name, _ in plan.dropped)
+    execute(plan)
+    untie(tmp_path / "tied", tmp_path / "untied")
+    for made in ("tied", "untied"):
+        assert json.loads((tmp_path / made / "config.json").read_text())["num_nextn_predict_layers"] == 0
+        assert not [name for name in read_tensors(tmp_path / made) if ".layers.46." in name]
+
+
+TRANSFORMERS_4 = Path(__file__).parents[1] / ".venv" / "transformers-4"
+READ = """
+import sys
+sys.modules["kernels"] = None  # the one that is installed is for transformers 5
+import torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+transformers.logging.set_verbosity_error()
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        torch.save(model.eval()(input_ids=torch.arange(1, 30)[None]).logits, folder + "/logits.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not TRANSFORMERS_4.is_dir(), reason="transformers 4 is not there: `make untied-check` fetches it by pip"
+)
+def test_transformers_4_computes_what_the_tied_model_does(tmp_path):
+    rope = {family: fields.get("rope_parameters", ROPE_THETA) for family, (fields, _) in OLDER_FIELDS.items()}
+    rope |= dict.fromkeys(("qwen2_moe", "deepseek_v2", "dots1", "ernie4_5_moe", "flex_olmo", "granitemoe"), ROPE_THETA)
+    rope |= dict.fromkeys(("hunyuan_v1_moe", "minimax", "granitemoeshared"), ROPE_THETA)
+    rope["qwen3_next"] = ROPE_THETA | {"partial_rotary_factor": 0.5}
+    logits, folders = {}, []
+    for family, parameters in rope.items():
+        root = tmp_path / family
+        save_source(root / "source", family, dtype=torch.float32, rope_parameters=parameters)
+        edit_tensors(root / "source", sharpen_attention)
+        recipe = {"source": str(root / "source"), "output": str(root / "tied"), "skip_first": 1, "skip_last": 0}
+        execute(make_plan(ConversionRecipe(**recipe, method="union")))
+        untie(root / "tied", root / "untied")
+        tied = AutoModelForCausalLM.from_pretrained(root / "tied", attn_implementation="eager")
+        with torch.no_grad():
+            logits[family] = tied(torch.arange(1, 30)[None]).logits
+        folders.append(str(root / "untied"))
+    where = {**os.environ, "PYTHONPATH": str(TRANSFORMERS_4)}
+    subprocess.run([sys.executable, "-c", READ, *folders], check=True, env=where, timeout=600)
+    for family, expected in logits.items():
+        found = torch.load(tmp_path / family / "untied" / "logits.pt")
+        torch.testing.assert_close(found, expected, msg=lambda message, family=family: f"{family}: {message}")
+
+
+def sharpen_attention(tensors):
+    """Larger queries and keys, so that attention sees positions."""
+    parts = ("q_proj", "k_proj", "q_b_proj", "kv_a_proj", "kv_b_proj")
+    return {name: tensor * (10 if any(part in name for part in parts) else 1) for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
 """`make_plan`: what a conversion will do, tensor by tensor, from the source's config and headers alone."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,9 @@ from .memory import peak_memory_bytes, statistics_bytes
 from .operations import TensorOperation, check_coverage, layers_read, plan_operations, replaced_experts
 from .recipe import ConversionRecipe
 from .recipe_types import parse_size
+
+# What families call the number of layers that predict tokens beyond the next; transformers loads none of them.
+PREDICTION_LAYERS_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         residual_rank=recipe.residual_rank,
     )
     config.architectures = ["TiedMoeForCausalLM"]
+    _promise_no_dropped_layers(config, source)
     tied = family_model(config)
     operations = plan_operations(recipe, groups, tied, source)
     replaced = replaced_experts(recipe, groups, source)
@@ -167,6 +172,17 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         peak_memory_bytes=peak_memory_bytes(recipe, groups, source, config, operations),
         statistics_bytes=statistics_bytes(recipe, groups, source),
     )
+
+
+def _promise_no_dropped_layers(config: TiedMoeConfig, source: SourceModel) -> None:
+    """Count no multi-token-prediction layers if the source's are dropped: llama.cpp and vLLM look for as many as promised."""
+    for name in source.tensors.dropped:
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if re.match(r"(model\.)?mtp", name) or (layer and int(layer[1]) >= config.num_hidden_layers):
+            for field in PREDICTION_LAYERS_FIELDS:
+                if getattr(config, field, None):
+                    setattr(config, field, 0)
+            return
 
 
 def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[list[int]]:

@@ -5,13 +5,14 @@ family, vLLM and whatever else reads the family's checkpoints loads it. Works ru
 memory at a time.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_NAME, PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
@@ -26,6 +27,9 @@ from .layout.tied_view import LayerTensors
 from .provenance import identity
 from .recipe_types import parse_size
 from .verify import verify_output
+
+# Families whose layer types have other names since transformers 5, which still reads the older ones.
+OLDER_LAYER_TYPES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def untie(
     with open_work(folder, made) as work:
         if work.report is None:
             with work.draft() as draft:
-                family_config.save_pretrained(draft)
+                save_family_config(family_config, draft)
                 opened.copy_travelling_files(draft)
             write_weights(work, operations, _Maker(reader).make, progress)
             if progress:
@@ -116,6 +120,43 @@ class _Maker:
             self._made = {}
             self._made = operation.unit.convert(self.reader.read)
         yield self._made.pop(operation.target)
+
+
+def save_family_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write a family's config.json for every reader: transformers 5's names of the fields, and the older ones beside them."""
+    config.save_pretrained(folder)
+    path = folder / CONFIG_NAME
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fields, **older_fields(config)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Give the fields that transformers 5 renamed under their names in transformers 4, vLLM and llama.cpp.
+
+    Those take a default for a field that they do not find, so a missing `rope_theta` is another model without a word.
+    Families with rotary embeddings of several kinds have no older name for them, and no older reader.
+
+    Returns:
+        `rope_theta`, `rope_scaling` (None if not scaled) and `partial_rotary_factor`, of `rope_parameters`; `num_experts` of
+        a family that calls it `num_local_experts` now; `layer_types` in the words of before, which transformers 5 reads too;
+        `torch_dtype`. Each if the family has it.
+    """
+    fields: dict[str, Any] = {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in rope:
+        scaling = dict(rope)
+        fields.update({name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in scaling})
+        fields["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+        if rope["rope_type"] == "longrope" and "original_max_position_embeddings" in rope:
+            fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    if config.attribute_map.get("num_experts") == "num_local_experts":
+        fields["num_experts"] = config.num_local_experts
+    if config.model_type in OLDER_LAYER_TYPES:
+        words = OLDER_LAYER_TYPES[config.model_type]
+        fields["layer_types"] = [words.get(layer_type, layer_type) for layer_type in config.layer_types]
+    if config.dtype is not None:
+        fields["torch_dtype"] = str(config.dtype).removeprefix("torch.")
+    return fields
 
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:

@@ -36,11 +36,12 @@ class TiedMoeTokenizer:
     def from_pretrained(cls, name: str | Path, *inputs: Any, **kwargs: Any) -> Any:
         """Load what `AutoTokenizer` gives for the same files beside a config of the family.
 
-        A folder without a config.json has no family; the class that its tokenizer_config.json names is taken.
+        The class that `settle_tokenizer` wrote is taken at its word, and so is any class in a folder without a config.json.
         """
         fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs) if _has_config(name, kwargs) else ({}, None)
         family = fields.get("family")
-        config = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else PreTrainedConfig()
+        is_settled = NAMED_BY_SOURCE in tokenization_auto.get_tokenizer_config(name, **kwargs)
+        config = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING and not is_settled else PreTrainedConfig()
         config.tokenizer_class = fields.get("tokenizer_class")
         return AutoTokenizer.from_pretrained(name, *inputs, config=config, **kwargs)
 
@@ -83,7 +84,8 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
     """Make the tokenizer files in a checkpoint's `folder` load as `tokenizer`, and check that they do.
 
     Only tokenizer_config.json is written, and only if it must be: the class that `tokenizer` has, and neither code nor a
-    processor that is not beside it. The class that the source named is kept under `source_tokenizer_class`, and comes
+    processor that is not beside it. Where transformers overrules every class, as in an untied folder of another type than
+    the source's, the tokenizer is saved as that class works. The class that the source named is kept under `source_tokenizer_class`, and comes
     back when the checkpoint is untied, if it then gives the same tokenizer.
 
     Args:
@@ -110,17 +112,29 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
     tried = []
     for fields in _candidates(kept, type(tokenizer).__name__):
         if fields != copied:
-            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write_json(path, fields)
             copied = fields
         found = _loads_as(folder)
         if all(_is_same(each, tokenizer) for each in found):
             return
         tried.append(f"{fields.get('tokenizer_class')} loads as {', '.join(type(each).__name__ for each in found)}")
+    if tokenizer.is_fast:
+        tokenizer.save_pretrained(folder)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = {name: value for name, value in saved.items() if name not in ("auto_map", "processor_class")}
+        saved |= {"tokenizer_class": FALLBACK["TokenizersBackend"], NAMED_BY_SOURCE: copied[NAMED_BY_SOURCE]}
+        _write_json(path, saved)
+        if all(_is_same(each, tokenizer, of_any_class=True) for each in _loads_as(folder)):
+            return
     raise TiedMoeError(
-        f"the source's tokenizer is a {type(tokenizer).__name__}, and no class named in {folder.name}'s {TOKENIZER_CONFIG} "
-        f"gives the same tokens there ({'; '.join(tried)}): load it with AutoTokenizer, save it with save_pretrained "
-        "over the source's tokenizer files, and try again"
+        f"the source's tokenizer is a {type(tokenizer).__name__}, and nothing written into {folder.name}'s {TOKENIZER_CONFIG} "
+        f"gives the same tokens there ({'; '.join(tried)}): remove auto_map and tokenizer_class from the source's own, see "
+        "whether it still gives the tokens that the model was trained with, and try again"
     )
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _candidates(fields: dict[str, Any], actual: str) -> list[dict[str, Any]]:
@@ -148,9 +162,11 @@ def _loads_as(folder: Path) -> list[PreTrainedTokenizerBase]:
     return [elsewhere, TiedMoeTokenizer.from_pretrained(folder)]
 
 
-def _is_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+def _is_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, of_any_class: bool = False) -> bool:
     """Whether both give the same tokens for every text: one class, and one and the same pipeline inside."""
-    if type(one) is not type(other) or one.special_tokens_map != other.special_tokens_map:
+    if one.is_fast != other.is_fast or one.special_tokens_map != other.special_tokens_map:
+        return False
+    if type(one) is not type(other) and not (one.is_fast and of_any_class):
         return False
     return _pipeline(one) == _pipeline(other) if one.is_fast else one.get_vocab() == other.get_vocab()
 
