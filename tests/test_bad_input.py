@@ -15,7 +15,7 @@ from conversions import edit_config, edit_tensors, read_tensors, save_source, un
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan
+from tiedmoe_conversion import ConversionError, ConversionRecipe, execute, make_plan, untie, verify_folder
 from tiedmoe_conversion.checkpoint import reader, writer
 from transformers_tiedmoe.errors import TiedMoeError
 
@@ -599,3 +599,22 @@ def test_source_that_fails_while_it_is_read_leaves_nothing(folder, monkeypatch):
     monkeypatch.setattr(reader.Source, "read", fail)
     with unchanged_disk(folder.parent), pytest.raises(OSError, match="Input/output error"):
         execute(plan)
+
+
+# An adapter beside the weights
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("method", ["union", "average"])
+def test_source_with_an_adapter(folder, file, method):
+    """Auto classes load it on top, the conversion would not: other numbers than the source's, silently."""
+    (folder / file).write_text("{}")
+    refuse(folder, r"holds an adapter \(adapter_.*merge_and_unload\(\)", error=TiedMoeError, method=method)
+
+
+def test_tied_folder_with_an_adapter(folder, tmp_path):
+    attempt({"source": str(folder), "output": str(tmp_path / "tied"), "method": "average"}, run=True)
+    (tmp_path / "tied" / "adapter_config.json").write_text("{}")
+    for command in (lambda: untie(tmp_path / "tied", tmp_path / "untied"), lambda: verify_folder(tmp_path / "tied")):
+        with unchanged_disk(tmp_path), pytest.raises(TiedMoeError, match="holds an adapter"):
+            command()

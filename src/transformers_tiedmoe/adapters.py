@@ -4,7 +4,6 @@ One rule for every command: refuse, and say how to merge; or merge, if asked to.
 """
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,20 @@ def find_adapter(model: str | Path, revision: str | None = None) -> str | None:
     return None
 
 
-def refuse_adapter(model: str | Path, revision: str | None = None, merge: str = "--merge-adapter") -> None:
+def refuse_adapter(model: str | Path, revision: str | None = None, merge: str | None = None) -> None:
     """Raise `TiedMoeError` if an adapter lies beside the weights of `model`.
 
     Args:
         model: a folder or hub id.
         revision: of a hub id.
-        merge: what to ask for to have it merged.
+        merge: a flag that has it merged, if the command has one.
     """
     if (found := find_adapter(model, revision)) is not None:
+        flag = f"{merge}, or " if merge else ""
         raise TiedMoeError(
             f"{model} holds an adapter ({found}), which Auto classes load on top of the weights; expected the weights alone: "
-            f"merge it ({merge}; or peft's merge_and_unload() and save_pretrained into a new folder), or move its files away"
+            f"merge it ({flag}PeftModel.from_pretrained(base, folder).merge_and_unload() and save_pretrained into a new folder), "
+            "or move its files away"
         )
 
 
@@ -82,16 +83,6 @@ def load_merged(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         raise TiedMoeError(
             f"the adapter in {model} cannot be merged: {error}; merge it with the peft that wrote it, or move its files away"
         ) from error
-
-
-def merged_copy(model: str | Path, folder: Path, trust_remote_code: bool = False) -> Path:
-    """Write `model` with its adapter merged, and its tokenizer and other small files, into the new `folder`."""
-    load_merged(model, trust_remote_code).save_pretrained(folder)
-    for path in sorted(Path(model).iterdir()):
-        is_weight = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-        if path.is_file() and not is_weight and path.name not in ADAPTER_FILES and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-    return folder
 
 
 def _base_of(model: Path, empty: Path) -> str:

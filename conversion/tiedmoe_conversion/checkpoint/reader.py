@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from transformers_tiedmoe.adapters import refuse_adapter
 from transformers_tiedmoe.auto_files import load_tokenizer, settle_tokenizer
 
 from ..errors import ConversionError
@@ -59,6 +60,7 @@ class Source:
             for path in folder.glob(pattern):
                 if not path.is_dir():
                     regular_file(folder, path.name)
+        refuse_adapter(folder)
         self.tensors = self._read_headers()
         self.is_quantised = False
         if any(name.endswith(SUFFIX) for name in self.tensors):

@@ -92,9 +92,9 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
     output = check_output(folder, inputs, owned) if state.is_main_process else Path(folder).absolute()
 
     if not args.merge_adapter:
-        refuse_adapter(args.model)
+        refuse_adapter(args.model, merge="--merge-adapter")
     if args.teacher:
-        refuse_adapter(args.teacher, merge="save the merged teacher first")
+        refuse_adapter(args.teacher)
 
     tell(0, args.max_steps, "reading the text")
     config = load_config(args.model, args.trust_remote_code)
