@@ -1,12 +1,17 @@
 """`TiedMoeConfig`: a family's own config, flat, plus which layers read which pool.
 
 `TiedMoeConfig(family="olmoe", ...)` returns an instance of a subclass of `OlmoeConfig` (made once per family), so the
-family's layers are built with it directly and a field that transformers adds tomorrow is there. Every check that
-involves more than one field is in `_resolve_pools`.
+family's layers are built with it directly and a field that transformers adds tomorrow is there. A config.json may be
+anybody's: `_check_claims` holds every claim to its type and range before anything is built or counted by it, and every
+check that involves more than one field is in `_resolve_pools`.
 """
 
+import math
+from collections.abc import Mapping, Sequence
+from reprlib import repr as short_repr
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .errors import TiedMoeError
@@ -17,6 +22,8 @@ from .pools import check_groups, tie_groups
 # What families call the number of experts of a layer, and the experts active per token; most alias them already.
 NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_router_topk")
+# Above any model that there is, and still a model that can be built on the meta device within seconds.
+MAX_LAYERS, MAX_EXPERTS, MAX_LABELS = 1024, 2**16, 2**20
 TYING_FIELDS = (
     "family",
     "group_size",
@@ -87,9 +94,25 @@ class TiedMoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.family = canonical_family(self.family)
+        self._check_claims({**vars(self), **kwargs})
         super().__post_init__(**kwargs)
         self.auto_map = dict(remote_classes(self.family))
         self._resolve_pools()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As transformers' own; whatever a field of a config.json makes it raise becomes a `TiedMoeError`."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except TiedMoeError:
+            raise
+        except Exception as error:  # a field of another type, or of a value that no module can be built with
+            name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "the configuration"
+            message = " ".join(str(error).split())[:300]
+            raise TiedMoeError(
+                f"{name}: transformers cannot build a model of config.json: {type(error).__name__}: {message}; use the "
+                "config.json that belongs to the weights"
+            ) from error
 
     @classmethod
     def from_family(cls, config: PreTrainedConfig, **tying_fields) -> "TiedMoeConfig":
@@ -136,6 +159,33 @@ class TiedMoeConfig(PreTrainedConfig):
         """The pool that `layer` reads, or None where it is untied."""
         return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
 
+    def _check_claims(self, fields: Mapping[str, Any]) -> None:
+        """Raise `TiedMoeError` unless every claim has its type and is in range; what follows builds and loops by them."""
+        for name, value in fields.items():
+            most = MAX_LAYERS if "layer" in name else MAX_EXPERTS if "expert" in name else MAX_LABELS
+            if type(value) is int and ("layer" in name or "expert" in name or name == "num_labels") and value > most:
+                raise TiedMoeError(f"{name}={value}; expected at most {most}")
+            if isinstance(value, (list, tuple)) and ("layer" in name or name == "groups") and len(value) > MAX_LAYERS:
+                raise TiedMoeError(f"{name} has {len(value)} entries; expected at most {MAX_LAYERS}, the most layers")
+        if fields.get("num_hidden_layers") is not None:  # a family may count its list of layers instead
+            _expect("num_hidden_layers", fields["num_hidden_layers"], int, least=1, most=MAX_LAYERS)
+        for name, least in (("group_size", 1), ("skip_first", 0), ("skip_last", 0)):
+            _expect(name, fields[name], int, least=least, most=MAX_LAYERS)
+        _expect("recompute_experts", fields["recompute_experts"], bool)
+        z_loss = fields["router_z_loss_coef"]
+        if type(z_loss) not in (int, float) or not 0 <= z_loss < math.inf:
+            raise TiedMoeError(f"router_z_loss_coef={short_repr(z_loss)}; expected a number of at least 0")
+        groups = fields["groups"]
+        if groups is not None and (isinstance(groups, (str, bytes)) or not isinstance(groups, Sequence)):
+            raise TiedMoeError(f"groups={short_repr(groups)}; expected lists of layer indices, e.g. [[2, 3], [4, 5]]")
+        for name in ("dtype", "torch_dtype"):
+            dtype = fields.get(name)
+            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise TiedMoeError(
+                    f"{name}={short_repr(dtype)}; expected a floating dtype of torch such as 'bfloat16'"
+                )
+
     def _resolve_pools(self) -> None:
         moe_layers = sorted(expert_layers(family_skeleton(self)))
         if not moe_layers:
@@ -151,9 +201,9 @@ class TiedMoeConfig(PreTrainedConfig):
 
         num_experts = getattr(self, self.num_experts_field)
         pools = self.pool_num_experts if self.pool_num_experts is not None else num_experts
-        self.pool_num_experts = self._one_per_pool("pool_num_experts", pools, int, least=1)
+        self.pool_num_experts = self._one_per_pool("pool_num_experts", pools, int, least=1, most=MAX_EXPERTS)
         self.slot_maps = self._one_per_pool("slot_maps", self.slot_maps, bool)
-        self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, least=0)
+        self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, 0, most=self.hidden_size)
 
         if self.router_z_loss_coef and not getattr(self, "output_router_logits", False):
             raise TiedMoeError(
@@ -175,7 +225,7 @@ class TiedMoeConfig(PreTrainedConfig):
                     "choose a multiple of n_group"
                 )
 
-    def _one_per_pool(self, name: str, value: Any, kind: type, least: int | None = None) -> list:
+    def _one_per_pool(self, name: str, value: Any, kind: type, least: int = 0, most: int = 0) -> list:
         num_pools = len(self.groups or [])
         values = list(value) if isinstance(value, (list, tuple)) else [value] * num_pools
         if len(values) != num_pools:
@@ -183,13 +233,18 @@ class TiedMoeConfig(PreTrainedConfig):
                 f"{name} has {len(values)} entries for {num_pools} pools; give one value, or one per pool"
             )
         for p, entry in enumerate(values):
-            if type(entry) is not kind or (least is not None and entry < least):  # type: ignore[operator]
-                at_least = "" if least is None else f" of at least {least}"
-                raise TiedMoeError(f"{name} of pool {p} is {entry!r}; expected {kind.__name__}{at_least}")
+            _expect(name, entry, kind, least, most, of=f" of pool {p}")
         return values
 
     def __reduce__(self):
         return restore_config, (TiedMoeConfig, self.family), self.__dict__
+
+
+def _expect(name: str, value: Any, kind: type, least: int = 0, most: int = 0, of: str = "") -> None:
+    is_in_range = kind is not int or (isinstance(value, int) and least <= value <= most)
+    if type(value) is not kind or not is_in_range:
+        bounds = f" of at least {least} and at most {most}" if kind is int else ""
+        raise TiedMoeError(f"{name}={short_repr(value)}{of}; expected {kind.__name__}{bounds}")
 
 
 def _first_field(config: PreTrainedConfig, names: tuple[str, ...], what: str) -> str:

@@ -9,6 +9,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
+from reprlib import repr as short_repr
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def canonical_family(family: object) -> str:
         if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
             return causal_lm.config_class.model_type
     raise TiedMoeError(
-        f"unknown family {family!r}; expected the model_type of a transformers text-only causal LM whose experts use "
+        f"unknown family {short_repr(family)}; expected the model_type of a transformers text-only causal LM whose experts use "
         "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
     )
 
@@ -59,7 +60,7 @@ def expert_layers(model: nn.Module) -> dict[int, str]:
     layers: dict[int, str] = {}
     for path, module in model.named_modules():
         match = re.match(r"(?:\w+\.)?layers\.(\d+)\.", path)
-        if match and _is_experts(module):
+        if match and is_experts(module):
             layer = int(match[1])
             if layer in layers:
                 raise TiedMoeError(f"layer {layer} has two sets of experts, {layers[layer]} and {path}; expected one")
@@ -67,7 +68,7 @@ def expert_layers(model: nn.Module) -> dict[int, str]:
     return layers
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether transformers' `@use_experts_implementation` made this module's class."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 

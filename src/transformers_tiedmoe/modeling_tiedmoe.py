@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .configuration_tiedmoe import TiedMoeConfig
+from .errors import TiedMoeError
 from .experts_interface import defer_weight_gradients, is_default_for
 from .families import (
     check_alike,
@@ -41,6 +42,7 @@ from .families import (
     restore_model,
     restore_pool,
 )
+from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
 from .pools import default_slot_map
 from .residual import Residual, experts_with_residual
@@ -78,6 +80,11 @@ class ExpertPool(nn.Module):
             )
         return experts_with_residual(self, hidden_states, top_k_index, top_k_weights, residual)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # diff with torch: weights of integers are refused instead of cast
+        check_pool({n: t for n, t in state_dict.items() if n.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __reduce__(self):
         return restore_pool, (ExpertPool, type(self).__mro__[2]), self.__dict__
 
@@ -102,6 +109,7 @@ class TiedExperts(nn.Module):
         self.register_buffer(
             "slot_map", torch.empty(self.num_slots, dtype=torch.int64) if config.slot_maps[pool_index] else None
         )
+        self._checked_slot_map: Any = None  # the very tensor whose values were last found in range
         self.residual_names = ("gate_up_proj" if pool.has_gate else "up_proj", "down_proj") if residual_rank else ()
         for name in self.residual_names:
             _, rows, columns = getattr(pool, name).shape
@@ -129,11 +137,26 @@ class TiedExperts(nn.Module):
             }
             extra["residual"] = Residual(top_k_index, factors)
         if self.slot_map is not None:
+            if not torch.compiler.is_compiling() and self.slot_map is not self._checked_slot_map:
+                self.check_slot_map()  # of whoever sets buffers one by one, such as accelerate's dispatch from disk
             inactive = top_k_index >= self.num_slots
             top_k_index = self.slot_map[top_k_index.clamp(max=self.num_slots - 1)]
             top_k_index = top_k_index.masked_fill(inactive, self.pool_size)
         # A pool may sit on another device than this layer (device_map="auto"); the layer's residual stream does not.
         return pool(hidden_states, top_k_index, top_k_weights, **extra).to(hidden_states.device)
+
+    def check_slot_map(self) -> None:
+        """Raise `TiedMoeError` if the layer's slot map leads outside its pool; one that is still on meta has no values."""
+        if self.slot_map is not None and not self.slot_map.is_meta:
+            check_slot_map(self.slot_map, self.pool_index, self.pool_size)
+            self._checked_slot_map = self.slot_map
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # diff with torch: a slot map of floats, or that leads outside the pool, is refused instead of cast
+        incoming = state_dict.get(f"{prefix}slot_map")
+        if self.slot_map is not None and incoming is not None and not incoming.is_meta:
+            check_slot_map(incoming, self.pool_index, self.pool_size)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         mapped = "identity" if self.slot_map is None else f"slot_map[{self.num_slots}]"
@@ -150,7 +173,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config: TiedMoeConfig, *args, **kwargs):
         if not isinstance(config, TiedMoeConfig):
-            raise ValueError(
+            raise TiedMoeError(
                 f"{cls.__name__} got a {type(config).__name__}; expected a TiedMoeConfig, which "
                 "TiedMoeConfig.from_family(config, group_size=2) makes of a family's config"
             )
@@ -158,7 +181,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: TiedMoeConfig, *args, **kwargs):
         if is_deepspeed_zero3_enabled():
-            raise ValueError(
+            raise TiedMoeError(
                 "DeepSpeed ZeRO-3 splits weights up while a model is built, which pools do not support; "
                 "use FSDP2 (accelerate's fsdp_version: 2) or ZeRO-2"
             )
@@ -209,7 +232,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
         for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
             if fields.get(name) not in (None, False, 1):
-                raise ValueError(
+                raise TiedMoeError(
                     f"{name}={fields[name]!r} on a tied model; only FSDP2 is supported so far, "
                     "for which leave it out and set fsdp_size"
                 )
@@ -219,18 +242,45 @@ class TiedMoePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As transformers' own; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
         if cls._family_class is not None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._check_loaded()
+            return loaded
         if not isinstance(config, TiedMoeConfig):
             hub = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
             found = AutoConfig.from_pretrained(
                 config or pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in hub}
             )
             if not isinstance(found, TiedMoeConfig):
-                raise ValueError(
+                raise TiedMoeError(
                     f"{pretrained_model_name_or_path} holds a {found.model_type!r} model; expected 'tiedmoe'. "
                     "Convert it first: tiedmoe convert SOURCE OUTPUT --calibration TEXT"
                 )
         return cls._auto_model.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # diff with transformers: the model, on meta still, is held against the files before it takes memory
+        files = [] if state_dict is not None else checkpoint_files or []
+        headers = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in (state_dict or {}).items()}
+        if all(str(file).endswith(".safetensors") for file in files):
+            headers |= read_headers(files)
+        if not load_config.ignore_mismatched_sizes:
+            name, is_quantised = str(load_config.pretrained_model_name_or_path), load_config.hf_quantizer is not None
+            check_headers(model, headers, name, is_quantised, is_complete=bool(files and headers))
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def _check_loaded(self) -> None:
+        """Check what a checkpoint has just put into the model."""
+        is_quantised = getattr(self, "hf_quantizer", None) is not None
+        for module in self.modules():
+            if isinstance(module, TiedExperts):
+                module.check_slot_map()
+            elif isinstance(module, ExpertPool) and not is_quantised:
+                check_pool(dict(module.named_parameters()))
+        if is_quantised:
+            say_what_is_unquantised(self)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As transformers' own, but the names on disk are the model's own: fused experts, every pool once."""

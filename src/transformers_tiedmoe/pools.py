@@ -14,6 +14,7 @@ a pool of all the group's experts, where layer j of the group reads rows j*E..(j
 """
 
 from collections.abc import Sequence
+from reprlib import repr as short_repr
 
 from .errors import TiedMoeError
 
@@ -42,22 +43,24 @@ def tie_groups(
         ("skip_last", skip_last, 0),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise TiedMoeError(f"{name}={value!r}; expected an integer of at least {least}")
+            raise TiedMoeError(f"{name}={short_repr(value)}; expected an integer of at least {least}")
     tied = list(moe_layers)[skip_first : len(moe_layers) - skip_last]
     return [tied[start : start + group_size] for start in range(0, len(tied), group_size)]
 
 
 def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num_hidden_layers: int) -> None:
-    """Raise `ValueError` unless `groups` are disjoint runs of neighbouring MoE layers, in order."""
+    """Raise `TiedMoeError` unless `groups` are disjoint runs of neighbouring MoE layers, in order."""
     position = {layer: index for index, layer in enumerate(moe_layers)}
     owner: dict[int, int] = {}
     for p, group in enumerate(groups):
         if isinstance(group, (str, bytes)) or not isinstance(group, Sequence) or len(group) == 0:
-            raise TiedMoeError(f"group {p} is {group!r}; expected a non-empty list of layer indices, e.g. [2, 3]")
+            raise TiedMoeError(
+                f"group {p} is {short_repr(group)}; expected a non-empty list of layer indices, e.g. [2, 3]"
+            )
         for layer in group:
             if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_hidden_layers:
                 raise TiedMoeError(
-                    f"group {p} names layer {layer!r}; expected an integer from 0 to {num_hidden_layers - 1}"
+                    f"group {p} names layer {short_repr(layer)}; expected an integer from 0 to {num_hidden_layers - 1}"
                 )
             if layer not in position:
                 raise TiedMoeError(
@@ -73,7 +76,7 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
         if positions != list(range(positions[0], positions[0] + len(positions))):
             run = [moe_layers[i] for i in range(min(positions), max(positions) + 1)]
             raise TiedMoeError(
-                f"group {p} is {list(group)}, which skips or reorders MoE layers; a group is a run of consecutive "
+                f"group {p} is {short_repr(list(group))}, which skips or reorders MoE layers; a group is a run of consecutive "
                 f"MoE layers such as {run}"
             )
 

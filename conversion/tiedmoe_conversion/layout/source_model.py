@@ -9,7 +9,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers import initialization as init
 
 from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.families import canonical_family, expert_layers
+from transformers_tiedmoe.loading import check_dtype, check_headers, check_num_layers
 
 from ..checkpoint.quantised import block_size
 from ..checkpoint.reader import Source, open_source
@@ -157,9 +159,16 @@ def read_tied_config(source: Source) -> TiedMoeConfig:
             f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
         )
     try:
-        return AutoConfig.from_pretrained(source.folder)
-    except Exception as error:  # whatever a field of the wrong type makes transformers raise
+        config = AutoConfig.from_pretrained(source.folder)
+        check_num_layers(config.num_hidden_layers, len(source.tensors), source.name)
+        headers = {name: (tuple(info.shape), info.dtype) for name, info in source.tensors.items()}
+        check_dtype(config.dtype, headers, source.name)
+        check_headers(family_model(config), headers, source.name)
+    except TiedMoeError as error:
+        raise ConversionError(str(error)) from error
+    except Exception as error:  # whatever a field of the wrong type or value makes transformers raise
         raise ConversionError(f"{source.name}: cannot read config.json: {error}") from error
+    return config
 
 
 def family_model(config: PreTrainedConfig) -> PreTrainedModel:

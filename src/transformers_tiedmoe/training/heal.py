@@ -39,6 +39,7 @@ from ..audit.metrics import perplexity as perplexity_of
 from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
 from ..hub import MANIFEST, read_manifest, save_healed, versions
+from ..loading import check_folder
 from ..workdir import Work, check_output, open_work
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
@@ -350,7 +351,9 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
             "config.json, or trust the checkpoint (trust_remote_code)"
         )
     with reading(f"the config of {model}"):
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        check_folder(model, config)
+        return config
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
