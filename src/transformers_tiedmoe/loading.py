@@ -176,8 +176,7 @@ def say_what_is_unquantised(model: PreTrainedModel) -> None:
         everything = model.num_parameters()
         logger.warning_once(
             f"{left / everything:.0%} of the weights are left unquantised: {left:,} of {everything:,} are experts, in pools "
-            f"and untied layers, which quantisation by {_quantiser(model)} does not know. The model takes little less "
-            "memory than without it."
+            f"and untied layers, which quantisation by {_quantiser(model)} does not know. They take as much memory as before."
         )
 
 
