@@ -45,8 +45,8 @@ untied-check: $(INSTALLED) $(TRANSFORMERS_4)  ## untied checkpoints of 17 famili
 	$(ONE_THREAD) $(PY) -m pytest -q -m slow tests/test_conversion_untie.py
 
 CASES ?= 10000
-fuzz: $(INSTALLED)  ## broken configs, indexes and safetensors headers: an error each, never a crash, a hang or a write elsewhere
-	$(ONE_THREAD) TIEDMOE_FUZZ_CASES=$(CASES) $(PY) -m pytest -q -n $(WORKERS) tests/test_conversion_fuzz.py
+fuzz: $(INSTALLED)  ## broken configs, headers, slot maps, journals, manifests, statistics, recipes, text: an error each
+	$(ONE_THREAD) TIEDMOE_FUZZ_CASES=$(CASES) $(PY) -m pytest -q -n $(WORKERS) tests/test_*fuzz.py
 
 style: $(INSTALLED)  ## lint, format, types
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import subprocess
 import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="tiedmoe-tests-")  # removed when the process ends
@@ -56,3 +57,14 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(torch_backend, "backward_weight", counted)
     return found
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of a disk of 64 KiB."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this machine does not let its user mount a tmpfs")
+    yield small
+    subprocess.run(["umount", small], check=True)

@@ -525,6 +525,29 @@ def test_output_that_is_the_source(folder):
     refuse(folder, "is not empty", TiedMoeError, output=str(folder))
 
 
+def test_output_in_or_around_an_input_is_refused_before_the_work(folder, monkeypatch):
+    """For convert, plan and untie; with links followed, and for an OUTPUT that is only seen to be another when it is resolved."""
+    (folder.parent / "link").symlink_to(folder)
+    (folder.parent / "text").mkdir()
+    (folder.parent / "text" / "a.txt").write_text("text")
+    refuse(folder, "lies in the source", TiedMoeError, output=str(folder / "out"))
+    refuse(folder, "lies in the source", TiedMoeError, output=str(folder.parent / "link" / "out"))
+    refuse(
+        folder,
+        "lies in the source",
+        TiedMoeError,
+        source=str(folder.parent / "link"),
+        output=str(folder / "a" / "out"),
+    )
+    text = {"calibration": str(folder.parent / "text"), "output": str(folder.parent / "text" / "out")}
+    refuse(folder, "lies in the calibration text", TiedMoeError, **text)
+    monkeypatch.chdir(folder.parent)
+    refuse(folder, "is not empty", TiedMoeError, output="x/..")
+    for output, message in (("link/out", "lies in the source"), ("x/..", "is not empty"), ("source", "is not empty")):
+        with unchanged_disk(folder.parent), pytest.raises(TiedMoeError, match=message):
+            untie(folder, output)
+
+
 def test_output_that_is_a_file_or_below_one(folder):
     refuse(folder, "exists and is not a folder", TiedMoeError, output=str(folder / "config.json"))
     refuse(

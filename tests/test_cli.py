@@ -182,6 +182,15 @@ def test_verify_compares_with_the_source(source, tmp_path, tiedmoe):
     assert "convert it again" in " ".join(error.split())
 
 
+def test_paths_are_printed_as_they_are(source, tmp_path, tiedmoe):
+    """Neither wrapped at 80 columns nor read as rich's markup."""
+    output = tmp_path / ("[red]a b" * 20)
+    arguments = ("--groups", "[[1, 2]]", "--method", "average", "--max-shard-size", "1MB")
+    out = tiedmoe("convert", source, output, *arguments).stdout
+    assert out.splitlines()[-1] == f"The tied model is in {output}."
+    assert tiedmoe("verify", output).stdout.splitlines()[-1] == f"{output} is sound."
+
+
 CALIBRATION = ("--calibration-tokens", 128, "--calibration-block-size", 16)
 
 

@@ -188,6 +188,16 @@ def test_statistics_whose_journal_is_damaged(folder, tmp_path):
         open_text(folder, tmp_path / "statistics")
 
 
+def test_statistics_on_a_full_disk(folder, tmp_path, small_disk):
+    """It is their disk that is named, and what other layers have is kept."""
+    recipe = recipe_for(folder, tmp_path / "out", statistics=str(small_disk / "statistics"), calibration_tokens=512)
+    message = rf"the disk of {small_disk}/statistics is full; what is done is kept"
+    with pytest.raises(TiedMoeError, match=message):
+        convert(recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    assert (small_disk / "statistics" / "layer-1.safetensors").is_file()
+
+
 def test_statistics_in_or_around_another_folder_are_refused_first(folder, tmp_path):
     for statistics, message in (
         (tmp_path / "out", "is also the statistics"),

@@ -508,17 +508,6 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         pass
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """The folder of a disk of 64 KiB."""
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("this machine does not let its user mount a tmpfs")
-    yield small
-    subprocess.run(["umount", small], check=True)
-
-
 @pytest.mark.parametrize("library", ["safetensors", "torch", "python"])
 def test_a_disk_that_is_really_full_or_read_only(small_disk, library):
     tensor = torch.zeros(100_000)
@@ -541,9 +530,7 @@ def test_a_disk_that_is_really_full_or_read_only(small_disk, library):
         write(demo.path("x"))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for enter in (lambda: work_on(small_disk / "out"), lambda: open_demo(small_disk / "other").__enter__()):
-        with pytest.raises(
-            TiedMoeError, match=r"cannot write .*: Read-only file system .*choose another output folder"
-        ):
+        with pytest.raises(TiedMoeError, match=r"cannot write .*: Read-only file system .*choose another folder"):
             enter()
 
 
@@ -570,11 +557,12 @@ def test_inputs_in_the_output_and_around_it(tmp_path):
             check_apart(output, {"teacher": None, "model": str(model)})
     check_apart(tmp_path / "out", {"model": str(source), "data": "no/such"})
     check_apart(tmp_path / "no", {"data": "no/such"})  # a hub id, perhaps
+    check_apart(tmp_path / "no", {"data": "a" * 5000, "model": "\ud800", "teacher": "a\0b"})  # for others to refuse
     with pytest.raises(TiedMoeError, match=r"statistics=.* is also the output"):
         check_apart(tmp_path / "out", {"output": tmp_path / "out"}, "statistics")
 
 
-@pytest.mark.parametrize("output", ["", "sub/..", ".", "a\0b", "n" * 250, "/"])
+@pytest.mark.parametrize("output", ["", "sub/..", ".", "a\0b", "n" * 250, "/", "\ud800"])
 def test_outputs_that_can_be_no_folder_are_refused_first(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

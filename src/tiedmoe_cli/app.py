@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -60,7 +60,8 @@ class Command:
     """A function of this module as a command of the shell.
 
     Attributes:
-        run: called as `run(config, progress)`; returns the result for `--json`, and what rich prints without it.
+        run: called as `run(config, progress)`; returns the result for `--json`, and without it what to print: a text,
+            something for rich, or a list of these.
         config_class: `module:class` of the dataclass that its flags are made from; imported when the command is called.
         example: a command line for the help.
         arguments: fields that are given by position.
@@ -98,7 +99,9 @@ class Command:
         if as_json and is_main:
             print(json.dumps(result, indent=2))
         elif is_main:
-            print(text) if isinstance(text, str) else Console().print(text)
+            for shown in text if isinstance(text, list) else [text]:
+                # A text is for copying: as it is, without markup and without being wrapped.
+                print(shown) if isinstance(shown, str) else Console().print(shown)
 
     def _config(self, given: Any, file: str | None) -> Any:
         config_class = pkgutil.resolve_name(self.config_class)
@@ -233,7 +236,7 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
 
     report = convert(recipe, progress, Console(stderr=True).print)
     shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
-    return report, Group(*([show_measured(report["measured"])] if "measured" in report else []), *shown)
+    return report, [*([show_measured(report["measured"])] if "measured" in report else []), *shown]
 
 
 def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
@@ -245,7 +248,7 @@ def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
     table = Table("check", "found")
     for name, found in _flat(report):
         table.add_row(name, found)
-    return report, Group(table, f"{config.output} is sound.")
+    return report, [table, f"{config.output} is sound."]
 
 
 def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -282,7 +285,7 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     for when in ("before", "after"):
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
     done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output_dir}."
-    return report, Group(table, *(f"warning: {each}" for each in report["warnings"]), done)
+    return report, [table, *(f"warning: {each}" for each in report["warnings"]), done]
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
@@ -290,7 +293,7 @@ def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
     from tiedmoe_demo import comparison_table, run_demo
 
     report = run_demo(config, progress)
-    return report, Group(comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}.")
+    return report, [comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}."]
 
 
 def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:

@@ -16,6 +16,8 @@ from torch import nn
 from tiedmoe_kernels import ACTIVATIONS, deferred_weight_gradients, experts_forward, experts_forward_reference
 from tiedmoe_kernels.deferred import say_once
 
+from .errors import TiedMoeError
+
 
 class Activation(NamedTuple):
     """One of the kernels' formulas: the arguments of `experts_forward` that name it."""
@@ -41,7 +43,7 @@ def tiedmoe_experts_forward(
         `[T, H]` in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: experts without a gate, with a norm after each expert, or with an unknown activation.
+        TiedMoeError: experts without a gate, with a norm after each expert, or with an unknown activation.
     """
     has_bias = self.has_bias
     return experts_forward(
@@ -63,7 +65,7 @@ def activation_of(experts: nn.Module) -> Activation:
     """The formula that an experts module computes, found at its first call and kept in the module.
 
     Raises:
-        ValueError: the kernels cannot compute this module.
+        TiedMoeError: the kernels cannot compute this module.
     """
     if torch.compiler.is_compiling():
         return Activation(*_activation_while_tracing(experts))
@@ -86,9 +88,11 @@ def _find_activation(experts: nn.Module) -> tuple[str, float, float]:
 def _try_activations(experts: Any) -> Activation:
     name, instead = type(experts).__name__, 'use experts_implementation="grouped_mm"'
     if not experts.has_gate:
-        raise ValueError(f"{name} has experts without a gate, which experts_implementation='tiedmoe' needs; {instead}")
+        raise TiedMoeError(
+            f"{name} has experts without a gate, which experts_implementation='tiedmoe' needs; {instead}"
+        )
     if getattr(experts, "has_post_expert_norm", False):
-        raise ValueError(
+        raise TiedMoeError(
             f"{name} has a norm after each expert, which experts_implementation='tiedmoe' does not know; {instead}"
         )
     limit = _number(experts, "limit", "swiglu_limit")
@@ -109,7 +113,7 @@ def _try_activations(experts: Any) -> Activation:
             expected = _formula(candidate, gate_up)
             if computed.shape == expected.shape and torch.allclose(computed, expected, rtol=1e-5, atol=1e-6):
                 return candidate
-    raise ValueError(
+    raise TiedMoeError(
         f"{name} computes act(gate) * up with none of the formulas that experts_implementation='tiedmoe' knows "
         f"({', '.join(ACTIVATIONS)}); {instead}"
     )

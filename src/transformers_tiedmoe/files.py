@@ -28,8 +28,12 @@ def expand(path: str | Path) -> str:
 def resolved(folder: str | Path) -> Path:
     """The absolute path of a folder to be written; its last part, which may be a link, is not followed."""
     text = expand(folder)
-    if not text or "\0" in text:
-        raise TiedMoeError(f"{folder!r} cannot be the name of a folder; choose another one")
+    try:
+        is_name = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise TiedMoeError(f"{str(folder)!r} cannot be the name of a folder; choose another one")
     path = Path(text).absolute()
     return real_path(path) if path.name in ("", "..") else real_path(path.parent) / path.name
 
@@ -50,7 +54,7 @@ def check_apart(folder: str | Path, inputs: Mapping[str, str | Path | None], nam
     written = resolved(folder)
     for what, given in inputs.items():
         path = Path(expand(given)) if given is not None else None
-        if path is None or not (path.exists() or isinstance(given, Path)):
+        if path is None or not (os.path.exists(path) or isinstance(given, Path)):
             continue
         found = real_path(path)
         links = [real_path(link) for link in path.rglob("*") if link.is_symlink()] if path.is_dir() else []
@@ -185,13 +189,13 @@ def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
         number = _error_number(error)
         if number in FULL:
             raise TiedMoeError(
-                f"the disk of {output} is full; {left}. Free some space, or choose an output on another disk, and run the same "
+                f"the disk of {output} is full; {left}. Free some space, or choose a folder on another disk, and run the same "
                 "command again"
             ) from error
         if number in FORBIDDEN:
             where = getattr(error, "filename", None)
             raise TiedMoeError(
-                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another output folder, or "
+                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another folder, or "
                 f"change who may read and write; {left}"
             ) from error
         raise

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import CompileableContextVar, OutputRecorder
 
+from .errors import TiedMoeError
+
 _recorded = CompileableContextVar("tiedmoe_router_logits")
 
 
@@ -89,7 +91,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
         if output_router_logits and not reports:
-            raise ValueError(
+            raise TiedMoeError(
                 f"family {self.config.family!r} does not report router logits (transformers' "
                 f"{self._family_class.__name__} has no output_router_logits); leave output_router_logits off"
             )
@@ -106,7 +108,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
             return outputs
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
         if self.training and checkpointing and not recorded[-1].requires_grad:
-            raise ValueError(
+            raise TiedMoeError(
                 "reentrant gradient checkpointing would drop the gradient of the router losses; call "
                 'gradient_checkpointing_enable({"use_reentrant": False}), or leave output_router_logits off'
             )

@@ -64,6 +64,14 @@ def check_output(
         TiedMoeError: one of these is not so, or no folder can have that name.
     """
     path = resolved(output)
+    with disk_errors_explained(path, "nothing was written"):
+        _check_place(path, output, owned)
+    check_apart(path, inputs or {})
+    return path
+
+
+def _check_place(path: Path, output: str | Path, owned: Collection[str] | None) -> None:
+    """Raise unless a folder can be made at `path`, or replaced, or is empty."""
     if len(os.fsencode(partial_folder(path).name)) > MAX_NAME_BYTES or path.is_mount():
         raise TiedMoeError(
             f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
@@ -83,8 +91,6 @@ def check_output(
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir():
         raise TiedMoeError(f"output {output} cannot be made: {parent} is a file; choose another one")
-    check_apart(path, inputs or {})
-    return path
 
 
 def was_renamed(output: Path) -> bool:
@@ -115,6 +121,7 @@ class Folder:
         self._owned: set[str] = set()
         self._begun: set[str] = set()
         self._stored: dict[str, Mapping[str, Any]] = {}
+        self._told = (folder, "what is done is kept")  # when a disk fails
         for entry in entries:
             self._apply(entry)
 
@@ -166,13 +173,14 @@ class Folder:
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
         """Give an empty folder to write into; every file that is in it at the end moves to its place here, complete."""
-        (self._state / DRAFT).mkdir(exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
-        try:
-            yield draft
-            self.take(draft)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with disk_errors_explained(*self._told):
+            (self._state / DRAFT).mkdir(exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
+            try:
+                yield draft
+                self.take(draft)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
 
     def take(self, folder: Path) -> None:
         """Move every file of `folder`, of the run's own making and on the same disk, to its place here."""
@@ -363,7 +371,8 @@ def open_work(
     if partial.is_symlink():
         raise TiedMoeError(f"{partial} is a link; expected a folder of ours, or nothing: remove it")
     made = [str(parent) for parent in output.parents if not parent.exists()]
-    with disk_errors_explained(output, "what is done is kept" if keep else "nothing is left of the attempt"):
+    told = (output, "what is done is kept" if keep else "nothing is left of the attempt")
+    with disk_errors_explained(*told):
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = _acquire(partial, f"is writing {output}", "choose another output")
@@ -380,6 +389,7 @@ def open_work(
         try:
             work = Work(partial, entries)
             work.keep = keep
+            work._told = told
             try:
                 if was_renamed(output):
                     yield work
@@ -442,13 +452,15 @@ def open_folder(
             f"{folder} holds something that is not {what}: {found[:3]}; expected a new or empty one: {advice}"
         )
     made = [str(each) for each in (path, *path.parents) if not each.exists()]
-    with disk_errors_explained(path, "nothing is left of the attempt" if temporary else "what is done is kept"):
+    told = (path, "nothing is left of the attempt" if temporary else "what is done is kept")
+    with disk_errors_explained(*told):
         state.mkdir(parents=True, exist_ok=True)
         lock = _acquire(state, f"uses {folder}", advice)
         try:
             opened = _open_state(
                 path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
             )
+            opened._told = told
             try:
                 with _registered(opened):
                     yield opened
