@@ -304,10 +304,12 @@ def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:
         text = read_recipe(config.name)
         return {"name": config.name, "recipe": text}, text.strip()
     listed = shipped_recipes()
-    table = Table("name", "method", "parameters", "what it does")
-    for each in listed:
-        table.add_row(each["name"], each["method"], each["parameters"], each["summary"])
-    return listed, table
+    widths = [max(len(each[key]) for each in listed) for key in ("name", "method")]
+    lines = (
+        f"{each['name']:{widths[0]}}  {each['method']:{widths[1]}}  {each['parameters']}\n    {each['summary']}"
+        for each in listed
+    )
+    return listed, "\n".join(lines)
 
 
 def _silence_libraries() -> None:
