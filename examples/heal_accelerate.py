@@ -1,6 +1,6 @@
-"""python examples/heal_accelerate.py tied text.txt healed --max-steps 500
-accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt healed
+"""python examples/heal_accelerate.py tied text.txt out --max-steps 500
+accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt out
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt out
 
 Heal a tied model with a plain accelerate loop: what `tiedmoe heal` does, without Trainer. On one device, on two GPUs,
 and in two processes on the CPU (accelerate calls the launcher of several processes so).

@@ -1,7 +1,7 @@
-"""What the tests that draw broken input share: how many cases, what is drawn, and the time and memory that one may take.
+"""What the tests that draw broken input share: how many cases, what is drawn, the time and memory of one.
 
-A hundred cases; `TIEDMOE_FUZZ_CASES=10000` (`make fuzz`) asks for as many as it says, and other ones every time. Every case
-has 20 seconds and 2 GB.
+A hundred cases; `TIEDMOE_FUZZ_CASES=10000` (`make fuzz`) asks for as many as it says, and other ones every time. Every
+case has 20 seconds and 2 GB.
 """
 
 import json
@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 CASES = int(os.environ.get("TIEDMOE_FUZZ_CASES", "120"))
 SECONDS, BYTES = 20, 2 << 30
 EXTRA_FIELDS = (
-    "quantization_config", "auto_map", "text_config", "architectures", "tie_word_embeddings", "torch_dtype", "dtype", "model_type",
-    "rope_scaling", "rope_parameters", "layer_types", "num_experts", "num_local_experts", "head_dim", "per_layer_config",
-    "sliding_window", "n_group", "first_k_dense_replace", "mlp_only_layers", "pad_token_id", "groups", "family", "_name_or_path",
+    "quantization_config", "auto_map", "text_config", "architectures", "tie_word_embeddings", "torch_dtype", "dtype",
+    "model_type",
+    "rope_scaling", "rope_parameters", "layer_types", "num_experts", "num_local_experts", "head_dim",
+    "per_layer_config",
+    "sliding_window", "n_group", "first_k_dense_replace", "mlp_only_layers", "pad_token_id", "groups", "family",
+    "_name_or_path",
 )  # fmt: skip
 
 numbers = st.one_of(

@@ -432,8 +432,8 @@ def test_shipped_recipes_are_listed_and_given_by_name(tmp_path, tiedmoe, source,
     assert (fields["method"], fields["method_options"], fields["group_size"]) == ("select", {"layer": "last"}, 4)
     assert "did you mean 'olmoe-g4-select'?" in tiedmoe("recipes", "olmoe-g4-selct", status=1).stderr
     (tmp_path / "olmoe-g4-select").mkdir()  # a folder of that name is no file of fields
-    summary = json.loads(tiedmoe("plan", source, "here", "--recipe", "olmoe-g4-select", "--skip-first", 0, "--skip-last",
-                                 0, "--json").stdout)  # fmt: skip
+    options = ("--recipe", "olmoe-g4-select", "--skip-first", 0, "--skip-last", 0, "--json")
+    summary = json.loads(tiedmoe("plan", source, "here", *options).stdout)
     assert (summary["groups"], summary["method"], summary["output"]) == ([[0, 1, 2, 3]], "select", "here")
     error = tiedmoe("plan", source, "here", "--recipe", "olmoe-g4-selct", status=1).stderr
     assert "did you mean 'olmoe-g4-select'?" in error

@@ -1,6 +1,7 @@
-"""Input that nobody made on purpose: configs, indexes, headers, recipes and text with anything in them give an error or a result.
+"""Input that nobody made on purpose: configs, headers, recipes and text give an error or a result, whatever they hold.
 
-Whatever raises anything but a `ValueError`, or changes a file, fails; so does what takes too long or too much (fuzzing.py).
+Whatever raises anything but a `ValueError`, or changes a file, fails; so does what takes too long or too much
+(fuzzing.py).
 """
 
 import contextlib
@@ -165,8 +166,10 @@ def test_index(sources, data):
     attempt(sources, family, edit, run=data.draw(st.integers(0, 9)) == 0)
 
 
-deep = st.sampled_from(["[" * 5000, "{a: " * 5000, "- " * 5000, "&a [*a]", "&a [1, 1], &b [*a, *a], &c [*b, *b]", "9" * 5000,
-                        "1:" * 999 + "1", "2020-99-99", "!!python/name:os.system", "!!binary x", "~", "\ud800", "\0", "? x",
+deep = st.sampled_from(["[" * 5000, "{a: " * 5000, "- " * 5000, "&a [*a]", "&a [1, 1], &b [*a, *a], &c [*b, *b]",
+                        "9" * 5000,
+                        "1:" * 999 + "1", "2020-99-99", "!!python/name:os.system", "!!binary x", "~", "\ud800", "\0",
+                        "? x",
                         "!!set {a}", ".nan", "1e999", "0x" + "f" * 5000, "<<: 1", "---", "%x", "'"])  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from transformers_tiedmoe.errors import TiedMoeError
 
 TIED_FIELDS = (
     "family", "groups", "group_size", "skip_first", "skip_last", "pool_num_experts", "slot_maps", "residual_rank",
-    "router_z_loss_coef", "num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "intermediate_size",
+    "router_z_loss_coef", "num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size",
+    "intermediate_size",
 )  # fmt: skip
 SLOT_MAP = "slot_map"
 
@@ -80,7 +81,7 @@ def test_verify_manifest(whole, data):
 
 @pytest.fixture(scope="module")
 def interrupted(whole):
-    """What a run leaves that was stopped half-way: its work and its statistics; and the recipe that goes on with it."""
+    """What a run leaves that was stopped half-way, its work and its statistics; and the recipe to go on with."""
     case = whole.parent / "case"
     shutil.rmtree(case, ignore_errors=True)
     case.mkdir()
@@ -99,7 +100,7 @@ def interrupted(whole):
 @cases(0.03)
 @given(data=st.data())
 def test_interrupted_conversion(whole, interrupted, data):
-    """A damaged state is refused, or made again: what comes out is what comes out of a run that nothing happened to."""
+    """A damaged state is refused or made again: what comes out is what comes out if nothing happened."""
     folder, wanted = interrupted
     case = whole.parent / "case"
     shutil.rmtree(case, ignore_errors=True)

@@ -1,7 +1,8 @@
 """`ConversionRecipe`: everything that decides a conversion, as a dataclass or as YAML, checked in one place.
 
 Types and ranges are pydantic's to check, from the fields' annotations; what needs the source to be checked (which
-layers have experts, how many) is checked by `make_plan`. Importing this file takes no torch: see `methods/__init__.py`.
+layers have experts, how many) is checked by `make_plan`. Importing this file takes no torch: see
+`methods/__init__.py`.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class ConversionRecipe:
     )
     pool_experts: kinds.PoolSizes = _option(
         None,
-        "Experts per pool: a number, or times the source's such as 1.5x, or one per pool; the method's own by default.",
+        "Experts per pool: a number, or times the source's such as 1.5x, or one per pool; the method's own.",
     )
     then: kinds.Steps = field(
         default_factory=tuple,
@@ -126,8 +127,9 @@ class ConversionRecipe:
             asking = [method.name for method, options in reversed(self.steps) if method.calibration(**options)]
             what = f"method {asking[0]!r}" if asking else "choosing by budget or max_loss"
             raise refusal(
-                f"{what} needs calibration text; give calibration=FILE_OR_DATASET (--calibration), text like what the model "
-                "is for, or austen for the novels that ship with the package; union, select and average need none"
+                f"{what} needs calibration text; give calibration=FILE_OR_DATASET (--calibration), text like what "
+                "the model is for, or austen for the novels that ship with the package; union, select and average "
+                "need none"
             )
 
     @property
@@ -136,7 +138,7 @@ class ConversionRecipe:
 
     @property
     def steps(self) -> list[tuple["Method", dict[str, Any]]]:
-        """The methods in the order they run, each with its options; the first one makes a pool, the others refine it."""
+        """The methods in the order they run, each with its options; the first makes a pool, the others refine it."""
         from .methods import METHODS
 
         steps = [(METHODS[name], dict(options)) for name, options in [(self.method, self.method_options), *self._then]]
@@ -188,8 +190,8 @@ class ConversionRecipe:
             )
         if wanted < own and not method.any_width:
             raise refusal(
-                f"pool_experts={size!r} makes pool {pool} one of {wanted} experts, but method {self.method!r} makes {own} "
-                "and can only be widened; choose prototype, which keeps as many experts as asked for"
+                f"pool_experts={size!r} makes pool {pool} one of {wanted} experts, but method {self.method!r} makes "
+                f"{own} and can only be widened; choose prototype, which keeps as many experts as asked for"
             )
         return wanted
 
@@ -209,7 +211,7 @@ class ConversionRecipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConversionRecipe":
-        """The recipe in a YAML file, or the shipped one of that name; `overrides` replace fields before anything is checked."""
+        """The recipe in a YAML file, or the shipped one of that name; `overrides` replace fields before the checks."""
         from transformers_tiedmoe.errors import TiedMoeError
         from transformers_tiedmoe.yaml_input import read_yaml
 

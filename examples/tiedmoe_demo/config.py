@@ -83,8 +83,8 @@ class DemoConfig:
             )
         if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2:
             raise TiedMoeError(
-                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size} into heads "
-                "of even width"
+                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size} into "
+                "heads of even width"
             )
         if not self.prompt:
             raise TiedMoeError("prompt is empty, but generation begins with it; give a few words")

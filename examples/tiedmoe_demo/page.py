@@ -68,8 +68,8 @@ def _caption(report: dict) -> str:
     source, tied, healed, control = (report[name] for name in MODELS)
     saved = 1 - healed["parameters"] / source["parameters"]
     return (
-        f"{saved:.0%} of the parameters saved. Perplexity {source['perplexity']:.2f} -> {tied['perplexity']:.2f} tied -> "
-        f"{healed['perplexity']:.2f} healed; the source with the same extra steps: {control['perplexity']:.2f}."
+        f"{saved:.0%} of the parameters saved. Perplexity {source['perplexity']:.2f} -> {tied['perplexity']:.2f} tied "
+        f"-> {healed['perplexity']:.2f} healed; the source with the same extra steps: {control['perplexity']:.2f}."
     )
 
 
@@ -87,9 +87,10 @@ def _what_was_done(report: dict) -> list[str]:
     return [
         f"- {origin}",
         f"- Tied by `{conversion['method']}`: the layers {groups} read one pool each.",
-        f"- Healed for {training['healed']['steps']} steps ({training['healed']['tokens']:,} tokens){teacher}; the control "
-        f"is the source trained for the same steps on the same text with the same schedule.",
-        f"- Perplexity per token of the tokenizer, on the last 5 % of the text. Memory to train: the most that tensors "
-        f"take at a time in an AdamW step of {settings['batch_size']} sequences of {settings['block_size']} tokens.",
+        f"- Healed for {training['healed']['steps']} steps ({training['healed']['tokens']:,} tokens){teacher}; the "
+        f"control is the source trained for the same steps on the same text with the same schedule.",
+        f"- Perplexity per token of the tokenizer, on the last 5 % of the text. Memory to train: the most that "
+        f"tensors take at a time in an AdamW step of {settings['batch_size']} sequences of "
+        f"{settings['block_size']} tokens.",
         f"- {report['seconds']['total']:.0f} s in all on {report['machine']['cores']} cores.",
     ]

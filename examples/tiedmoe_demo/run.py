@@ -42,9 +42,9 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, 
         progress: called as `progress(done, total, what)`.
 
     Returns:
-        What `report.json` holds: for each of `source`, `tied`, `healed` and `control` what `measure` returns; `conversion`,
-        the plan's summary; `training`, by model its steps, tokens and seconds; `seconds` by stage, those of an earlier
-        run that this one continues included; `settings`, `versions` and `machine`.
+        What `report.json` holds: for each of `source`, `tied`, `healed` and `control` what `measure` returns;
+        `conversion`, the plan's summary; `training`, by model its steps, tokens and seconds; `seconds` by stage, those
+        of an earlier run that this one continues included; `settings`, `versions` and `machine`.
 
     Raises:
         ValueError: the output folder holds something else, or what a stage refuses, such as a source without experts.

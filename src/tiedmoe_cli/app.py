@@ -62,7 +62,8 @@ class Command:
     Attributes:
         run: called as `run(config, progress)`; returns the result for `--json`, and without it what to print: a text,
             something for rich, or a list of these.
-        config_class: `module:class` of the dataclass that its flags are made from; imported when the command is called.
+        config_class: `module:class` of the dataclass that its flags are made from; imported when the command is
+            called.
         example: a command line for the help.
         arguments: fields that are given by position.
         file_option: a flag that names a file of fields, read by the class's `from_yaml(file, **given)`.
@@ -175,7 +176,8 @@ def _commands() -> dict[str, Command]:
     listed = (
         Command(plan, recipe, f"tiedmoe plan {EXAMPLE_SOURCE} tied --method union", two_folders, recipe_option),
         Command(
-            convert, recipe, f"tiedmoe convert {EXAMPLE_SOURCE} tied --calibration text.txt", two_folders, recipe_option
+            convert, recipe, f"tiedmoe convert {EXAMPLE_SOURCE} tied --calibration text.txt", two_folders,
+            recipe_option,
         ),
         Command(
             verify, "tiedmoe_cli.app:VerifyConfig", f"tiedmoe verify tied --source {EXAMPLE_SOURCE}", ("output",)
@@ -240,7 +242,7 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
 
 
 def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
-    """Check a tied checkpoint: hashes, names, shapes, finite values, a load by the Auto class; with --source its numbers too."""
+    """Check a tied checkpoint: hashes, names, shapes, finite values, a load; with --source its numbers too."""
     from tiedmoe_conversion import verify_folder
 
     progress(0, 1, "verifying")
@@ -279,7 +281,8 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     from transformers_tiedmoe.training.heal import heal
 
     report = heal(config, progress)
-    gc.collect()  # DDP, which must not outlive the process group: freed last, it would wait for threads that wait for it
+    # DDP must not outlive the process group: freed last, it would wait for threads that wait for it.
+    gc.collect()
     PartialState().destroy_process_group()
     table = Table("held out", "loss", "perplexity")
     for when in ("before", "after"):
@@ -289,7 +292,7 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
-    """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and what it cost."""
+    """Run the main job on a small model: train a source, tie it, heal it, and report what it saved and cost."""
     from tiedmoe_demo import comparison_table, run_demo
 
     report = run_demo(config, progress)

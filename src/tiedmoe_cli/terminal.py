@@ -42,8 +42,8 @@ def errors_as_paragraphs() -> Iterator[None]:
                   "says what a conversion takes", file=sys.stderr)  # fmt: skip
             raise typer.Exit(1) from None
         print(
-            f"error: this is a bug in tiedmoe, not a mistake of yours: {type(error).__name__}: {message}; please report "
-            "it with what `tiedmoe --debug COMMAND ...` prints (or TIEDMOE_DEBUG=1 in the environment)",
+            f"error: this is a bug in tiedmoe, not a mistake of yours: {type(error).__name__}: {message}; please "
+            "report it with what `tiedmoe --debug COMMAND ...` prints (or TIEDMOE_DEBUG=1 in the environment)",
             file=sys.stderr,
         )
         raise typer.Exit(BUG_STATUS) from None
@@ -51,7 +51,7 @@ def errors_as_paragraphs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def show_progress(is_main: bool = True) -> Iterator[ProgressCall]:
-    """Yield `progress(done, total, what)`: a bar on a terminal, lines elsewhere, nothing in a process that is not the first.
+    """Yield `progress(done, total, what)`: a bar on a terminal, lines elsewhere, nothing but in the first process.
 
     `what` is "stage" or "stage, detail".
     """

@@ -45,7 +45,8 @@ def load_blocks(
 
     Raises:
         FileNotFoundError: `data` is neither here nor on the hub.
-        TiedMoeError: an unknown file type, a damaged file, no such text column, or too little text for one block in each part.
+        TiedMoeError: an unknown file type, a damaged file, no such text column, or too little text for one block in
+            each part.
     """
     if block_size < 2:
         raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
@@ -56,8 +57,8 @@ def load_blocks(
     num_blocks = len(tokens) // block_size
     if num_blocks < 2:
         raise TiedMoeError(
-            f"{data} has {len(tokens)} tokens, but block_size={block_size} needs at least {2 * block_size}: one block to "
-            "train on and one held out; give more text or a smaller block_size"
+            f"{data} has {len(tokens)} tokens, but block_size={block_size} needs at least {2 * block_size}: one block "
+            "to train on and one held out; give more text or a smaller block_size"
         )
     num_validation = min(max(1, round(num_blocks * validation_fraction)), num_blocks - 1)
     blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[: num_blocks * block_size]), block_size).cast(
@@ -146,11 +147,13 @@ def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, b
         ) from error
     if text_column not in texts.column_names:
         raise TiedMoeError(
-            f"{data} has no column {text_column!r}, only {texts.column_names}; name the column of the text (text_column)"
+            f"{data} has no column {text_column!r}, only {texts.column_names}; name the column of "
+            "the text (text_column)"
         )
     if texts.features[text_column] not in (datasets.Value("string"), datasets.Value("large_string")):
         raise TiedMoeError(
-            f"{data} holds {texts.features[text_column]} in column {text_column!r}; expected text: name its column (text_column)"
+            f"{data} holds {texts.features[text_column]} in column {text_column!r}; expected text: "
+            "name its column (text_column)"
         )
     texts = texts.select_columns(text_column)
     return texts if text_column == "text" else texts.rename_column(text_column, "text"), False

@@ -36,7 +36,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_rows(files: list[tuple[str, ...]], text_column: str) -> Iterator[dict[str, str]]:
-    """Yield `{"text": ...}` for every line of the text files, or for every row of the others that is not null or empty.
+    """Yield `{"text": ...}` for every line of text files, and for every row of others that is not null or empty.
 
     Args:
         files: of one kind, in order: the path first; what else stands beside it is for a cache to tell versions apart.
@@ -66,8 +66,8 @@ def read_rows(files: list[tuple[str, ...]], text_column: str) -> Iterator[dict[s
 
 def _unreadable(path: Path, kind: str | None, problem: object) -> TiedMoeError:
     return TiedMoeError(
-        f"{path} cannot be read as {kind} ({problem}); expected UTF-8 text that is not empty, JSON lines or Parquet, as its "
-        "name says"
+        f"{path} cannot be read as {kind} ({problem}); expected UTF-8 text that is not empty, JSON lines or Parquet, "
+        "as its name says"
     )
 
 
@@ -149,7 +149,8 @@ def _text_of(row: Any, text_column: str, place: str) -> str | None:
     if isinstance(row, dict):
         if text_column not in row:
             raise TiedMoeError(
-                f"{place} has no column {text_column!r}, only {list(row)[:20]}; name the column of the text (text_column)"
+                f"{place} has no column {text_column!r}, only {list(row)[:20]}; name the column of the text "
+                "(text_column)"
             )
         row = row[text_column]
         if row is None:
