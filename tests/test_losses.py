@@ -1,9 +1,22 @@
 """`losses.py` against sums written out by hand and against transformers' own function where that applies."""
 
+import inspect
+
+import pytest
 import torch
+from families import moe_families, tiny_config
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from transformers_tiedmoe.losses import load_balancing_loss, router_z_loss
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.losses import Routing, load_balancing_loss, router_z_loss, watch_routers
 
 
 def test_balance_loss_of_one_layer_is_transformers():
@@ -39,3 +52,149 @@ def test_gradients_reach_the_logits():
     logits = torch.randn(10, 4, requires_grad=True)
     (load_balancing_loss([logits], top_k=2) + router_z_loss([logits])).backward()
     assert logits.grad.abs().sum() > 0
+
+
+def reporting_families():
+    classes = {name: MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]] for name in moe_families()}
+    return [
+        name for name, each in classes.items() if "output_router_logits" in inspect.signature(each.forward).parameters
+    ]
+
+
+# Routers whose weights are no share of the scores of what they chose, so that the check below cannot be made.
+NOT_BY_SHARE = {
+    "phimoe": "sparsemixer masks the logits anew for each of the two experts; it chooses by softmax",
+    "zaya": "one expert a token",
+}
+
+
+@pytest.mark.parametrize("family", reporting_families())
+def test_scores_are_what_each_family_routes_by(family):
+    """A router's weights of the chosen experts are their scores, up to one factor a token; the chosen are its own."""
+    torch.manual_seed(0)
+    config = TiedMoeConfig.from_family(tiny_config(family), groups=[])
+    if family == "qwen4_exp":
+        pytest.skip("its base model, which is multimodal, records no router; qwen4_exp_text is the text model")
+    model = TiedMoeForCausalLM(config).eval()
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
+            tensor.data.normal_(0, 0.3)
+    watch_routers(model.base_model)
+    seen, weights = [], []
+    for module in model.modules():
+        for hook in list(module._forward_hooks.values()):
+            if getattr(hook, "func", None) is not None and hook.func.__name__ == "_record":
+                module.register_forward_hook(lambda module, args, output: weights.append(output))
+    tokens = torch.randint(3, 96, (2, 7))
+    with torch.no_grad():
+        out = model(tokens, output_router_logits=True, labels=tokens)
+        from transformers_tiedmoe import losses
+
+        token = losses._recorded.set(seen)
+        try:
+            weights.clear()
+            model.base_model(tokens)
+        finally:
+            losses._recorded.reset(token)
+    assert len(weights) == len(out.router_logits) > 0
+    for routing, output in zip(seen, weights):
+        given = [each for each in output if each.is_floating_point()][-1]
+        torch.testing.assert_close(routing.scores.sum(-1), torch.ones(14))
+        if family not in NOT_BY_SHARE:
+            share = given.flatten(0, -2).float() / routing.scores.gather(-1, routing.chosen)
+            torch.testing.assert_close(share, share[:, :1].expand_as(share), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out.aux_loss, load_balancing_loss(seen, config.experts_per_token))
+
+
+def test_balance_loss_counts_what_was_chosen():
+    logits, chosen = torch.randn(6, 4), torch.tensor([[0, 1]] * 6)
+    scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    expected = 4 * scores.mean(0)[:2].sum()
+    torch.testing.assert_close(load_balancing_loss([Routing(logits, scores, chosen)], top_k=2), expected)
+
+
+MIXTRAL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def tied_mixtral(**fields):
+    torch.manual_seed(0)
+    return TiedMoeForCausalLM(TiedMoeConfig(family="mixtral", skip_first=0, skip_last=0, **MIXTRAL, **fields))
+
+
+def test_attention_mask_by_position_is_the_mask_by_name():
+    model, tokens = (
+        tied_mixtral(router_z_loss_coef=0.1, output_router_logits=True).eval(),
+        torch.randint(1, 64, (2, 32)),
+    )
+    mask = torch.ones_like(tokens)
+    mask[0, :28] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    by_name = model(input_ids=tokens, attention_mask=mask, labels=labels)
+    by_place = model(tokens, mask, labels=labels)
+    assert torch.equal(by_name.aux_loss, by_place.aux_loss)
+    assert torch.equal(by_name.loss, by_place.loss)
+    assert not torch.equal(by_name.aux_loss, model(tokens, labels=labels).aux_loss)
+
+
+def test_mask_that_covers_a_cache():
+    model, tokens = tied_mixtral().eval(), torch.randint(1, 64, (2, 6))
+    cache = model(tokens[:, :5], use_cache=True).past_key_values
+    last = model(tokens[:, 5:], attention_mask=torch.ones(2, 6), past_key_values=cache, output_router_logits=True)
+    expected = load_balancing_loss(last.router_logits, top_k=2)
+    torch.testing.assert_close(last.aux_loss, expected)
+
+
+def test_outputs_are_in_the_familys_order():
+    model, tokens = tied_mixtral().eval(), torch.randint(1, 64, (2, 8))
+    family = model._family_class(model.config.to_family()).eval()
+    for return_dict in (True, False):
+        found, expected = (
+            each(tokens, labels=tokens, output_router_logits=True, output_hidden_states=True, return_dict=return_dict)
+            for each in (model, family)
+        )
+        if return_dict:
+            assert list(found) == list(expected)
+        else:
+            assert [type(each) for each in found] == [type(each) for each in expected]
+            assert found[1].dim() == 0  # the auxiliary loss, before the logits
+
+
+@pytest.mark.parametrize("lengths", [(32, 32, 32, 32), (32, 20, 9, 3)])
+def test_router_losses_count_once_a_step_however_many_forwards_it_has(lengths, tmp_path):
+    """Four micro-batches by Trainer: the gradient of the auxiliary loss is its mean, weighted as the cross-entropy is."""
+    rows = torch.randint(1, 64, (4, 32))
+    data = [
+        {"input_ids": row, "labels": [token if i < n else -100 for i, token in enumerate(row)]}
+        for row, n in zip(rows.tolist(), lengths)
+    ]
+
+    def gradient(coefficient):
+        model, found = tied_mixtral(router_aux_loss_coef=coefficient, output_router_logits=True), {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                found["g"] = model.model.layers[1].mlp.gate.weight.grad.clone()
+
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4, use_cpu=True,
+            max_grad_norm=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=data, data_collator=default_data_collator, callbacks=[Keep()]).train()
+        return found["g"]
+
+    model = tied_mixtral(output_router_logits=True).train()
+    predicted = [n - 1 for n in lengths]
+    expected = 0
+    for row, n in zip(rows, predicted):
+        loss = model(input_ids=row[None]).aux_loss * n / sum(predicted)
+        expected = expected + torch.autograd.grad(loss, model.model.layers[1].mlp.gate.weight)[0]
+    torch.testing.assert_close(gradient(1.0) - gradient(0.0), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_no_labels_no_loss_with_router_logits_in_the_config():
+    out = tied_mixtral(output_router_logits=True).eval()(torch.randint(1, 64, (2, 8)))
+    assert out.loss is None
+    assert out.aux_loss is not None

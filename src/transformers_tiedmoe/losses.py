@@ -1,13 +1,15 @@
-"""Router losses of models whose layers may differ in width: balance per layer, and z-loss.
+"""Router losses of models whose layers may differ in width and in how they route: balance per layer, and z-loss.
 
-transformers' `load_balancing_loss_func` pools the layers and so needs one width; here each layer has its own loss and
-the layers are averaged, which is the recipe of "Tying the Loop" (arXiv 2606.16825, Section 4).
+transformers' `load_balancing_loss_func` pools the layers and so needs one width, and takes every router for a softmax;
+here each layer has its own loss, of the scores and the experts that its router really routes by, and the layers are
+averaged, which is the recipe of "Tying the Loop" (arXiv 2606.16825, Section 4).
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,37 +21,59 @@ from .errors import TiedMoeError
 _recorded = CompileableContextVar("tiedmoe_router_logits")
 
 
+class Routing(NamedTuple):
+    """What one router decided in one forward.
+
+    Attributes:
+        logits: `[T, E]`.
+        scores: `[T, E]` float32, what it routes by: softmax or, normalised to sum 1, sigmoid (DeepSeek-V3, arXiv
+            2412.19437, equations 15 and 18).
+        chosen: `[T, K]` int64, the experts that it chose, biases and group limits included.
+    """
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    chosen: torch.Tensor
+
+
 def load_balancing_loss(
-    router_logits: Sequence[torch.Tensor], top_k: int, attention_mask: torch.Tensor | None = None
+    router_logits: Sequence[torch.Tensor | Routing], top_k: int, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Switch Transformer's balance loss (arXiv 2101.03961, equations 4 to 6) of each layer, averaged over layers.
+    """Compute Switch Transformer's balance loss (arXiv 2101.03961, equations 4 to 6) of each layer, averaged over layers.
 
     Args:
-        router_logits: one `[B*S, E_l]` tensor per layer; E_l may differ.
-        top_k: experts active per token, K.
-        attention_mask: `[B, S]`, 0 at padding, which does not count; default: every token counts.
+        router_logits: per layer its `Routing`, or `[T, E_l]` logits of a router that takes the `top_k` of a softmax; E_l may
+            differ.
+        top_k: experts active per token, K; not asked for where a `Routing` says which.
+        attention_mask: `[B, S]`, T = B * S, 0 at padding, which does not count; by default every token counts.
 
     Returns:
-        A float32 scalar, K where every layer is perfectly balanced.
+        A float32 scalar, K if every layer is perfectly balanced.
     """
     weight = None if attention_mask is None else attention_mask.reshape(-1)
-    losses = []
-    for logits in router_logits:
-        probabilities = logits.float().softmax(dim=-1)
-        num_experts = logits.shape[-1]
-        chosen = probabilities.topk(min(top_k, num_experts), dim=-1).indices
-        counts = nn.functional.one_hot(chosen, num_experts).sum(dim=1).float()
-        losses.append(
-            num_experts * (_mean(counts, weight) * _mean(probabilities, weight)).sum().to(router_logits[0].device)
-        )
+    losses: list[torch.Tensor] = []
+    for given in router_logits:
+        routing = given if isinstance(given, Routing) else _softmax_routing(given, top_k)
+        num_experts = routing.scores.shape[-1]
+        counts = nn.functional.one_hot(routing.chosen, num_experts).sum(dim=1).float()
+        loss = num_experts * (_mean(counts, weight) * _mean(routing.scores, weight)).sum()
+        losses.append(loss if not losses else loss.to(losses[0].device))
     return torch.stack(losses).mean()
 
 
-def router_z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """ST-MoE's router z-loss (arXiv 2202.08906, equation 5), averaged over tokens and layers; shapes as above."""
+def router_z_loss(
+    router_logits: Sequence[torch.Tensor | Routing], attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute ST-MoE's router z-loss (arXiv 2202.08906, equation 5), averaged over tokens and layers; shapes as above."""
     weight = None if attention_mask is None else attention_mask.reshape(-1)
-    squares = [logits.float().logsumexp(dim=-1, keepdim=True).square() for logits in router_logits]
-    return torch.stack([_mean(square, weight).sum().to(router_logits[0].device) for square in squares]).mean()
+    logits = [given.logits if isinstance(given, Routing) else given for given in router_logits]
+    squares = [each.float().logsumexp(dim=-1, keepdim=True).square() for each in logits]
+    return torch.stack([_mean(square, weight).sum().to(logits[0].device) for square in squares]).mean()
+
+
+def _softmax_routing(logits: torch.Tensor, top_k: int) -> Routing:
+    scores = logits.float().softmax(dim=-1)
+    return Routing(logits, scores, scores.topk(min(top_k, scores.shape[-1]), dim=-1).indices)
 
 
 def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -72,19 +96,52 @@ def watch_routers(base_model: PreTrainedModel) -> None:
         for name, module in base_model.named_modules():
             in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
             if isinstance(module, recorder.target_class) and in_layer:
-                module.register_forward_hook(functools.partial(_record, recorder.index))
+                module.register_forward_hook(functools.partial(_record, recorder.index, scores_of(module)))
 
 
-def _record(index: int, router: nn.Module, args: tuple, output: Any) -> None:
+def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that makes a router's scores, summing to 1, of its logits.
+
+    Found in its class's code: a router has no field for it that all families share. `tests/test_losses.py` holds it against
+    the weights that each family's routers really give.
+    """
+    score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
+    if score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):
+        score_fn = torch.sigmoid
+    if score_fn is None:
+        return functools.partial(torch.softmax, dim=-1)
+
+    def normalised(logits: torch.Tensor) -> torch.Tensor:
+        scores = score_fn(logits)
+        return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+    return normalised
+
+
+def _record(
+    index: int, scores: Callable[[torch.Tensor], torch.Tensor], router: nn.Module, args: tuple, output: Any
+) -> None:
     recorded = _recorded.get()
     if recorded is not None:
-        logits = output[index] if isinstance(output, tuple) else output
-        recorded.append(logits.flatten(end_dim=-2))
+        parts = output if isinstance(output, tuple) else (output,)
+        logits = parts[index].flatten(end_dim=-2)
+        chosen = [each for each in parts if isinstance(each, torch.Tensor) and not each.is_floating_point()]
+        assert len(chosen) == 1, (
+            f"{type(router).__name__} gives {len(chosen)} integer tensors; expected the chosen experts"
+        )
+        recorded.append(Routing(logits, scores(logits.float()), chosen[0].flatten(end_dim=-2)))
 
 
 def add_router_losses(family_forward: Callable) -> Callable:
-    """Wrap a family's `ForCausalLM.forward`: `output_router_logits` then adds the losses above, not the family's own."""
-    reports = "output_router_logits" in inspect.signature(family_forward).parameters
+    """Wrap a family's `ForCausalLM.forward`: `output_router_logits` then adds the losses above, not the family's own.
+
+    Without labels there is no loss to add to. With `num_items_in_batch`, by which Trainer divides the cross-entropy of
+    each micro-batch, the router losses of a micro-batch count by its share of those items, so that over a step they add up
+    to their mean; transformers' own models add them in full for each micro-batch, `gradient_accumulation_steps` times too
+    much.
+    """
+    signature = inspect.signature(family_forward)
+    reports = "output_router_logits" in signature.parameters
 
     @functools.wraps(family_forward)
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
@@ -95,7 +152,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
                 f"family {self.config.family!r} does not report router logits (transformers' "
                 f"{self._family_class.__name__} has no output_router_logits); leave output_router_logits off"
             )
-        recorded: list[torch.Tensor] = []
+        recorded: list[Routing] = []
         if output_router_logits:
             watch_routers(self.base_model)
             kwargs["return_dict"], return_dict = True, kwargs.get("return_dict")
@@ -107,22 +164,46 @@ def add_router_losses(family_forward: Callable) -> Callable:
         if not output_router_logits:
             return outputs
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        if self.training and checkpointing and not recorded[-1].requires_grad:
+        if self.training and checkpointing and not recorded[-1].logits.requires_grad:
             raise TiedMoeError(
                 "reentrant gradient checkpointing would drop the gradient of the router losses; call "
                 'gradient_checkpointing_enable({"use_reentrant": False}), or leave output_router_logits off'
             )
-        outputs["router_logits"] = tuple(recorded)
-        outputs["aux_loss"] = load_balancing_loss(
-            recorded, self.config.experts_per_token, kwargs.get("attention_mask")
-        )
-        if outputs.loss is not None:
-            loss = outputs.loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(outputs.loss.device)
+        given = {**dict(zip(list(signature.parameters)[1:], args)), **kwargs}  # by name, however they were given
+        mask = _padding_mask(given.get("attention_mask"), len(recorded[0].logits))
+        aux_loss = load_balancing_loss(recorded, self.config.experts_per_token, mask)
+        loss = outputs.loss
+        if loss is not None:
+            added = getattr(self.config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)  # zaya has none
             if self.config.router_z_loss_coef:
-                z_loss = router_z_loss(recorded, kwargs.get("attention_mask"))
-                loss = loss + self.config.router_z_loss_coef * z_loss.to(loss.device)
-            outputs["loss"] = loss
+                added = added + self.config.router_z_loss_coef * router_z_loss(recorded, mask).to(loss.device)
+            loss = loss + _share(given) * added
+        logits = tuple(routing.logits for routing in recorded)
+        outputs = _in_family_order(outputs, loss=loss, aux_loss=aux_loss, router_logits=logits)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if keep_dict else outputs.to_tuple()
 
     return forward
+
+
+def _padding_mask(mask: Any, num_tokens: int) -> torch.Tensor | None:
+    """The `[B, S]` mask of the tokens of this forward; None if no padding is told: no mask, or one of attention weights."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    return mask[:, mask.shape[1] - num_tokens // mask.shape[0] :]  # with a cache it covers the tokens before, too
+
+
+def _share(given: dict[str, Any]) -> torch.Tensor | float:
+    """The micro-batch's predicted tokens by all that Trainer counts in the step; 1 if it does not say."""
+    num_items, labels = given.get("num_items_in_batch"), given.get("labels")
+    if num_items is None or labels is None:
+        return 1.0
+    shifted = given.get("shift_labels")
+    return ((labels[..., 1:] if shifted is None else shifted) != -100).sum() / num_items
+
+
+def _in_family_order(outputs: Any, **values: Any) -> Any:
+    """`outputs` with these fields, in the order of its class: what is added at the end would end a tuple, too."""
+    names = [field.name for field in dataclasses.fields(outputs)]
+    found = {**{name: getattr(outputs, name) for name in names}, **values}
+    return type(outputs)(**found)
