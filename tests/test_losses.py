@@ -97,6 +97,7 @@ def test_scores_are_what_each_family_routes_by(family):
         finally:
             losses._recorded.reset(token)
     assert len(weights) == len(out.router_logits) > 0
+    seen = [Routing(logits, scores(logits.float()), chosen) for logits, scores, chosen in seen]
     for routing, output in zip(seen, weights):
         given = [each for each in output if each.is_floating_point()][-1]
         torch.testing.assert_close(routing.scores.sum(-1), torch.ones(14))

@@ -129,7 +129,8 @@ def _record(
         assert len(chosen) == 1, (
             f"{type(router).__name__} gives {len(chosen)} integer tensors; expected the chosen experts"
         )
-        recorded.append(Routing(logits, scores(logits.float()), chosen[0].flatten(end_dim=-2)))
+        # The scores are made when the forward has ended: a checkpointed layer, run again, would not make them.
+        recorded.append((logits, scores, chosen[0].flatten(end_dim=-2)))
 
 
 def add_router_losses(family_forward: Callable) -> Callable:
@@ -152,7 +153,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
                 f"family {self.config.family!r} does not report router logits (transformers' "
                 f"{self._family_class.__name__} has no output_router_logits); leave output_router_logits off"
             )
-        recorded: list[Routing] = []
+        recorded: list[tuple] = []
         if output_router_logits:
             watch_routers(self.base_model)
             kwargs["return_dict"], return_dict = True, kwargs.get("return_dict")
@@ -164,21 +165,22 @@ def add_router_losses(family_forward: Callable) -> Callable:
         if not output_router_logits:
             return outputs
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        if self.training and checkpointing and not recorded[-1].logits.requires_grad:
+        if self.training and checkpointing and not recorded[-1][0].requires_grad:
             raise TiedMoeError(
                 "reentrant gradient checkpointing would drop the gradient of the router losses; call "
                 'gradient_checkpointing_enable({"use_reentrant": False}), or leave output_router_logits off'
             )
         given = {**dict(zip(list(signature.parameters)[1:], args)), **kwargs}  # by name, however they were given
-        mask = _padding_mask(given.get("attention_mask"), len(recorded[0].logits))
-        aux_loss = load_balancing_loss(recorded, self.config.experts_per_token, mask)
+        routings = [Routing(logits, scores(logits.float()), chosen) for logits, scores, chosen in recorded]
+        mask = _padding_mask(given.get("attention_mask"), len(routings[0].logits))
+        aux_loss = load_balancing_loss(routings, self.config.experts_per_token, mask)
         loss = outputs.loss
         if loss is not None:
             added = getattr(self.config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)  # zaya has none
             if self.config.router_z_loss_coef:
-                added = added + self.config.router_z_loss_coef * router_z_loss(recorded, mask).to(loss.device)
+                added = added + self.config.router_z_loss_coef * router_z_loss(routings, mask).to(loss.device)
             loss = loss + _share(given) * added
-        logits = tuple(routing.logits for routing in recorded)
+        logits = tuple(routing.logits for routing in routings)
         outputs = _in_family_order(outputs, loss=loss, aux_loss=aux_loss, router_logits=logits)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if keep_dict else outputs.to_tuple()

@@ -36,6 +36,7 @@ from transformers import (
 
 from ..adapters import load_merged, refuse_adapter
 from ..audit.metrics import perplexity as perplexity_of
+from ..auto_files import load_tokenizer, settle_tokenizer
 from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
 from ..hub import MANIFEST, read_manifest, save_healed, versions
@@ -99,7 +100,7 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
 
     tell(0, args.max_steps, "reading the text")
     config = load_config(args.model, args.trust_remote_code)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = _tokenizer(args.model, args.trust_remote_code)
     args = _with_block_size(args, config)
     with state.main_process_first():
         train, validation = load_blocks(
@@ -218,7 +219,7 @@ class _Run:
                 f"teacher {args.teacher} has a vocabulary of {sizes[0]} tokens, but {args.model} one of {sizes[1]}; "
                 "give the source that the model was converted from"
             )
-        tokenizer = load_tokenizer(args.teacher, args.trust_remote_code)
+        tokenizer = _tokenizer(args.teacher, args.trust_remote_code)
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise TiedMoeError(
                 f"the tokenizers of teacher {args.teacher} and of {args.model} number their tokens differently; "
@@ -323,6 +324,7 @@ class _Run:
             with replaced(model, self.rounded):
                 model.save_pretrained(draft)
             self.tokenizer.save_pretrained(draft)
+            settle_tokenizer(self.tokenizer, draft)
             atomic_write_json(draft / REPORT, report)
         check_saved(self.work.folder, model, self.validation, self.args)
         healing = {name: report[name] for name in ("steps", "tokens", "before", "after")} | {
@@ -356,12 +358,6 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
         return config
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer; nothing that comes with the checkpoint is run unless it is trusted."""
-    with reading(f"the tokenizer of {model}"):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-
-
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal language model of which every weight is in the checkpoint.
 
@@ -392,6 +388,13 @@ def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Datas
     found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
     if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
         raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
+
+
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+    with reading(f"the tokenizer of {model}"):
+        if trust_remote_code:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+        return load_tokenizer(model)
 
 
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
