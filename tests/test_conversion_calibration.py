@@ -233,7 +233,9 @@ def test_source_without_tokenizer(folder, tmp_path):
 
 
 def test_more_positions_than_the_source_knows(folder, tmp_path):
-    recipe = ConversionRecipe(source=str(folder / "source"), output=str(tmp_path / "out"), calibration="austen")
+    fields = {"source": str(folder / "source"), "output": str(tmp_path / "out"), "calibration": "austen"}
+    assert opened_calibration(ConversionRecipe(**fields, calibration_tokens=640)).tokens.shape[1] == 64  # by default
+    recipe = ConversionRecipe(**fields, calibration_block_size=512)
     with pytest.raises(ConversionError, match=r"calibration_block_size=512, but .* knows 64 positions; lower it"):
         opened_calibration(recipe)
 

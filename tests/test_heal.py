@@ -13,7 +13,7 @@ from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, workdir
 from transformers_tiedmoe.adapters import find_adapter
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
@@ -248,6 +248,22 @@ def test_heal_killed_after_its_last_checkpoint_trains_no_step_more(tied, data, t
         assert report[name] == unbroken[name], name
     expected, found = weights(tmp_path / "unbroken"), weights(output)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_heal_killed_between_the_rename_and_its_end_ends_well(tied, data, output, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "_remove_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            heal(HealConfig(tied, data, output, **QUICK))
+    assert Path(output, "heal.json").is_file()
+    report = heal(HealConfig(tied, data, output, **QUICK))
+    assert report == json.loads(Path(output, "heal.json").read_text())
+    assert [path.name for path in Path(output).parent.iterdir()] == ["healed"]
+    with pytest.raises(TiedMoeError, match="holds a finished healing"):
+        heal(HealConfig(tied, data, output, **QUICK))
 
 
 @pytest.mark.parametrize(

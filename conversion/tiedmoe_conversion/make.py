@@ -140,7 +140,9 @@ class TensorMaker:
             yield made.pool.slot_maps.get(operation.layer, identity)
         elif operation.kind == "residual":
             name, factor = operation.parameter.rsplit("_residual_", 1)
-            yield made.residuals[operation.layer][name]["ba".index(factor)]
+            tensor = made.residuals[operation.layer][name]["ba".index(factor)]
+            check_finite(tensor, operation.target, f"the residual of method {self.plan.recipe.method!r}")
+            yield tensor
         else:
             is_copy = self._streams and not any(method.memory.float32_layers for method, _ in self.plan.recipe.steps)
             for block in made.pool.blocks(operation.parameter):

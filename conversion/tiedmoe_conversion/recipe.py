@@ -74,8 +74,8 @@ class ConversionRecipe:
     calibration_tokens: kinds.Positive = _option(
         32768, "Tokens of the text to fit on; a quarter as many again are held out."
     )
-    calibration_block_size: kinds.BlockSize = _option(
-        512, "Tokens in a sequence of the text; the source must know so many positions."
+    calibration_block_size: kinds.BlockSizeOrNone = _option(
+        None, "Tokens in a sequence of the text; by default 512, or as many as the source knows positions."
     )
     statistics: kinds.FolderOrNone = _option(
         None, "Folder that keeps what the text told about the source, for further conversions of it."

@@ -109,7 +109,7 @@ Count = Annotated[int, Field(ge=0), Expected("an integer of at least 0")]
 Positive = Annotated[int, Field(ge=1), Expected("an integer of at least 1")]
 Switch = Annotated[bool, Expected("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**63), Expected("an integer from 0, of 63 bits")]
-BlockSize = Annotated[int, Field(ge=2), Expected("an integer of at least 2")]
+BlockSizeOrNone = Annotated[Annotated[int, Field(ge=2)] | None, Expected("an integer of at least 2")]
 # Not blank, and no NUL: no file system and no hub knows such a name.
 _Text = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 Source = Annotated[_Text, Expected("a folder or a hub id")]

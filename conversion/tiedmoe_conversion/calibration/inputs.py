@@ -7,6 +7,7 @@ another conversion of the same source and text reads them again.
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -27,7 +28,7 @@ from ..methods.base import Pool, RoutedInputs
 from ..methods.residual import Residuals
 from ..recipe import ConversionRecipe
 from .streamed_model import StreamedModel
-from .text import CalibrationText
+from .text import DEFAULT_BLOCK_SIZE, CalibrationText
 
 NAMES = ("hidden_states", "top_k_index", "top_k_weights")  # in a layer's file
 
@@ -51,12 +52,13 @@ def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator[
     if recipe.calibration is None:
         yield None
         return
-    positions = getattr(source.model.config, "max_position_embeddings", None) or recipe.calibration_block_size
-    if recipe.calibration_block_size > positions:
+    positions = getattr(source.model.config, "max_position_embeddings", None) or math.inf
+    block_size = recipe.calibration_block_size or int(min(DEFAULT_BLOCK_SIZE, positions))
+    if block_size > positions:
         raise ConversionError(
-            f"calibration_block_size={recipe.calibration_block_size}, but {source.name} knows {positions} positions; lower it"
+            f"calibration_block_size={block_size}, but {source.name} knows {positions} positions; lower it"
         )
-    text = CalibrationText(recipe.calibration, recipe.calibration_tokens, recipe.calibration_block_size, recipe.seed)
+    text = CalibrationText(recipe.calibration, recipe.calibration_tokens, block_size, recipe.seed)
     tokens, num_fit = text.tokens(source.opened)
     vocab_size = source.model.config.vocab_size
     if int(tokens.max()) >= vocab_size:
@@ -172,10 +174,12 @@ class Calibration:
         )
         if is_right and found["top_k_index"].numel():
             least, most = (int(each) for each in found["top_k_index"].aminmax())
-            is_right = least >= 0 and most < num_experts
+            is_right = least >= 0 and most < num_experts  # no family leaves a slot of its source inactive
+            is_right = is_right and all(found[name].isfinite().all() for name in ("hidden_states", "top_k_weights"))
         if not is_right:
             raise ConversionError(
-                f"{path} holds {shapes}, or routing indices out of range; expected the inputs of {num_tokens} tokens and their "
+                f"{path} holds {shapes}, or routing indices out of range, or no numbers; expected the inputs of {num_tokens} tokens and "
+                f"their "
                 f"routing to {num_experts} experts: delete the folder, or give another one"
             )
 

@@ -14,6 +14,7 @@ from ..errors import ConversionError
 
 BUNDLED = {"austen": "austen.txt.xz"}  # texts that ship with the package
 HELD_OUT_SHARE = 0.25  # of the calibration tokens, held out in addition to them
+DEFAULT_BLOCK_SIZE = 512  # tokens in a sequence, if the source knows so many positions
 LEFT_ALONE = 0.05  # of the text, at its end, which `tiedmoe heal` holds out: no decision is taken on it
 
 

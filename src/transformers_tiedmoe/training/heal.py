@@ -41,7 +41,7 @@ from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
 from ..hub import MANIFEST, read_manifest, save_healed, versions
 from ..loading import check_folder
-from ..workdir import Work, check_output, open_work
+from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, step_of
@@ -400,6 +400,8 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
     """The files of the finished healing that `overwrite` replaces; None if nothing is to be replaced."""
     folder = Path(str(args.output_dir))
+    if was_renamed(folder.absolute()):
+        return None  # by a run that was killed before its very end, which this one comes to
     if not (folder / REPORT).is_file():
         return set() if args.overwrite else None
     if not args.overwrite:
