@@ -114,7 +114,11 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
         if fields != copied:
             _write_json(path, fields)
             copied = fields
-        found = _loads_as(folder)
+        try:
+            found = _loads_as(folder)
+        except Exception as error:  # what transformers makes of files that this class cannot read
+            tried.append(f"{fields.get('tokenizer_class')} does not load: {error}")
+            continue
         if all(_is_same(each, tokenizer) for each in found):
             return
         tried.append(f"{fields.get('tokenizer_class')} loads as {', '.join(type(each).__name__ for each in found)}")

@@ -149,9 +149,10 @@ class Source:
             settle_tokenizer(self._tokenizer(), folder)
 
     def _tokenizer(self) -> Any:
-        """The source's tokenizer, None if transformers cannot load it without the source's code."""
+        """The source's tokenizer, None if transformers cannot load it without the source's code, or makes one up."""
         try:
-            return load_tokenizer(self.folder, self.name)
+            tokenizer = load_tokenizer(self.folder, self.name)
+            return tokenizer if tokenizer("Some text.").input_ids else None  # a made-up one knows no text
         except Exception:  # whatever a broken tokenizer, or one with code of its own, makes transformers raise
             return None
 
