@@ -1,6 +1,6 @@
 """fp8 weights with one scale per block, as DeepSeek-V3 has them, become plain ones while they are read.
 
-`X.weight` is F8_E4M3 and `X.weight_scale_inv` F32, with an entry per block of `weight_block_size` rows and columns; the
+`X.weight` is F8_E4M3 and `X.weight_scale_inv` F32 or BF16, with an entry per block of `weight_block_size` rows and columns; the
 weight is their product in float32, rounded once to the config's dtype: what transformers computes. Blocks at the edges may be
 smaller, where 128 does not divide a size (DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows).
 """
@@ -15,6 +15,7 @@ from ..errors import ConversionError
 from .headers import TensorInfo
 
 SUFFIX = "_scale_inv"
+SCALE_DTYPES = (torch.float32, torch.bfloat16)
 OUTPUT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -60,10 +61,10 @@ def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
             raise ConversionError(f"{where}: {name!r} has no weight beside it; expected {name.removesuffix(SUFFIX)!r}")
         blocks = tuple(-(-size // part) for size, part in zip(weight.shape[-2:], block))
         expected = (*weight.shape[:-2], *blocks)
-        if weight.dtype != torch.float8_e4m3fn or scale.dtype != torch.float32 or scale.shape != expected:
+        if weight.dtype != torch.float8_e4m3fn or scale.dtype not in SCALE_DTYPES or scale.shape != expected:
             raise ConversionError(
                 f"{where}: {weight.name!r} is {weight.dtype} {list(weight.shape)} and {name!r} {scale.dtype} "
-                f"{list(scale.shape)}; expected F8_E4M3 and F32 {list(expected)}, one scale per block of {list(block)}: "
+                f"{list(scale.shape)}; expected F8_E4M3 and F32 or BF16 {list(expected)}, one scale per block of {list(block)}: "
                 "save a dequantised copy with transformers first"
             )
         folded[weight.name] = BlockScaled(
