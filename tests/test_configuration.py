@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.errors import TiedMoeError
 
 
 def tied_config(family="olmoe", **fields):
@@ -128,3 +129,12 @@ def test_already_tied_and_unknown_fields():
         TiedMoeConfig.from_family(tied_config())
     with pytest.raises(ValueError, match="grup_size"):
         TiedMoeConfig.from_family(tiny_config("olmoe"), grup_size=2)
+
+
+@pytest.mark.parametrize("layer_types", [["mixtral"], []])
+def test_fields_that_the_family_refuses(layer_types):
+    """transformers' own error there is no ValueError."""
+    config = tied_config()
+    config.layer_types = layer_types
+    with pytest.raises(TiedMoeError, match=r"(?s)as one of family 'olmoe': .*layer_types"):
+        config.to_family()

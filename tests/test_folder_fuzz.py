@@ -6,16 +6,20 @@ Each gives an error or what an undamaged folder gives; nothing takes long, and a
 import contextlib
 import json
 import shutil
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import make_text, save_source, save_tied
-from fuzzing import Limits, anything, cases, spliced, words, write_json
+from conversions import edit_tensors
+from fuzzing import EXTRA_FIELDS, Limits, anything, cases, numbers, spliced, words, write_json
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tiedmoe_conversion import ConversionRecipe, execute, make_plan, verify_folder
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie, verify_folder
 from transformers_tiedmoe.errors import TiedMoeError
 
 TIED_FIELDS = (
@@ -68,6 +72,72 @@ def damage(data, path):
         path.write_bytes(spliced(data.draw, path.read_bytes()))
     else:
         path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size - 1))])
+
+
+@cases(0.05)
+@given(data=st.data())
+def test_tied_config(whole, data):
+    folder = copy(whole, "tied")
+    config = json.loads((folder / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(
+            st.one_of(st.sampled_from(TIED_FIELDS), st.sampled_from(sorted(config)), st.sampled_from(EXTRA_FIELDS))
+        )
+        config[name] = data.draw(anything)
+    write_json(folder / "config.json", config)
+    command = data.draw(st.sampled_from(["verify", "untie", "load"]))
+    with Limits(), contextlib.suppress(TiedMoeError):
+        if command == "verify":
+            verify_folder(str(folder))
+        elif command == "untie":
+            untie(str(folder), str(folder.parent / "untied"))
+        else:
+            load(folder)
+
+
+def load(folder):
+    """What transformers itself raises at a config or a tokenizer is transformers' to word."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    except TiedMoeError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        assert "transformers_tiedmoe" not in Path(frames[-1].filename).parts, frames
+        raise TiedMoeError(str(error)) from error
+
+
+@cases(0.05)
+@given(data=st.data())
+def test_slot_map(whole, data):
+    """Loads only if every number is a row of the pool; then all implementations agree."""
+    folder = copy(whole, "tied")
+
+    def edit(tensors):
+        names = [name for name in tensors if SLOT_MAP in name]
+        assert names
+        name = data.draw(st.sampled_from(sorted(names)))
+        values = tensors[name].tolist()
+        values[data.draw(st.integers(0, len(values) - 1))] = (
+            data.draw(st.one_of(st.integers(-9, 16), numbers)) % 2**31 - 8
+        )
+        dtype = data.draw(st.sampled_from([torch.int64, torch.int64, torch.float32, torch.int32, torch.bool]))
+        tensors[name] = torch.tensor(values).to(dtype)
+        valid.append(dtype in (torch.int64, torch.int32) and all(0 <= value < 8 for value in values))
+        return tensors
+
+    valid: list[bool] = []
+    edit_tensors(folder, edit)
+    with Limits():
+        if not valid[0]:
+            with pytest.raises(TiedMoeError):
+                AutoModelForCausalLM.from_pretrained(folder)
+            return
+        ids = torch.arange(12).view(1, -1)
+        with torch.no_grad():
+            logits = [AutoModelForCausalLM.from_pretrained(folder, experts_implementation=each)(ids).logits
+                      for each in ("eager", "grouped_mm")]  # fmt: skip
+    torch.testing.assert_close(*logits)
 
 
 @cases(0.1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .errors import TiedMoeError
+from .errors import TiedMoeError, reading
 from .families import canonical_family, config_class, expert_layers, family_skeleton, remote_classes, restore_config
 from .hub import write_stub
 from .pools import check_groups, tie_groups
@@ -130,11 +130,16 @@ class TiedMoeConfig(PreTrainedConfig):
         return cls(**{**fields, "family": config.model_type, **tying_fields})
 
     def to_family(self) -> PreTrainedConfig:
-        """The family's own untied config, without the tying fields."""
+        """The family's own untied config, without the tying fields.
+
+        Raises:
+            TiedMoeError: fields that the family's own class refuses.
+        """
         fields = self.to_dict()
         for name in ("model_type", "transformers_version", "architectures", "auto_map", *TYING_FIELDS):
             fields.pop(name, None)
-        return CONFIG_MAPPING[self.family](**fields)
+        with reading(f"this config as one of family {self.family!r}"):
+            return CONFIG_MAPPING[self.family](**fields)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
