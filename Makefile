@@ -27,10 +27,13 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check clean
+.PHONY: demo model-card seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
+
+model-card: demo  ## the card of the demo's healed checkpoint, as it stands in model_cards/
+	cp demo/healed/README.md model_cards/tiedmoe-demo.md
 
 seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
 	$(PY) benchmarks/demo_seeds.py --output seeds --seeds 0,1,2

@@ -1,11 +1,13 @@
 """What a checkpoint carries beside its weights (stub, card, manifest), and its upload, asked for before hours of work."""
 
+import math
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conversions import save_source
 from huggingface_hub import ModelCard
@@ -14,9 +16,13 @@ from transformers import AutoConfig
 
 import transformers_tiedmoe
 from tiedmoe_conversion import ConversionRecipe, convert
-from transformers_tiedmoe import __version__, hub
+from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.train_source import source_config
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, __version__, hub
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
+
+ROOT = Path(__file__).parents[1]
 
 
 class Api:
@@ -142,6 +148,7 @@ def test_manifest_of_another_type_is_refused(tmp_path, text):
 
 HEALING = {
     "data": "text.txt", "teacher": None, "teacher_weight": 0.5, "steps": 20, "tokens": 5120, "learning_rate": 1e-4,
+    "parameters": 72128,
     "before": {"loss": 3.5, "perplexity": 33.1, "tokens": 512}, "after": {"loss": 3.25, "perplexity": 25.8, "tokens": 512},
 }  # fmt: skip
 
@@ -175,3 +182,49 @@ def test_healed_folder_says_where_it_comes_from(tmp_path):
         assert part in card.text
     assert str(tmp_path) not in card.content
     assert "has not been trained since" not in card.text
+
+
+class Vocabulary:
+    """What the source's config takes from the demo's tokenizer."""
+
+    pad_token_id = bos_token_id = eos_token_id = 0
+
+    def __len__(self):
+        return DemoConfig().vocab_size
+
+
+def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
+    """`model_cards/tiedmoe-demo.md` is `demo/healed/README.md`: rendered again from its six figures and the demo's settings."""
+    settings = DemoConfig()
+    card = (ROOT / "model_cards" / "tiedmoe-demo.md").read_text()
+    family = source_config(settings, Vocabulary())
+    fields = {name: getattr(settings, name) for name in ("group_size", "skip_first", "skip_last")}
+    config = TiedMoeConfig.from_family(family, **fields)
+    with torch.device("meta"):
+        parameters = TiedMoeForCausalLM(config).num_parameters()
+    text = {"calibration": "austen.txt.xz", "calibration_tokens": settings.calibration_tokens, "measure": False}
+    recipe = ConversionRecipe(
+        source="source", output="tied", method=settings.method, seed=settings.seed, **fields, **text,
+        calibration_block_size=settings.block_size,
+    )  # fmt: skip
+    (tmp_path / "tied").mkdir()
+    hub.save_manifest(
+        tmp_path / "tied", "tiedmoe convert", {"recipe": recipe.to_dict(), "source": {"name": "source"}}, {}
+    )
+    (tokens,) = re.findall(r"Held out, ([\d,]+) tokens", card)
+    losses, perplexities = (
+        re.findall(rf"\| {name}[^|]*\| ([\d.]+) \| ([\d.]+) \|", card)[0] for name in ("loss", "perplexity")
+    )
+    assert all(abs(math.exp(float(a)) - float(b)) < 0.01 for a, b in zip(losses, perplexities))
+    before, after = (
+        {"loss": float(a), "perplexity": float(b), "tokens": int(tokens.replace(",", ""))}
+        for a, b in zip(losses, perplexities)
+    )
+    healing = {
+        "data": settings.text, "teacher": "source", "teacher_weight": 0.5, "steps": settings.heal_steps,
+        "tokens": settings.heal_steps * settings.batch_size * settings.block_size, "parameters": parameters,
+        "learning_rate": settings.heal_learning_rate, "before": before, "after": after,
+    }  # fmt: skip
+    hub.save_healed(tmp_path, "healed", str(tmp_path / "tied"), config, healing, {})
+    versions = re.compile(r"\(made with .*\)|, [\d.]+ or newer")
+    assert versions.sub("", card) == versions.sub("", (tmp_path / "README.md").read_text())

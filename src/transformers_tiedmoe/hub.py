@@ -227,7 +227,7 @@ def save_healed(
         title: name of the healed checkpoint.
         model: the folder or hub id that was healed; its own manifest and card say where it comes from.
         config: the healed model's.
-        healing: JSON-able: `data`, `teacher` (or None), `teacher_weight`, `steps`, `tokens`, `learning_rate`, and
+        healing: JSON-able: `data`, `teacher` (or None), `teacher_weight`, `steps`, `tokens`, `parameters`, `learning_rate`, and
             `before` and `after`, each with `loss` in nats per token, `perplexity` and `tokens`. Paths become names.
         digests: of every other file of the checkpoint, as `save_manifest`.
     """

@@ -327,7 +327,7 @@ class _Run:
             settle_tokenizer(self.tokenizer, draft)
             atomic_write_json(draft / REPORT, report)
         check_saved(self.work.folder, model, self.validation, self.args)
-        healing = {name: report[name] for name in ("steps", "tokens", "before", "after")} | {
+        healing = {name: report[name] for name in ("steps", "tokens", "parameters", "before", "after")} | {
             "learning_rate": self.args.learning_rate,
             "data": self.args.data,
             "teacher": self.args.teacher,
