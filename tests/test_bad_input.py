@@ -641,3 +641,44 @@ def test_tied_folder_with_an_adapter(folder, tmp_path):
     for command in (lambda: untie(tmp_path / "tied", tmp_path / "untied"), lambda: verify_folder(tmp_path / "tied")):
         with unchanged_disk(tmp_path), pytest.raises(TiedMoeError, match="holds an adapter"):
             command()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint8])
+def test_experts_that_are_no_numbers_to_average(folder, dtype):
+    edit_tensors(folder, lambda t: {n: v.to(dtype) if ".experts." in n else v for n, v in t.items()})
+    name = str(dtype).removeprefix("torch.")
+    refuse(folder, rf"the experts' model.layers.0.mlp.experts.*of torch.{name}; expected floating-point weights")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps is NaN"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+            "rope_parameters: rope_theta is NaN",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+            "rope_theta is inf; expected a positive",
+        ),
+        ({"rope_theta": -1e4}, "rope_theta is -10000.0; expected a positive number"),
+        ({"initializer_range": float("nan")}, "initializer_range is NaN"),
+    ],
+)
+def test_numbers_that_no_model_runs_with(folder, tmp_path, fields, message):
+    edit_config(folder, **fields)
+    refuse(folder, message)
+    shutil.rmtree(tmp_path / "source")
+
+
+def test_fp8_weights_without_a_word_on_their_scales(folder):
+    edit_tensors(
+        folder,
+        lambda t: (
+            {n: v.to(torch.float8_e4m3fn) if ".experts." in n else v for n, v in t.items()}
+            | {f"{n}_scale_inv": torch.ones(1, 1) for n in t if ".experts." in n}
+        ),
+    )
+    refuse(folder, "fp8 tensors, such as .* has no quantization_config that says how they are scaled")

@@ -258,3 +258,54 @@ def test_manifest_names_no_path_of_this_machine_and_no_time(pristine):
     assert manifest["versions"].keys() == {"transformers-tiedmoe", "transformers", "torch"}
     assert manifest["verification"]["lossless"]["equal"] is True
     assert manifest["dropped"] == []
+
+
+@pytest.mark.parametrize("file", ["README.md"])
+def test_an_edited_card_is_told_and_no_damage(folder, file):
+    path = folder / "out" / file
+    path.write_text(path.read_text() + "\nOur own words.\n")
+    assert verify_folder(folder / "out")["hashes"]["edited_since"] == [file]
+    config = folder / "out" / "config.json"
+    config.write_text(config.read_text() + " ")
+    refuse(folder, r"config.json is .*; expected .* it is damaged", source=False)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["modeling_evil.py", "pytorch_model.bin", "chat_template.jinja", "additional_chat_templates/x.jinja", "tokenizer.model",
+     "model-00002-of-00002.safetensors", "sub/adapter_config.json", "preprocessor_config.json"],
+)  # fmt: skip
+def test_an_added_file_that_programs_load(folder, file):
+    path = folder / "out" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    refuse(
+        folder,
+        rf"holds \['{file}'\], which tiedmoe_conversion.json does not name and programs would load",
+        source=False,
+    )
+
+
+def test_what_nothing_vouches_for_is_told(folder):
+    (folder / "out" / "notes.txt").write_text("mine")
+    (folder / "out" / "images").mkdir()
+    (folder / "out" / "images" / "a.png").write_text("x")
+    assert verify_folder(folder / "out")["hashes"]["not_covered"] == ["images/a.png", "notes.txt"]
+
+
+def test_a_manifest_whose_files_are_emptied(folder):
+    edit_manifest(folder, lambda found: found["files"].clear())
+    refuse(folder, r"tiedmoe_conversion.json names no files; expected their hashes", source=False)
+
+
+def test_the_error_of_an_expert_says_what_it_means(folder):
+    report = verify_folder(folder / "out", str(folder / "source"))
+    assert "on random input" in report["source"]["experts_relative_error"]["means"]
+
+
+def test_a_healed_folder_is_no_conversion_of_the_source(folder, tmp_path):
+    """Its weights were trained: other copies are no damage, other files than those healed are."""
+    edit_manifest(folder, lambda found: found.update(made_by="tiedmoe heal", verification={}))
+    rewrite(folder, lambda t: {n: v if v.dtype == torch.int64 else v * 1.01 for n, v in t.items()})
+    report = verify_folder(folder / "out", str(folder / "source"))
+    assert "it was healed" in report["not_checked"]["copies"]

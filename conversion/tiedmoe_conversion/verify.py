@@ -8,6 +8,7 @@ has been lying about, or was healed since, and says what it could not check.
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,31 @@ SAMPLE_LENGTH = 32  # tokens of the compared input
 
 SAMPLE_TOKENS = 4  # that each of them is given
 _PIECE = 1 << 14
+# Files that only people read: to edit them is no damage.
+FOR_PEOPLE = ("README.md", "LICENSE*", "NOTICE*")
+# Files that some program takes from a checkpoint's folder by their name.
+LOADED = (
+    *(
+        "*.py",
+        "*.safetensors",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.gguf",
+        "*.h5",
+        "*.msgpack",
+        "*.pkl",
+        "*.index.json",
+    ),
+    *("*.jinja", "tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json"),
+    *("*config.json", "adapter_*", "added_tokens.json", "chat_template*", "tekken.json"),
+)
+# What the figure of `compare_layers` says, beside it wherever it is shown.
+ERROR_MEANS = (
+    "how far one expert of a tied layer is from the source's on random input, relative to its size: 0 is unchanged, about 1 is "
+    "what a pool in the place of several experts has; what it costs is the held-out loss in the card, not this"
+)
 
 
 class VerificationError(ConversionError):
@@ -190,18 +216,22 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
     return report
 
 
-def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, int]:
+def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare every file with its hash; say which texts for people were edited, and which files nothing vouches for."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise ConversionError(
             f"{output.name}: {MANIFEST} names no files; expected their hashes: convert the source again"
         )
+    edited = []
     for name, expected in files.items():
         found = file_digest(output.folder / name) if regular_file(output.folder, name) else None
-        if found != expected:
+        if found is not None and found != expected and _matches(name, FOR_PEOPLE):
+            edited.append(name)
+        elif found != expected:
             raise ConversionError(
-                f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, copy or convert "
-                f"it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
+                f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, copy or "
+                f"convert it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
             )
     unlisted = {info.file for info in output.tensors.values()} - files.keys()
     if unlisted:
@@ -209,7 +239,18 @@ def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, int]
             f"{output.name} has its weights in {sorted(unlisted)[:3]}, which {MANIFEST} does not name; expected the files that "
             f"were converted: delete {MANIFEST} if they were changed on purpose"
         )
-    return {"files": len(files)}
+    paths = (path.relative_to(output.folder) for path in output.folder.rglob("*") if not path.is_dir())
+    others = sorted(path.as_posix() for path in paths if path.as_posix() not in {*files, MANIFEST})
+    if loaded := [name for name in others if _matches(name, LOADED)]:
+        raise ConversionError(
+            f"{output.name} holds {loaded[:3]}, which {MANIFEST} does not name and programs would load or run; expected only "
+            f"what was converted: remove it, or delete {MANIFEST} if it was added on purpose"
+        )
+    return {"files": len(files), "edited_since": edited, "not_covered": others}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_config(config: TiedMoeConfig, tensors: LayerTensors) -> dict[str, Any]:
@@ -263,14 +304,15 @@ def _check_source(
             )
     different = [name for name in sorted(of_source.keys() & of_output.keys()) if not _same(source, output, name)]
     widened = [name for name in different if of_source[name].shape != of_output[name].shape]
-    trained = manifest is None  # its weights may have been trained, so they need not be the source's
+    # Its weights may have been trained, so they need not be the source's.
+    trained = manifest is None or manifest.get("made_by") == "tiedmoe heal"
     if different != widened and not trained:
         raise ConversionError(
             f"{output.tensors.source.name}: {[name for name in different if name not in widened][:3]} are not those of "
             f"{opened.name}, and nothing but experts is changed by a conversion: convert the source again"
         )
     if trained:
-        not_checked["copies"] = f"without a {MANIFEST} its weights may have been trained since"
+        not_checked["copies"] = "it was healed, or may have been trained since: its weights need not be the source's"
     assert config.groups is not None
     sample = compare_layers(source, output, _sample_layers(config.groups)) if config.groups else {"layers": {}}
     lossless = ((manifest or {}).get("verification") or {}).get("lossless")
@@ -282,7 +324,7 @@ def _check_source(
     return {
         "equal_tensors": len(of_source.keys() & of_output.keys()) - len(different),
         "changed_tensors": different,
-        "experts_relative_error": sample,
+        "experts_relative_error": sample | {"means": ERROR_MEANS},
     }
 
 

@@ -253,6 +253,8 @@ def save_healed(
         pool_num_experts=getattr(config, "pool_num_experts", None) or [],
     )
     fields = {"recipe": recipe, "source": earlier or {"name": public_name(model)}, "healing": told}
+    if "dropped" in made:
+        fields["dropped"] = made["dropped"]
     save_manifest(folder, "tiedmoe heal", fields, {**digests, CARD: file_digest(folder / CARD)})
 
 

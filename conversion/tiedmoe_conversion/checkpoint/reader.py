@@ -67,6 +67,12 @@ class Source:
             config = self.read_json("config.json")
             if config.get("quantization_config"):
                 self.tensors, self.is_quantised = fold_scales(self.tensors, config, name), True
+        if left := [each for each in self.tensors.values() if not self.is_quantised and each.dtype.itemsize == 1
+                    and each.dtype.is_floating_point]:  # fmt: skip
+            raise ConversionError(
+                f"{name} holds {len(left)} fp8 tensors, such as {left[0].name!r}, and its config.json has no quantization_config "
+                "that says how they are scaled; expected one, or plain weights: use the config.json that belongs to the weights"
+            )
 
     def read(
         self, name: str, first: int = 0, last: int | None = None, into: torch.Tensor | None = None

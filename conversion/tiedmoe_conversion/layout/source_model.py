@@ -1,7 +1,9 @@
 """A source as its family sees it: its config read as untrusted input, its model on the meta device, its tensors mapped."""
 
 import contextlib
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -18,6 +20,8 @@ from ..checkpoint.reader import Source, open_source
 from ..errors import ConversionError, did_you_mean
 from .keys import FamilyTensors, describe_dtype, map_tensors
 
+POSITIVE = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_eps", "layer_norm_epsilon")
+
 
 @dataclass(frozen=True)
 class SourceModel:
@@ -32,7 +36,15 @@ class SourceModel:
     def map(cls, opened: Source, config: PreTrainedConfig) -> "SourceModel":
         """Build the family's model of `config` without memory and find every tensor's place in it."""
         model = family_model(config)
-        return cls(opened, model, expert_layers(model), map_tensors(opened, model))
+        found = cls(opened, model, expert_layers(model), map_tensors(opened, model))
+        for layer in found.experts:
+            for name in found.expert_names(layer):
+                if not (dtype := found.tensors.meta[name].dtype).is_floating_point:
+                    raise ConversionError(
+                        f"{opened.name}: the experts' {name} is of {dtype}; expected floating-point weights, which can be averaged "
+                        "and fitted: dequantise the checkpoint with what wrote it first"
+                    )
+        return found
 
     @property
     def name(self) -> str:
@@ -101,6 +113,7 @@ def read_config(source: Source) -> PreTrainedConfig:
             f"{source.name} is already a tiedmoe checkpoint; expected an untied one. "
             "Untie it first: tiedmoe untie SOURCE OUTPUT"
         )
+    _check_numbers(fields, source.name)
     if fields.get("quantization_config"):
         block_size(fields, source.name)  # refuses what is not read here
         if not source.is_quantised:
@@ -147,13 +160,31 @@ def read_config(source: Source) -> PreTrainedConfig:
     return text_config
 
 
+def _check_numbers(fields: Any, where: str, path: str = "config.json") -> None:
+    """Raise `ConversionError` for a number that is none, or one that no model can be run with."""
+    for name, value in fields.items() if isinstance(fields, dict) else enumerate(fields):
+        place = f"{path}: {name}"
+        if isinstance(value, (dict, list)):
+            _check_numbers(value, where, place)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ConversionError(
+                f"{where}: {place} is NaN; expected a number: use the config.json that belongs to the weights"
+            )
+        elif str(name) in POSITIVE and type(value) in (int, float) and not 0 < value < math.inf:
+            raise ConversionError(
+                f"{where}: {place} is {value}; expected a positive number: use the config.json that belongs to the weights"
+            )
+
+
 def read_tied_config(source: Source) -> TiedMoeConfig:
     """The config of a tied checkpoint.
 
     Raises:
         ConversionError: unreadable, or of a checkpoint that is not tied.
     """
-    family = source.read_json("config.json").get("model_type")
+    fields = source.read_json("config.json")
+    family = fields.get("model_type")
+    _check_numbers(fields, source.name)
     if family != "tiedmoe":
         raise ConversionError(
             f"{source.name} is a {family!r} checkpoint; expected a tiedmoe one, which `tiedmoe convert` makes"
