@@ -1,4 +1,4 @@
-"""A tiny tokenizer, text and checkpoints on disk, for the tests of healing, of the command line and of the examples."""
+"""A tiny tokenizer, text and checkpoints on disk, for tests of healing, command line and examples."""
 
 import random
 

@@ -1,4 +1,6 @@
-"""What every test runs under: offline, one thread, seeded, NaN in uninitialised memory, Triton's interpreter without a GPU."""
+"""What every test runs under: offline, one thread, seeded, NaN in uninitialised memory, Triton's interpreter without a
+GPU.
+"""
 
 import importlib.util
 import os

@@ -1,6 +1,7 @@
 """What transformers decides by `model_type`, for tied and untied folders: the source's answer, of every family.
 
-The tokenizers have the shapes of real ones, because a class that transformers takes for another one builds the pipeline
+The tokenizers have the shapes of real ones, because a class that transformers takes for another one builds the
+pipeline
 anew from the vocabulary: an own split, a Metaspace or a normaliser of the file is lost then.
 """
 
@@ -150,7 +151,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def minimax(tmp_path_factory, vocabularies):
-    """Folders of a MiniMax-M2 whose tokenizer files name a class that transformers overrules, and what is made of it."""
+    """Folders of a MiniMax-M2 whose tokenizer class transformers overrules, and what is made of it."""
     root = tmp_path_factory.mktemp("minimax")
     save_source(root / "source", "minimax_m2", vocab_size=360)
     write_tokenizer(root / "source", vocabularies[byte_level], "GPT2Tokenizer", processor_class="AnyProcessor")
@@ -219,7 +220,9 @@ def test_transformers_decides_by_the_hub_s_name_too(minimax, tmp_path, vocabular
 
 
 def test_no_code_travels(tmp_path, vocabularies):
-    """kimi_linear's tokenizer has code beside it, which is neither run nor copied: transformers' own class reads the files."""
+    """kimi_linear's tokenizer has code beside it, which is neither run nor copied: transformers' own class reads the
+    files.
+    """
     tiny_config("kimi_linear").save_pretrained(tmp_path)
     code = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
     write_tokenizer(tmp_path, vocabularies[byte_level], "TikTokenTokenizer", auto_map=code)

@@ -1,4 +1,4 @@
-"""What a user can do wrong with a conversion: an error that says what was found and what to do, and an unchanged disk."""
+"""What a user can do wrong with a conversion: an error that says what to do, and an unchanged disk."""
 
 import errno
 import importlib
@@ -526,7 +526,9 @@ def test_output_that_is_the_source(folder):
 
 
 def test_output_in_or_around_an_input_is_refused_before_the_work(folder, monkeypatch):
-    """For convert, plan and untie; with links followed, and for an OUTPUT that is only seen to be another when it is resolved."""
+    """For convert, plan and untie; with links followed, and for an OUTPUT that is only seen to be another when it is
+    resolved.
+    """
     (folder.parent / "link").symlink_to(folder)
     (folder.parent / "text").mkdir()
     (folder.parent / "text" / "a.txt").write_text("text")

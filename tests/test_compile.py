@@ -1,4 +1,6 @@
-"""Every shipped tile configuration, compiled for chips that are not here (`benchmarks/compile_table.py`, `make compile-table`)."""
+"""Every shipped tile configuration, compiled for chips that are not here (`benchmarks/compile_table.py`, `make
+compile-table`).
+"""
 
 import importlib.util
 import json

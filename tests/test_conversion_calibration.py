@@ -78,7 +78,7 @@ def test_of_slot_and_counts(folder, tmp_path):
 
 
 def test_the_last_of_the_text_is_left_alone(folder, tmp_path):
-    """`tiedmoe heal` holds it out, so no decision may rest on it; what is fitted on and what is held out do not meet."""
+    """`tiedmoe heal` holds it out, so no decision may rest on it; what is fitted on and held out do not meet."""
     (tmp_path / "text.txt").write_text(make_text(400)[:-2000] + "quick " * 400)  # its last 5 % and more
     found = open_text(tmp_path, tmp_path / "statistics", source=folder / "source", calibration_tokens=1024)
     last = open_text(folder, tmp_path / "other", calibration_tokens=1024).tokens[-1]

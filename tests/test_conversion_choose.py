@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
 
 def recipe_for(folder, output, **fields):
     fields = {
-        "calibration": str(folder / "text.txt"), "calibration_tokens": 256, "calibration_block_size": 16, "skip_first": 1,
+        "calibration": str(folder / "text.txt"), "calibration_tokens": 256, "calibration_block_size": 16,
+        "skip_first": 1,
         "skip_last": 1, "group_size": 3, "method": "select",
     } | fields  # fmt: skip
     return ConversionRecipe(source=str(folder / "source"), output=str(output), **fields)

@@ -293,7 +293,7 @@ class LiveBytes(TorchDispatchMode):
 @LAYOUTS
 @pytest.mark.parametrize("method", ["average", "select", "union"])
 def test_memory_is_the_planned_one(tmp_path, monkeypatch, method, original):
-    """An expert of every layer that is averaged and the block that is being written, whatever the checkpoint's size."""
+    """An expert of every averaged layer and the block that is written, whatever the checkpoint's size."""
     save_source(tmp_path / "source", num_hidden_layers=10, intermediate_size=192, original=original)
     monkeypatch.setattr(verify, "MAX_BYTES_FOR_LOGITS", 0)  # the streaming part; the logits load whole models
     recipe = ConversionRecipe(

@@ -1,4 +1,6 @@
-"""Sources whose weights are fp8 with a scale per block, as DeepSeek-V3's: dequantised as transformers does it, bit for bit."""
+"""Sources whose weights are fp8 with a scale per block, as DeepSeek-V3's: dequantised as transformers does it, bit for
+bit.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ EXPERT = "model.layers.3.mlp.experts.1.gate_proj.weight"
 
 
 def quantise(tensors):
-    """Every projection of attention and experts in fp8, as DeepSeek-V3 is: not the router, norms, embeddings and lm_head."""
+    """Every projection of attention and experts in fp8, as DeepSeek-V3 is: not the router, norms, embeddings and
+    lm_head.
+    """
     found = {}
     for name, tensor in tensors.items():
         if not name.endswith("_proj.weight") and not name.endswith("_with_mqa.weight"):
@@ -115,7 +119,9 @@ def test_layers_of_a_group_that_are_quantised_differently(tmp_path):
         return found | {name: tensors[name].bfloat16() for name in names if not name.endswith("_scale_inv")}
 
     edit_tensors(folder, plain)
-    message = r"group 0 ties layers 3 and 4, .*'\[4, 32, 32\] bfloat16'.*bfloat16 \(from float8_e4m3fn in blocks of \[16, 16\]\)"
+    message = (
+        r"ties layers 3 and 4, .*'\[4, 32, 32\] bfloat16'.*bfloat16 \(from float8_e4m3fn in blocks of \[16, 16\]\)"
+    )
     with pytest.raises(ConversionError, match=message):
         make_plan(recipe(folder))
 

@@ -1,4 +1,6 @@
-"""Every conversion method on small groups in memory: by hand, on equal layers, on idle experts, in every family's layout."""
+"""Every conversion method on small groups in memory: by hand, on equal layers, on idle experts, in every family's
+layout.
+"""
 
 import dataclasses
 import itertools
@@ -118,7 +120,7 @@ def slot_experts(group, pool, layer, factors=None):
 
 
 def outputs(group, pool=None, factors=None):
-    """What every slot of every layer computes on the layer's inputs, `[layers, E, T, H]`; without a pool the source's."""
+    """What every slot computes on its layer's inputs, `[layers, E, T, H]`; without a pool the source's."""
     return torch.stack(
         [
             group.family_function.outputs(

@@ -19,7 +19,8 @@ from transformers_tiedmoe import workdir
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.workdir import open_work
 
-# Runs a conversion in a process that sends itself SIGKILL at the n-th of the moments counted below, or when a timer says so.
+# Runs a conversion in a process that sends itself SIGKILL at the n-th of the moments counted below, or when a timer
+# says so.
 KILLED = textwrap.dedent(
     """
     import json, os, shutil, signal, sys, threading
@@ -53,7 +54,8 @@ KILLED = textwrap.dedent(
     def convert(name, kill_at, **fields):
         global at, moments
         at, moments = kill_at, 0
-        recipe = dict(source="../source", output=name, method="select", skip_first=1, skip_last=1, max_shard_size="40KB")
+        recipe = dict(source="../source", output=name, method="select", skip_first=1, skip_last=1)
+        recipe["max_shard_size"] = "40KB"
         execute(make_plan(ConversionRecipe(**recipe | fields)))
 
     def calibrated(name, kill_at):
@@ -333,7 +335,7 @@ def test_a_link_in_the_place_of_the_working_folder_is_not_followed(source):
 
 
 def test_finished_but_for_the_removal_of_its_work(source, monkeypatch):
-    """Killed right after the rename: the same command says it is done; another one says that the output is not empty."""
+    """Killed right after the rename: the same command says it is done; another one that the output is not empty."""
     remove = workdir._remove_state
     monkeypatch.setattr(workdir, "_remove_state", lambda *args, **kwargs: None)
     first = execute(plan_of(source))

@@ -243,7 +243,8 @@ import torch, transformers
 assert transformers.__version__.startswith("4."), transformers.__version__
 transformers.logging.set_verbosity_error()
 for folder in sys.argv[1:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32,
+                                                              attn_implementation="eager")
     with torch.no_grad():
         torch.save(model.eval()(input_ids=torch.arange(1, 30)[None]).logits, folder + "/logits.pt")
 """

@@ -1,4 +1,6 @@
-"""`verify_folder`, with and without the source: what it finds in a good folder, and each thing that can be wrong with one."""
+"""`verify_folder`, with and without the source: what it finds in a good folder, and each thing that can be wrong with
+one.
+"""
 
 import json
 import shutil
@@ -40,7 +42,7 @@ def folder(tmp_path, pristine):
 
 
 def rewrite(folder, edit, manifest=True):
-    """Replace the output's tensors, and the manifest's hash as if they had been converted so; or delete the manifest."""
+    """Replace the output's tensors and, as if converted so, the manifest's hash; or delete the manifest."""
     path = folder / "out" / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in edit(load_file(path)).items()}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -141,7 +143,8 @@ def test_a_manifest_without_files(folder):
     ("field", "value"),
     [
         ("dropped", None), ("dropped", [None]), ("dropped", {}), ("dropped", [{"tensor": [1], "reason": ""}]),
-        ("source", None), ("source", []), ("source", 3), ("source", {"headers_and_config_sha256": []}), ("recipe", [1]),
+        ("source", None), ("source", []), ("source", 3),
+        ("source", {"headers_and_config_sha256": []}), ("recipe", [1]),
         ("verification", None), ("versions", []), ("made_by", 1), ("files", [1]), ("files", {"../a": {"bytes": 1}}),
         ("files", {"a": None}),
     ],
@@ -169,7 +172,8 @@ def test_experts_that_no_slot_reaches_are_named(folder):
     assert verify_folder(folder / "out")["config"]["unreachable_experts"] == {"0": [1, 3]}
     refuse(
         folder,
-        r"expert 1 of model.layers.1.mlp.experts.gate_up_proj is not that of .*expected it, as the method loses nothing",
+        r"expert 1 of model.layers.1.mlp.experts.gate_up_proj is not that of .*expected it, as the method loses "
+        r"nothing",
     )
 
 
@@ -272,7 +276,8 @@ def test_an_edited_card_is_told_and_no_damage(folder, file):
 
 @pytest.mark.parametrize(
     "file",
-    ["modeling_evil.py", "pytorch_model.bin", "chat_template.jinja", "additional_chat_templates/x.jinja", "tokenizer.model",
+    ["modeling_evil.py", "pytorch_model.bin", "chat_template.jinja", "additional_chat_templates/x.jinja",
+     "tokenizer.model",
      "model-00002-of-00002.safetensors", "sub/adapter_config.json", "preprocessor_config.json"],
 )  # fmt: skip
 def test_an_added_file_that_programs_load(folder, file):

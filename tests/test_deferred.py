@@ -1,4 +1,6 @@
-"""Deferred weight gradients: every way of running a backward pass has the reference's gradients, in as few computations."""
+"""Deferred weight gradients: every way of running a backward pass has the reference's gradients, in as few
+computations.
+"""
 
 import contextlib
 import itertools

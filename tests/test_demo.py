@@ -230,7 +230,8 @@ def test_run_demo_takes_another_familys_checkpoint(text, tmp_path):
     make_tokenizer().save_pretrained(source)
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     config = DemoConfig(output=str(tmp_path / "out"), source=str(source), data=text, group_size=2, skip_first=1,
-                        skip_last=1, method="select", distill=True, heal_steps=2, batch_size=2, block_size=16)  # fmt: skip
+                        skip_last=1, method="select", distill=True, heal_steps=2,
+        batch_size=2, block_size=16)  # fmt: skip
     report = run_demo(config)
     assert report["conversion"]["family"] == "mixtral"
     assert report["conversion"]["groups"] == [[1, 2]]

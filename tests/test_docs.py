@@ -1,4 +1,6 @@
-"""README, docs and the files beside them: short enough to be read, links that lead somewhere, one version, one address."""
+"""README, docs and the files beside them: short enough to be read, links that lead somewhere, one version, one
+address.
+"""
 
 import re
 import tomllib

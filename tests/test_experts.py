@@ -1,4 +1,6 @@
-"""`tiedmoe_kernels.experts_forward` on a CPU against the reference, and `experts_implementation="tiedmoe"` on every family."""
+"""`tiedmoe_kernels.experts_forward` on a CPU against the reference, and `experts_implementation="tiedmoe"` on every
+family.
+"""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""What a checkpoint carries beside its weights (stub, card, manifest), and its upload, asked for before hours of work."""
+"""What a checkpoint carries beside its weights (stub, card, manifest), and its upload, checked before the work."""
 
 import math
 import re
@@ -149,12 +149,15 @@ def test_manifest_of_another_type_is_refused(tmp_path, text):
 HEALING = {
     "data": "text.txt", "teacher": None, "teacher_weight": 0.5, "steps": 20, "tokens": 5120, "learning_rate": 1e-4,
     "parameters": 72128,
-    "before": {"loss": 3.5, "perplexity": 33.1, "tokens": 512}, "after": {"loss": 3.25, "perplexity": 25.8, "tokens": 512},
+    "before": {"loss": 3.5, "perplexity": 33.1, "tokens": 512},
+    "after": {"loss": 3.25, "perplexity": 25.8, "tokens": 512},
 }  # fmt: skip
 
 
 def test_healed_folder_says_where_it_comes_from(tmp_path):
-    """Source, licence and recipe of the conversion, what healing gave, and a hash of every file; no path of this machine."""
+    """Source, licence and recipe of the conversion, what healing gave, and a hash of every file; no path of this
+    machine.
+    """
     save_source(tmp_path / "source")
     (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
     convert(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "tied"), method="average"))
@@ -194,7 +197,9 @@ class Vocabulary:
 
 
 def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
-    """`model_cards/tiedmoe-demo.md` is `demo/healed/README.md`: rendered again from its six figures and the demo's settings."""
+    """`model_cards/tiedmoe-demo.md` is `demo/healed/README.md`: rendered again from its six figures and the demo's
+    settings.
+    """
     settings = DemoConfig()
     card = (ROOT / "model_cards" / "tiedmoe-demo.md").read_text()
     family = source_config(settings, Vocabulary())

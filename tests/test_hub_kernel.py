@@ -116,7 +116,9 @@ def test_custom_ops_have_a_namespace_of_their_own(hub_kernel):
 
 
 def test_every_registration_uses_the_namespace():
-    """The rule that kernel-builder's torch-ops-check hook enforces on functions and classes of a module, kept everywhere."""
+    """The rule that kernel-builder's torch-ops-check hook enforces on functions and classes of a module, kept
+    everywhere.
+    """
     registrations = 0
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,7 +1,8 @@
 """The Triton kernels against `experts_forward_reference` in float64: outputs and all gradients.
 
-Without a GPU they run in Triton's interpreter on CPU tensors, with blocks of 16 so that small shapes have several tiles, full
-and partly filled; `make gpu-test` runs the same tests on the device with the blocks that are shipped. Uninitialised memory is NaN.
+Without a GPU they run in Triton's interpreter on CPU tensors, with blocks of 16 so that small shapes have several
+tiles, full and partly filled; `make gpu-test` runs the same tests on the device with the blocks that are shipped.
+Uninitialised memory is NaN.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""What only a device shows: full-size tiles, repeatability, memory faults, CUDA graphs, offsets beyond 2^31, waits of the host.
+"""What only a device shows: full-size tiles, repeatability, memory faults, CUDA graphs, offsets beyond 2^31, waits of
+the host.
 
 `make gpu-test` runs this file together with `test_kernels.py`. No test here has run without a GPU.
 """
@@ -18,7 +19,8 @@ from tiedmoe_kernels import deferred_weight_gradients, experts_forward, experts_
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-# E, H, I, K: OLMoE's experts and routing in narrower layers; gpt-oss's own sizes, which no block divides; Mixtral's few wide experts.
+# E, H, I, K: OLMoE's experts and routing in narrower layers; gpt-oss's own sizes, which no block divides; Mixtral's
+# few wide experts.
 SIZES = {"olmoe": (64, 512, 256, 8), "gpt-oss": (32, 720, 720, 4), "mixtral": (8, 512, 1792, 2)}
 
 
@@ -189,7 +191,8 @@ def test_compute_sanitizer_finds_nothing(kind):
         pytest.skip("compute-sanitizer is not installed")
     program = (
         "import torch; from tiedmoe_kernels import experts_forward as f\n"
-        "x, w = torch.randn(37, 80, device='cuda', requires_grad=True), torch.rand(37, 3, device='cuda', requires_grad=True)\n"
+        "x, w = torch.randn(37, 80, device='cuda', requires_grad=True), "
+        "torch.rand(37, 3, device='cuda', requires_grad=True)\n"
         "i = torch.randint(6, (37, 3), device='cuda')\n"
         "g, d = (torch.randn(s, device='cuda', requires_grad=True) for s in ((5, 144, 80), (5, 80, 72)))\n"
         "f(x, i, w, g, d).sum().backward()\n"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# By package, where it is; a package imports itself and those above it here. The command line and the demo stand on all of them.
+# By package, where it is; a package imports itself and those above it here. The command line and the demo stand on all
+# of them.
 PACKAGES = {
     "tiedmoe_kernels": "kernels/torch-ext",
     "transformers_tiedmoe": "src",

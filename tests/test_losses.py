@@ -165,7 +165,7 @@ def test_outputs_are_in_the_familys_order():
 
 @pytest.mark.parametrize("lengths", [(32, 32, 32, 32), (32, 20, 9, 3)])
 def test_router_losses_count_once_a_step_however_many_forwards_it_has(lengths, tmp_path):
-    """Four micro-batches by Trainer: the gradient of the auxiliary loss is its mean, weighted as the cross-entropy is."""
+    """Four micro-batches by Trainer: the auxiliary loss's gradient is its mean, weighted as the cross-entropy is."""
     rows = torch.randint(1, 64, (4, 32))
     data = [
         {"input_ids": row, "labels": [token if i < n else -100 for i, token in enumerate(row)]}

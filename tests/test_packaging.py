@@ -132,7 +132,8 @@ def test_kernels_compute_on_a_cpu_without_triton(fresh_python, tmp_path):
 import torch, tiedmoe_kernels
 
 x, weights = torch.randn(3, 8, requires_grad=True), torch.rand(3, 2)
-y = tiedmoe_kernels.experts_forward(x, torch.randint(0, 4, (3, 2)), weights, torch.randn(4, 12, 8), torch.randn(4, 8, 6))
+pool = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+y = tiedmoe_kernels.experts_forward(x, torch.randint(0, 4, (3, 2)), weights, *pool)
 y.sum().backward()
 print(x.grad.isfinite().all().item())
 """

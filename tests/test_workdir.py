@@ -106,11 +106,13 @@ def test_an_error_before_anything_was_done_leaves_nothing_to_keep(tmp_path):
     assert tree(tmp_path) == []
 
 
-# Killed at every moment: before the n-th write, flush, rename or removal, after which none of these does anything more.
+# Killed at every moment: before the n-th write, flush, rename or removal, after which none of these does anything
+# more.
 
 MOMENTS = [
     (files, "flush"), (journal, "flush"), (workdir, "flush"), (workdir, "append"), (workdir, "remove_file"),
-    (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"), (Path, "rmdir"),
+    (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"),
+        (Path, "rmdir"),
     (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
 ]  # fmt: skip
 
@@ -120,7 +122,7 @@ class Killed(BaseException):
 
 
 def killed(job, at):
-    """Whether `job()` reached the moment `at`, where it was stopped for good: no clearing up reaches the disk either."""
+    """Whether `job()` reached the moment `at`, where it was stopped for good: nothing is cleared up either."""
     left = at
 
     def counted(real):

@@ -1,7 +1,9 @@
-"""Makes bfloat16 right in Triton's interpreter, which runs the kernels on a CPU (triton 3.6 to 3.9, triton issue 11584).
+"""Makes bfloat16 right in Triton's interpreter, which runs the kernels on a CPU (triton 3.6 to 3.9, triton issue
+11584).
 
 The interpreter holds a bfloat16 as its 16 bits in a numpy uint16. Its `tl.dot` multiplies these as integers, and its
-cast from float32 drops the low bits where a GPU rounds to nearest even. Both are repaired here. Any other arithmetic on
+cast from float32 drops the low bits where a GPU rounds to nearest even. Both are repaired here. Any other arithmetic
+on
 bfloat16 is refused: it would work on the bits too, and a kernel should do it in float32 anyway.
 """
 

@@ -14,8 +14,8 @@ def output_folder(recipe: ConversionRecipe) -> Path:
     """Return the absolute path of the recipe's output, new or empty.
 
     Raises:
-        TiedMoeError: it cannot be written; or it is, holds or lies in the source, the calibration text or the statistics, or
-            the statistics do so with one of the others.
+        TiedMoeError: it cannot be written; or it is, holds or lies in the source, the calibration text or the
+            statistics, or the statistics do so with one of the others.
     """
     inputs = {"source": recipe.source, "calibration text": recipe.calibration}
     if recipe.statistics is None:

@@ -128,7 +128,7 @@ class TensorMaker:
         return [f"pool {p}: {note}" for p, notes in sorted(self.notes.items()) for note in notes]
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
-        """The operation's tensor in blocks along dimension 0."""
+        """Return the operation's tensor in blocks along dimension 0."""
         if operation.pool < 0:
             tensors = self.plan.source.tensors
             for rows in tensors.rows(operation.target) if len(operation.shape) > 2 else [(0, None)]:

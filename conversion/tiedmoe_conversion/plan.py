@@ -69,7 +69,7 @@ class Plan:
         return sum(operation.num_bytes for operation in self.operations)
 
     def summary(self) -> dict[str, Any]:
-        """The plan as JSON-able values; bytes are of tensors, without headers and small files."""
+        """Return the plan as JSON-able values; bytes are of tensors, without headers and small files."""
         return {
             "source": self.recipe.source,
             "revision": self.source.opened.commit,
@@ -118,7 +118,8 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
     """
     if recipe.chooses_groups:
         raise ConversionError(
-            "the recipe leaves groups and pool sizes to budget or max_loss; `choose` (tiedmoe convert) finds them first"
+            "the recipe leaves groups and pool sizes to budget or max_loss; `choose` (tiedmoe convert) finds them "
+            "first"
         )
     output_folder(recipe)
     if source is None:
@@ -175,7 +176,9 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
 
 
 def _promise_no_dropped_layers(config: TiedMoeConfig, source: SourceModel) -> None:
-    """Count no multi-token-prediction layers if the source's are dropped: llama.cpp and vLLM look for as many as promised."""
+    """Count no multi-token-prediction layers if the source's are dropped: llama.cpp and vLLM look for as many as
+    promised.
+    """
     for name in source.tensors.dropped:
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         if re.match(r"(model\.)?mtp", name) or (layer and int(layer[1]) >= config.num_hidden_layers):
@@ -196,7 +199,8 @@ def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[l
     )
     if not config.groups:
         raise ConversionError(
-            f"nothing to tie: with skip_first={recipe.skip_first} and skip_last={recipe.skip_last} no layer with experts "
+            f"nothing to tie: with skip_first={recipe.skip_first} and skip_last={recipe.skip_last} no layer with "
+            "experts "
             f"of {recipe.source} is left; lower them, or name groups"
         )
     for group in config.groups:
@@ -212,7 +216,8 @@ def _check_alike(groups: list[list[int]], source: SourceModel) -> None:
             if found[layer] != found[group[0]]:
                 raise ConversionError(
                     f"group {p} ties layers {group[0]} and {layer}, whose experts differ: layer {group[0]} has "
-                    f"{found[group[0]]}, layer {layer} has {found[layer]}; a pool needs equal ones: put the layers into "
+                    f"{found[group[0]]}, layer {layer} has {found[layer]}; a pool needs equal ones: put the layers "
+                    "into "
                     "different groups, or leave one untied"
                 )
 
@@ -236,6 +241,7 @@ def _check_rank(recipe: ConversionRecipe, source: SourceModel) -> None:
     most = min(min(shape[1:]) for shape in shapes if len(shape) == 3)
     if recipe.residual_rank > most:
         raise ConversionError(
-            f"residual_rank={recipe.residual_rank}, but the experts' smallest side is {most}; expected at most that, and far less "
+            f"residual_rank={recipe.residual_rank}, but the experts' smallest side is {most}; expected at most that, "
+            "and far less "
             "to save anything"
         )

@@ -162,7 +162,7 @@ class ConversionRecipe:
         return not self.residual_rank and all(method.lossless for method, _ in self.steps)
 
     def needs_calibration(self) -> bool:
-        """Whether any step runs the source on text."""
+        """Tell whether any step runs the source on text."""
         return self.chooses or any(method.calibration(**options) for method, options in self.steps)
 
     def pool_num_experts(self, pool: int, num_pools: int, num_experts: int, group_size: int) -> int:
@@ -197,7 +197,7 @@ class ConversionRecipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ConversionRecipe":
-        """The recipe with these fields; unknown and missing ones are refused by name."""
+        """Return the recipe with these fields; unknown and missing ones are refused by name."""
         from .errors import did_you_mean
 
         names = [f.name for f in dataclasses.fields(cls)]
@@ -211,7 +211,9 @@ class ConversionRecipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConversionRecipe":
-        """The recipe in a YAML file, or the shipped one of that name; `overrides` replace fields before the checks."""
+        """Return the recipe in a YAML file, or the shipped one of that name; `overrides` replace fields before the
+        checks.
+        """
         from transformers_tiedmoe.errors import TiedMoeError
         from transformers_tiedmoe.yaml_input import read_yaml
 
@@ -233,7 +235,7 @@ class ConversionRecipe:
         return cls.from_dict({**fields, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain JSON and YAML values; `from_dict` reads it back."""
+        """Return every field as plain JSON and YAML values; `from_dict` reads it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["groups"] = None if self.groups is None else [list(group) for group in self.groups]
         fields["then"] = [dict(each) for each in self.then]

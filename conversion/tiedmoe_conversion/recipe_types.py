@@ -22,7 +22,7 @@ STRICT = ConfigDict(strict=True)  # "2" is not 2, and True is not 1
 
 
 def refusal(message: str) -> "ConversionError":
-    """The error with this message."""
+    """Return the error with this message."""
     from .errors import ConversionError  # here, as it takes the seconds that torch takes
 
     return ConversionError(message)
@@ -92,7 +92,7 @@ def _is_size(size: Any) -> Any:
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes from a number of bytes or from text such as "500MB" (powers of ten, as in transformers)."""
+    """Return the bytes from a number of bytes or from text such as "500MB" (powers of ten, as in transformers)."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     text = str(size).strip().upper()
@@ -157,7 +157,7 @@ def adapters(fields_class: type) -> dict[str, tuple[TypeAdapter, str]]:
 
 
 def checked(name: str, value: Any, adapter: TypeAdapter, expected: str) -> Any:
-    """The value of the field `name` as its type has it.
+    """Return the value of the field `name` as its type has it.
 
     Raises:
         ConversionError: the first thing that pydantic finds, in our words.

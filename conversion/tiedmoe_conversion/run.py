@@ -37,8 +37,8 @@ def convert(
     Args:
         recipe: what to do.
         progress: called as `progress(done, total, what)`.
-        show: called with what has been decided before it is done: the curve of loss against bytes if groups were chosen,
-            and the plan. Both can be printed by rich.
+        show: called with what has been decided before it is done: the curve of loss against bytes if groups were
+            chosen, and the plan. Both can be printed by rich.
 
     Returns:
         `execute`'s report, under `choice` the curve if groups were chosen, and under `pushed_to` the Hub's commit.
@@ -82,7 +82,8 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
 
     Returns:
         JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool), with
-        calibration text `measured` (see `measure_conversion`), and `resumed_files`, how many an earlier run had finished.
+        calibration text `measured` (see `measure_conversion`), and `resumed_files`, how many an earlier run had
+        finished.
 
     Raises:
         TiedMoeError: the source changed or holds NaN, the output exists by now, the disk is full: nothing is left. Or
@@ -163,6 +164,7 @@ def _check_copies(tensors: FamilyTensors) -> None:
     for alias, name in tensors.copies.items():
         if not torch.equal(tensors.read(alias), tensors.read(name)):
             raise ConversionError(
-                f"{tensors.source.name} ties {alias} to {name} by its config, but holds two different tensors; expected "
+                f"{tensors.source.name} ties {alias} to {name} by its config, but holds two different tensors; "
+                "expected "
                 "equal ones: set tie_word_embeddings to false in its config.json if they are meant to differ"
             )

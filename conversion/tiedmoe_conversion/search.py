@@ -1,8 +1,9 @@
 """Chooses groups and pool sizes by what each costs: a recipe with `budget` or `max_loss` becomes one with `groups`.
 
 Every run of up to `group_size` neighbouring layers is tied alone, at every width the method can make, and the loss on
-held-out text is taken (a sensitivity scan). Losses of groups that do not touch are then added up, and dynamic programming
-finds for every number of bytes the groups of the least sum. The sum is a prediction: what is chosen is measured.
+held-out text is taken (a sensitivity scan). Losses of groups that do not touch are then added up, and dynamic
+programming finds for every number of bytes the groups of the least sum. The sum is a prediction: what is chosen is
+measured.
 """
 
 import dataclasses
@@ -71,7 +72,8 @@ class Chosen:
     def summary(self) -> dict[str, Any]:
         """JSON-able: the curve and what was chosen."""
         points = [
-            {"bytes": p.bytes_after, "fraction": p.fraction, "predicted": p.predicted, "measured": self.measured.get(i),
+            {"bytes": p.bytes_after, "fraction": p.fraction, "predicted": p.predicted,
+             "measured": self.measured.get(i),
              "groups": [list(c.layers) for c in p.candidates], "pool_experts": [c.width for c in p.candidates]}
             for i, p in enumerate(self.curve)
         ]  # fmt: skip
@@ -101,7 +103,8 @@ class Preview:
 
     def __str__(self) -> str:
         return (
-            f"{self.recipe.source}: groups and pool sizes will be chosen by a scan of {self.candidates} groups and widths, each "
+            f"{self.recipe.source}: groups and pool sizes will be chosen by a scan of {self.candidates} groups and "
+            "widths, each "
             f"a run of the source over the held-out text; from {self.least_fraction:.1%} of its bytes on is possible. "
             "tiedmoe convert does it; with --statistics FOLDER the scan is kept"
         )
@@ -110,8 +113,8 @@ class Preview:
 def choose(recipe: ConversionRecipe, calibration: Calibration, progress: Progress | None = None) -> Chosen:
     """Find the groups and pool sizes that a recipe's `budget` or `max_loss` asks for.
 
-    The scan ties by the recipe's method; what `then` and `residual_rank` add is done to the pools that are chosen. Scanned
-    losses are kept with the calibration's statistics.
+    The scan ties by the recipe's method; what `then` and `residual_rank` add is done to the pools that are chosen.
+    Scanned losses are kept with the calibration's statistics.
 
     Raises:
         ConversionError: no choice meets the budget or the loss; says the nearest that does.
@@ -149,13 +152,15 @@ class Search:
         self.parameters = [self.source.tensors.meta[name] for name in names]
         if recipe.steps[0][0].lossless:
             raise ConversionError(
-                f"method {recipe.method!r} keeps every expert, so no budget or max_loss chooses anything; expected a method that "
+                f"method {recipe.method!r} keeps every expert, so no budget or max_loss chooses anything; expected a "
+                "method that "
                 "saves bytes, such as prototype"
             )
         if len(self.eligible) < 2 or recipe.group_size < 2:
             raise ConversionError(
                 f"nothing to choose: group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last="
-                f"{recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at least two and a "
+                f"{recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at least two and "
+                "a "
                 "group_size of at least 2"
             )
         self.preview = self._preview()
@@ -205,7 +210,7 @@ class Search:
         return Chosen(recipe, point, tuple(curve), measured)
 
     def candidates(self, measure: bool = True) -> list[Candidate]:
-        """Every group and width, with the loss it adds alone; without `measure` the losses are 0."""
+        """Return every group and width, with the loss it adds alone; without `measure` the losses are 0."""
         found = []
         total = len(list(self._scans()))
         for done, (length, width, groups) in enumerate(self._scans()):
@@ -217,7 +222,9 @@ class Search:
         return found
 
     def curve(self, candidates: Sequence[Candidate]) -> list[Point]:
-        """The choices of disjoint groups that none beats in both bytes and the sum of losses, the fewest bytes first."""
+        """Return the choices of disjoint groups that none beats in both bytes and the sum of losses, the fewest bytes
+        first.
+        """
         starting: dict[int, list[Candidate]] = {}
         for candidate in candidates:
             starting.setdefault(candidate.layers[0], []).append(candidate)
@@ -254,7 +261,9 @@ class Search:
                         yield length, width, groups
 
     def _bytes_saved(self, length: int, width: int) -> int:
-        """What a group of `length` layers and a pool of `width` experts saves; a slot is an int64, a residual two factors."""
+        """What a group of `length` layers and a pool of `width` experts saves; a slot is an int64, a residual two
+        factors.
+        """
         experts = sum(tensor.nbytes for tensor in self.parameters) // self.num_experts
         factors = sum(sum(t.shape[1:]) * t.dtype.itemsize for t in self.parameters if t.dim() == 3)
         maps = width != self.num_experts or any(method.slot_maps for method, _ in self.recipe.steps)

@@ -1,8 +1,8 @@
 """`untie`: a tied checkpoint back into the family's own, under the names that the Hub knows (one tensor per expert).
 
 Every layer gets its own copy of its pool's rows, through its slot map, plus its residual where it has one, so the
-family, vLLM and whatever else reads the family's checkpoints loads it. Works rule by rule: one layer's projection is in
-memory at a time.
+family, vLLM and whatever else reads the family's checkpoints loads it. Works rule by rule: one layer's projection is
+in memory at a time.
 """
 
 import json
@@ -53,8 +53,8 @@ def untie(
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their hash, and
-        how many of them an earlier run had finished.
+        A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their
+        hash, and how many of them an earlier run had finished.
 
     Raises:
         ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), or
@@ -115,7 +115,7 @@ class _Maker:
         self._made: dict[str, torch.Tensor] = {}
 
     def make(self, operation: _Untied) -> Iterator[torch.Tensor]:
-        """The operation's tensor."""
+        """Return the operation's tensor."""
         if operation.target not in self._made:
             self._made = {}
             self._made = operation.unit.convert(self.reader.read)
@@ -123,7 +123,9 @@ class _Maker:
 
 
 def save_family_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write a family's config.json for every reader: transformers 5's names of the fields, and the older ones beside them."""
+    """Write a family's config.json for every reader: transformers 5's names of the fields, and the older ones beside
+    them.
+    """
     config.save_pretrained(folder)
     path = folder / CONFIG_NAME
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -137,9 +139,9 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
     Families with rotary embeddings of several kinds have no older name for them, and no older reader.
 
     Returns:
-        `rope_theta`, `rope_scaling` (None if not scaled) and `partial_rotary_factor`, of `rope_parameters`; `num_experts` of
-        a family that calls it `num_local_experts` now; `layer_types` in the words of before, which transformers 5 reads too;
-        `torch_dtype`. Each if the family has it.
+        `rope_theta`, `rope_scaling` (None if not scaled) and `partial_rotary_factor`, of `rope_parameters`;
+        `num_experts` of a family that calls it `num_local_experts` now; `layer_types` in the words of before, which
+        transformers 5 reads too; `torch_dtype`. Each if the family has it.
     """
     fields: dict[str, Any] = {}
     rope = getattr(config, "rope_parameters", None) or {}
@@ -169,7 +171,8 @@ def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
             widths.update(dict.fromkeys(group, width))
     if len(set(widths.values())) > 1:
         raise ConversionError(
-            f"{source.name} has layers of several router widths {widths}, and a {config.family!r} config knows one number "
+            f"{source.name} has layers of several router widths {widths}, and a {config.family!r} config knows one "
+            "number "
             "of experts for all layers; such a model cannot be untied: keep using it as tiedmoe"
         )
     setattr(family_config, field, next(iter(widths.values())))

@@ -1,8 +1,9 @@
-"""Checks a checkpoint that a conversion wrote: headers, the Auto class, real numbers from sample layers, the source's logits.
+"""Checks a checkpoint that a conversion wrote: headers, the Auto class, real numbers from sample layers, the source's
+logits.
 
 The last is for methods that promise to lose nothing. A model too large to load twice is compared on its first and last
-tied layers instead, expert by expert, and the report says which of the two was done. `verify_folder` checks a folder that
-has been lying about, or was healed since, and says what it could not check.
+tied layers instead, expert by expert, and the report says which of the two was done. `verify_folder` checks a folder
+that has been lying about, or was healed since, and says what it could not check.
 """
 
 import contextlib
@@ -58,7 +59,8 @@ LOADED = (
 )
 # What the figure of `compare_layers` says, beside it wherever it is shown.
 ERROR_MEANS = (
-    "how far one expert of a tied layer is from the source's on random input, relative to its size: 0 is unchanged, about 1 is "
+    "how far one expert of a tied layer is from the source's on random input, relative to its size: 0 is unchanged, "
+    "about 1 is "
     "what a pool in the place of several experts has; what it costs is the held-out loss in the card, not this"
 )
 
@@ -113,7 +115,9 @@ def verify_sample(
 
 
 def compare_layers(source: SourceModel, output: LayerTensors, layers: Iterable[int]) -> dict[str, Any]:
-    """Relative error of what the output's middle expert computes in each of `layers`, by the family's own code."""
+    """Return the relative error of what the output's middle expert computes in each of `layers`, by the family's own
+    code.
+    """
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for layer in layers:
@@ -134,7 +138,7 @@ def compare_layers(source: SourceModel, output: LayerTensors, layers: Iterable[i
 
 
 def lost_expert(source: SourceModel, output: LayerTensors, layers: Iterable[int]) -> str | None:
-    """The first expert in `layers` that is not the source's, bit for bit; reads one at a time."""
+    """Return the first expert in `layers` that is not the source's, bit for bit; reads one at a time."""
     for layer in layers:
         for name in source.expert_names(layer):
             for first, last in source.tensors.rows(name):
@@ -144,7 +148,7 @@ def lost_expert(source: SourceModel, output: LayerTensors, layers: Iterable[int]
 
 
 def tied_layers(output: Source, config: TiedMoeConfig) -> LayerTensors:
-    """The layers of the tied checkpoint `output` as the family's own."""
+    """Return the layers of the tied checkpoint `output` as the family's own."""
     model, tied = family_model(config.to_family()), family_model(config)
     return LayerTensors(config, map_tensors(output, tied, rules=model), expert_layers(model), tied.base_model_prefix)
 
@@ -154,7 +158,9 @@ def _sample_layers(groups: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _expert_output(source: SourceModel, layer: int, expert: int, read) -> torch.Tensor:
-    """What one expert computes of `SAMPLE_TOKENS` tokens, in float32 `[T, H]`; `read(name, first, last)` gives its weights."""
+    """What one expert computes of `SAMPLE_TOKENS` tokens, in float32 `[T, H]`; `read(name, first, last)` gives its
+    weights.
+    """
     path = source.experts[layer]
     module = copy.deepcopy(source.model.get_submodule(path))
     module.config._experts_implementation = "eager"
@@ -217,7 +223,7 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
 
 
 def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare every file with its hash; say which texts for people were edited, and which files nothing vouches for."""
+    """Compare every file with its hash; say which cards were edited, and which files nothing vouches for."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise ConversionError(
@@ -230,20 +236,23 @@ def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, Any]
             edited.append(name)
         elif found != expected:
             raise ConversionError(
-                f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, copy or "
+                f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, "
+                "copy or "
                 f"convert it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
             )
     unlisted = {info.file for info in output.tensors.values()} - files.keys()
     if unlisted:
         raise ConversionError(
-            f"{output.name} has its weights in {sorted(unlisted)[:3]}, which {MANIFEST} does not name; expected the files that "
+            f"{output.name} has its weights in {sorted(unlisted)[:3]}, which {MANIFEST} does not name; expected the "
+            "files that "
             f"were converted: delete {MANIFEST} if they were changed on purpose"
         )
     paths = (path.relative_to(output.folder) for path in output.folder.rglob("*") if not path.is_dir())
     others = sorted(path.as_posix() for path in paths if path.as_posix() not in {*files, MANIFEST})
     if loaded := [name for name in others if _matches(name, LOADED)]:
         raise ConversionError(
-            f"{output.name} holds {loaded[:3]}, which {MANIFEST} does not name and programs would load or run; expected only "
+            f"{output.name} holds {loaded[:3]}, which {MANIFEST} does not name and programs would load or run; "
+            "expected only "
             f"what was converted: remove it, or delete {MANIFEST} if it was added on purpose"
         )
     return {"files": len(files), "edited_since": edited, "not_covered": others}
@@ -292,7 +301,8 @@ def _check_source(
     absent = sorted(name for name in of_source.keys() - of_output.keys() - tied_experts - source.tensors.copies.keys())
     if absent:
         raise ConversionError(
-            f"{output.tensors.source.name} lacks {len(absent)} tensors of {opened.name}, such as {absent[:3]}; expected every one "
+            f"{output.tensors.source.name} lacks {len(absent)} tensors of {opened.name}, such as {absent[:3]}; "
+            "expected every one "
             "that no pool stands for: convert the source again"
         )
     if manifest is not None:
@@ -308,7 +318,8 @@ def _check_source(
     trained = manifest is None or manifest.get("made_by") == "tiedmoe heal"
     if different != widened and not trained:
         raise ConversionError(
-            f"{output.tensors.source.name}: {[name for name in different if name not in widened][:3]} are not those of "
+            f"{output.tensors.source.name}: {[name for name in different if name not in widened][:3]} are not those "
+            "of "
             f"{opened.name}, and nothing but experts is changed by a conversion: convert the source again"
         )
     if trained:
@@ -318,7 +329,8 @@ def _check_source(
     lossless = ((manifest or {}).get("verification") or {}).get("lossless")
     if lossless and (lost := lost_expert(source, output, _sample_layers(config.groups))):
         raise ConversionError(
-            f"{output.tensors.source.name}: {lost} is not that of {opened.name}, bit for bit; expected it, as the method loses "
+            f"{output.tensors.source.name}: {lost} is not that of {opened.name}, bit for bit; expected it, as the "
+            "method loses "
             "nothing: convert the source again"
         )
     return {
@@ -357,8 +369,8 @@ def verify_lossless(source: SourceModel, output: LayerTensors, groups: Sequence[
     """Check that the output computes what the source computes, bit for bit: on a sample input, or else layer by layer.
 
     Returns:
-        `{"compared": "logits", "tokens": 32, "equal": True}`, or `{"compared": "experts", "layers": [...], "equal": True,
-        "because": ...}` if the model is too large to be loaded or its family cannot run it here.
+        `{"compared": "logits", "tokens": 32, "equal": True}`, or `{"compared": "experts", "layers": [...], "equal":
+        True, "because": ...}` if the model is too large to be loaded or its family cannot run it here.
 
     Raises:
         VerificationError: they differ.

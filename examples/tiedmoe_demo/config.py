@@ -95,9 +95,9 @@ class DemoConfig:
         return self.data or str(files("transformers_tiedmoe") / "data" / NOVELS)
 
     def path(self, *parts: str) -> Path:
-        """A path below the output folder."""
+        """Return a path below the output folder."""
         return Path(self.output, *parts)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that a result depends on, JSON-able: all but where and whether to write."""
+        """Return the fields that a result depends on, JSON-able: all but where and whether to write."""
         return {name: value for name, value in asdict(self).items() if name not in ("output", "overwrite")}

@@ -19,7 +19,7 @@ from .config import DemoConfig
 def measure(
     folder: Path, tokenizer: PreTrainedTokenizerBase, validation: datasets.Dataset, config: DemoConfig
 ) -> dict:
-    """All figures of the checkpoint in `folder`, and a continuation of the prompt.
+    """Return all figures of the checkpoint in `folder`, and a continuation of the prompt.
 
     Returns:
         `parameters`; `expert_parameters`; `checkpoint_bytes` (of its weight files); `loss` in nats per token and
@@ -43,7 +43,7 @@ def measure(
 
 
 def expert_parameters(model: PreTrainedModel) -> int:
-    """The number of parameters in experts: untied layers', pools' and residuals; each pool once."""
+    """Return the number of parameters in experts: untied layers', pools' and residuals; each pool once."""
     owners = [
         *layer_experts(model).values(),
         *(module for module in model.modules() if isinstance(module, ExpertPool)),
@@ -52,7 +52,7 @@ def expert_parameters(model: PreTrainedModel) -> int:
 
 
 def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DemoConfig) -> str:
-    """The prompt and a sampled continuation; the same seed and settings for every model."""
+    """Return the prompt and a sampled continuation; the same seed and settings for every model."""
     set_seed(config.seed)
     prompt = tokenizer(config.prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     tokens = model.generate(
@@ -68,7 +68,7 @@ def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def peak_training_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """The most bytes that tensors take at a time in two AdamW steps of `model`, its weights included.
+    """Return the most bytes that tensors take at a time in two AdamW steps of `model`, its weights included.
 
     Counted from every allocation and release of torch's allocator: weights, gradients, AdamW's two moments (there from
     the second step on), what the forward keeps for the backward, and temporaries. Not Python nor the libraries.

@@ -14,7 +14,7 @@ COLUMNS = ("parameters", "in experts", "weights on disk", "memory to train", "he
 
 
 def comparison_table(report: dict) -> Table:
-    """The rich table of source, tied, healed and control out of what `run_demo` returns."""
+    """Render the rich table of source, tied, healed and control out of what `run_demo` returns."""
     table = Table("", *COLUMNS, box=box.SIMPLE_HEAD, caption=_caption(report))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -24,7 +24,7 @@ def comparison_table(report: dict) -> Table:
 
 
 def markdown(report: dict) -> str:
-    """The page `report.md`: the table, what was done, what each model writes."""
+    """Render the page `report.md`: the table, what was done, what each model writes."""
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     lines += [f"| **{name}**, {meaning} | {' | '.join(_cells(report, name))} |" for name, meaning in MODELS.items()]
     return "\n".join(

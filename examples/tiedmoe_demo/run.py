@@ -108,7 +108,7 @@ class _Run:
         self.current = ""
 
     def stage(self, name: str, run: Callable, *args):
-        """`run(*args)`, timed and named."""
+        """Run `run(*args)`, timed and named."""
         self.current, start = name, time.perf_counter()
         try:
             return run(*args)
@@ -121,7 +121,7 @@ class _Run:
         self.progress(done, total, f"{self.current}: {what}")
 
     def source(self) -> tuple[Path, dict | None]:
-        """The folder of the source and, unless the user named it, the report of its training."""
+        """Return the folder of the source and, unless the user named it, the report of its training."""
         config = self.config
         if config.source is None:
             folder = config.path("source")
@@ -159,7 +159,7 @@ class _Run:
         return report
 
     def heal(self, model: Path, teacher: str | None = None) -> dict:
-        """The same extra steps for the tied model and for the control, into the folder named as the stage is."""
+        """Train the same extra steps for the tied model and for the control, into the folder named as the stage is."""
         config, folder = self.config, self.config.path(self.current)
         if (folder / HEAL_REPORT).is_file():
             report = read_json(folder / HEAL_REPORT)
@@ -181,7 +181,7 @@ class _Run:
         return {key: report[key] for key in ("steps", "tokens", "seconds", "before", "after")}
 
     def measure(self, folders: dict[str, Path]) -> dict[str, dict]:
-        """The figures of every model, read back from its folder."""
+        """Return the figures of every model, read back from its folder."""
         config = self.config
         tokenizer = AutoTokenizer.from_pretrained(folders["source"])
         _, validation = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)

@@ -113,7 +113,7 @@ def train_on_text(
 
 
 def source_config(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> OlmoeConfig:
-    """The source's own configuration, a small OLMoE."""
+    """Return the source's own configuration, a small OLMoE."""
     return OlmoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -134,7 +134,9 @@ def source_config(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> Olm
 
 
 def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, trained on all of the text but the part that is held out."""
+    """Return a byte-level BPE of at most `vocab_size` tokens, trained on all of the text but the part that is held
+    out.
+    """
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         _training_text(data), vocab_size, special_tokens=[PAD, BOS, EOS], show_progress=False

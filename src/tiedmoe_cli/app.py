@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def build_app() -> typer.Typer:
-    """The typer application."""
+    """Make the typer application."""
     app = typer.Typer(name="tiedmoe", cls=Commands, no_args_is_help=True, help=_HELP, **_PLAIN)
     app.callback()(common_options)
     for command in _commands().values():

@@ -27,7 +27,7 @@ class FileOption:
 def with_flags(
     run: Callable, config_class: type, arguments: tuple[str, ...] = (), file_option: FileOption | None = None
 ) -> Callable:
-    """The function `run(given, as_json, file)` with a signature that typer turns into flags.
+    """Return the function `run(given, as_json, file)` with a signature that typer turns into flags.
 
     Args:
         run: gets the fields that the user named as a dict, whether `--json` was there, and the named file or None.

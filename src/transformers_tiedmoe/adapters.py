@@ -46,8 +46,10 @@ def refuse_adapter(model: str | Path, revision: str | None = None, merge: str | 
     if (found := find_adapter(model, revision)) is not None:
         flag = f"{merge}, or " if merge else ""
         raise TiedMoeError(
-            f"{model} holds an adapter ({found}), which Auto classes load on top of the weights; expected the weights alone: "
-            f"merge it ({flag}PeftModel.from_pretrained(base, folder).merge_and_unload() and save_pretrained into a new folder), "
+            f"{model} holds an adapter ({found}), which Auto classes load on top of the weights; expected the weights "
+            "alone: "
+            f"merge it ({flag}PeftModel.from_pretrained(base, folder).merge_and_unload() and save_pretrained into a "
+            "new folder), "
             "or move its files away"
         )
 
@@ -81,12 +83,15 @@ def load_merged(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         TypeError,
     ) as error:  # whatever peft makes of files it cannot use
         raise TiedMoeError(
-            f"the adapter in {model} cannot be merged: {error}; merge it with the peft that wrote it, or move its files away"
+            f"the adapter in {model} cannot be merged: {error}; merge it with the peft that wrote it, or move its "
+            "files away"
         ) from error
 
 
 def _base_of(model: Path, empty: Path) -> str:
-    """Where the base's weights are: links to those beside the adapter, which Auto classes would not look at, or elsewhere."""
+    """Where the base's weights are: links to those beside the adapter, which Auto classes would not look at, or
+    elsewhere.
+    """
     beside = [path for path in model.iterdir() if path.is_file() and path.name not in ADAPTER_FILES]
     if any(
         path.name.startswith(("model", "pytorch_model")) and path.suffix in (".safetensors", ".bin") for path in beside

@@ -1,8 +1,8 @@
 """What transformers decides by `model_type` besides the model, brought to the source's answer.
 
-`AutoTokenizer` picks its class by `model_type` and by the class that tokenizer_config.json names, which it overrules for
-some types only. A tied checkpoint's type is "tiedmoe", and an untied one of a multimodal source has the type of the
-source's text model: the same files may load as another class, which splits text otherwise. Two things prevent it:
+`AutoTokenizer` picks its class by `model_type` and by the class that tokenizer_config.json names, which it overrules
+for some types only. A tied checkpoint's type is "tiedmoe", and an untied one of a multimodal source has the type of
+the source's text model: the same files may load as another class, which splits text otherwise. Two things prevent it:
 
 - `settle_tokenizer` writes the class that the source's files load as into tokenizer_config.json, so that the folder is
   right wherever it is read, and compares what it loads as with the source's tokenizer;
@@ -25,7 +25,8 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 NAMED_BY_SOURCE = (
     "source_tokenizer_class"  # in a tokenizer_config.json of ours: the class that the source's file names
 )
-# What every version of transformers, and whoever reads no class but tokenizer.json, calls transformers 5's own fallback.
+# What every version of transformers, and whoever reads no class but tokenizer.json, calls transformers 5's own
+# fallback.
 FALLBACK = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
@@ -36,7 +37,8 @@ class TiedMoeTokenizer:
     def from_pretrained(cls, name: str | Path, *inputs: Any, **kwargs: Any) -> Any:
         """Load what `AutoTokenizer` gives for the same files beside a config of the family.
 
-        The class that `settle_tokenizer` wrote is taken at its word, and so is any class in a folder without a config.json.
+        The class that `settle_tokenizer` wrote is taken at its word, and so is any class in a folder without a
+        config.json.
         """
         fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs) if _has_config(name, kwargs) else ({}, None)
         family = fields.get("family")
@@ -53,7 +55,8 @@ def _has_config(name: str | Path, kwargs: dict[str, Any]) -> bool:
 def register_tokenizer() -> None:
     """Make `AutoTokenizer` ask the family of a tied checkpoint which class its tokenizer files load as.
 
-    The two tables are transformers' own for a type whose checkpoints name the wrong class: the registered one is taken.
+    The two tables are transformers' own for a type whose checkpoints name the wrong class: the registered one is
+    taken.
     """
     tokenization_auto.REGISTERED_TOKENIZER_CLASSES[TiedMoeTokenizer.__name__] = TiedMoeTokenizer
     tokenization_auto.TOKENIZER_MAPPING_NAMES["tiedmoe"] = TiedMoeTokenizer.__name__
@@ -83,10 +86,10 @@ def load_tokenizer(folder: str | Path, name: str | None = None) -> PreTrainedTok
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Make the tokenizer files in a checkpoint's `folder` load as `tokenizer`, and check that they do.
 
-    Only tokenizer_config.json is written, and only if it must be: the class that `tokenizer` has, and neither code nor a
-    processor that is not beside it. Where transformers overrules every class, as in an untied folder of another type than
-    the source's, the tokenizer is saved as that class works. The class that the source named is kept under `source_tokenizer_class`, and comes
-    back when the checkpoint is untied, if it then gives the same tokenizer.
+    Only tokenizer_config.json is written, and only if it must be: the class that `tokenizer` has, and neither code nor
+    a processor that is not beside it. Where transformers overrules every class, as in an untied folder of another type
+    than the source's, the tokenizer is saved as that class works. The class that the source named is kept under
+    `source_tokenizer_class`, and comes back when the checkpoint is untied, if it then gives the same tokenizer.
 
     Args:
         tokenizer: the source's, as `load_tokenizer` gives it; None if it cannot be loaded without running
@@ -99,7 +102,8 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
     folder = Path(folder)
     if tokenizer is None:
         warnings.warn(
-            f"{folder.name} has no tokenizer that loads: its source's needs code of its own, or is broken, and no code is "
+            f"{folder.name} has no tokenizer that loads: its source's needs code of its own, or is broken, and no "
+            "code is "
             "run or copied; put a tokenizer that gives the same tokens beside the weights",
             stacklevel=2,
         )
@@ -131,8 +135,10 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
         if all(_is_same(each, tokenizer, of_any_class=True) for each in _loads_as(folder)):
             return
     raise TiedMoeError(
-        f"the source's tokenizer is a {type(tokenizer).__name__}, and nothing written into {folder.name}'s {TOKENIZER_CONFIG} "
-        f"gives the same tokens there ({'; '.join(tried)}): remove auto_map and tokenizer_class from the source's own, see "
+        f"the source's tokenizer is a {type(tokenizer).__name__}, and nothing written into {folder.name}'s "
+        f"{TOKENIZER_CONFIG} "
+        f"gives the same tokens there ({'; '.join(tried)}): remove auto_map and tokenizer_class from the source's "
+        "own, see "
         "whether it still gives the tokens that the model was trained with, and try again"
     )
 

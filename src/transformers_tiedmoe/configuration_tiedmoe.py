@@ -101,7 +101,7 @@ class TiedMoeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As transformers' own; whatever a field of a config.json makes it raise becomes a `TiedMoeError`."""
+        """Do as transformers' own; whatever a field of a config.json makes it raise becomes a `TiedMoeError`."""
         try:
             return super().from_dict(config_dict, **kwargs)
         except TiedMoeError:
@@ -110,13 +110,14 @@ class TiedMoeConfig(PreTrainedConfig):
             name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "the configuration"
             message = " ".join(str(error).split())[:300]
             raise TiedMoeError(
-                f"{name}: transformers cannot build a model of config.json: {type(error).__name__}: {message}; use the "
+                f"{name}: transformers cannot build a model of config.json: {type(error).__name__}: {message}; use "
+                "the "
                 "config.json that belongs to the weights"
             ) from error
 
     @classmethod
     def from_family(cls, config: PreTrainedConfig, **tying_fields) -> "TiedMoeConfig":
-        """The tied configuration of a family's `config`, e.g. an `OlmoeConfig`; `tying_fields` as in the class."""
+        """Return the tied config of a family's `config`, e.g. an `OlmoeConfig`; `tying_fields` as in the class."""
         if isinstance(config, TiedMoeConfig):
             raise TiedMoeError(
                 "the config is already a tiedmoe one; expected a family's own config such as OlmoeConfig"
@@ -130,7 +131,7 @@ class TiedMoeConfig(PreTrainedConfig):
         return cls(**{**fields, "family": config.model_type, **tying_fields})
 
     def to_family(self) -> PreTrainedConfig:
-        """The family's own untied config, without the tying fields.
+        """Return the family's own untied config, without the tying fields.
 
         Raises:
             TiedMoeError: fields that the family's own class refuses.
@@ -146,7 +147,7 @@ class TiedMoeConfig(PreTrainedConfig):
         """Nothing to do: checkpoints carry a stub that imports this package, never a copy of its source."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
+        """Do as transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
         write_stub(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -161,11 +162,11 @@ class TiedMoeConfig(PreTrainedConfig):
         return getattr(self, _first_field(self, TOP_K_FIELDS, "active experts per token"))
 
     def group_of(self, layer: int) -> int | None:
-        """The pool that `layer` reads, or None where it is untied."""
+        """Return the pool that `layer` reads, or None where it is untied."""
         return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
 
     def _check_claims(self, fields: Mapping[str, Any]) -> None:
-        """Raise `TiedMoeError` unless every claim has its type and is in range; what follows builds and loops by them."""
+        """Raise `TiedMoeError` unless every claim has its type and is in range; what follows loops by them."""
         for name, value in fields.items():
             most = MAX_LAYERS if "layer" in name else MAX_EXPERTS if "expert" in name else MAX_LABELS
             if type(value) is int and ("layer" in name or "expert" in name or name == "num_labels") and value > most:

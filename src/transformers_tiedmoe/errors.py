@@ -1,4 +1,6 @@
-"""The one error for what a user can cause: a wrong input, a damaged file, a full disk; everything else is a bug of ours."""
+"""The one error for what a user can cause: a wrong input, a damaged file, a full disk; everything else is a bug of
+ours.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +12,8 @@ class TiedMoeError(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn whatever a library raises at a user's files into a `TiedMoeError`: too many kinds to name, and no bug of ours.
+    """Turn whatever a library raises at a user's files into a `TiedMoeError`: too many kinds to name, and no bug of
+    ours.
 
     Args:
         what: the files, as the user named them; goes into the message.
@@ -21,5 +24,6 @@ def reading(what: str) -> Iterator[None]:
         raise  # they say enough
     except Exception as error:
         raise TiedMoeError(
-            f"cannot read {what}: {type(error).__name__}: {error}; expected a complete checkpoint as transformers saves it"
+            f"cannot read {what}: {type(error).__name__}: {error}; expected a complete checkpoint as transformers "
+            "saves it"
         ) from error

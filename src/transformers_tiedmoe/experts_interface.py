@@ -1,6 +1,7 @@
 """`experts_implementation="tiedmoe"`: the kernels of `tiedmoe_kernels` for any gated family of transformers.
 
-An experts module declares its layout but not its activation, so that is found by trying: the module's own `_apply_gate` on
+An experts module declares its layout but not its activation, so that is found by trying: the module's own
+    `_apply_gate` on
 a grid of values must give what one of the kernels' formulas gives. Nothing here imports triton.
 """
 
@@ -30,7 +31,8 @@ class Activation(NamedTuple):
 def tiedmoe_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' contract of transformers, as `grouped_mm_experts_forward`, on `tiedmoe_kernels.experts_forward`.
+    """Follow the experts' contract of transformers, as `grouped_mm_experts_forward`, on
+    `tiedmoe_kernels.experts_forward`.
 
     Args:
         self: an experts module of `@use_experts_implementation`; its config's `recompute_experts`, where there is one,
@@ -62,7 +64,7 @@ def tiedmoe_experts_forward(
 
 
 def activation_of(experts: nn.Module) -> Activation:
-    """The formula that an experts module computes, found at its first call and kept in the module.
+    """Return the formula that an experts module computes, found at its first call and kept in the module.
 
     Raises:
         TiedMoeError: the kernels cannot compute this module.
@@ -139,7 +141,7 @@ def _number(experts: nn.Module, *names: str) -> float | None:
 
 
 def is_default_for(experts: nn.Module) -> bool:
-    """Whether a model with such `experts` runs on our kernels unless told otherwise: on a GPU, where they can."""
+    """Tell whether a model with such `experts` runs on our kernels unless told otherwise: on a GPU, where they can."""
     if not (torch.cuda.is_available() and has_triton()):
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):  # older chips were never tried
@@ -152,7 +154,7 @@ def is_default_for(experts: nn.Module) -> bool:
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported; it is not."""
+    """Tell whether triton can be imported; it is not."""
     return importlib.util.find_spec("triton") is not None
 
 

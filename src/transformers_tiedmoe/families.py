@@ -1,6 +1,8 @@
-"""A class made per family: transformers' own class beside one of ours, registered with the Auto classes, and picklable.
+"""A class made per family: transformers' own class beside one of ours, registered with the Auto classes, and
+picklable.
 
-Knows transformers and neither our config nor our models: those hand their base classes in, so that imports run one way.
+Knows transformers and neither our config nor our models: those hand their base classes in, so that imports run one
+    way.
 A family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
 """
 
@@ -24,7 +26,8 @@ HEADS: list[Any] = []  # our heads in order, each with its Auto class and the ma
 
 
 def canonical_family(family: object) -> str:
-    """Return the `model_type` of the config that a family's causal LM is built with: "qwen3_5_moe" -> "qwen3_5_moe_text".
+    """Return the `model_type` of the config that a family's causal LM is built with: "qwen3_5_moe" ->
+    "qwen3_5_moe_text".
 
     Raises:
         TiedMoeError: no text-only causal LM with experts of that name.
@@ -34,7 +37,8 @@ def canonical_family(family: object) -> str:
         if causal_lm._can_set_experts_implementation() and not causal_lm.config_class.sub_configs:
             return causal_lm.config_class.model_type
     raise TiedMoeError(
-        f"unknown family {short_repr(family)}; expected the model_type of a transformers text-only causal LM whose experts use "
+        f"unknown family {short_repr(family)}; expected the model_type of a transformers text-only causal LM whose "
+        "experts use "
         "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
     )
 
@@ -43,7 +47,7 @@ def canonical_family(family: object) -> str:
 
 
 def family_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the family's untied base model of a tied `config` on the meta device: its modules and shapes, no memory."""
+    """Build the family's untied base model of a tied `config` on the meta device: modules and shapes, no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         return MODEL_MAPPING[CONFIG_MAPPING[config.family]](copy.copy(config))
 
@@ -69,7 +73,7 @@ def expert_layers(model: nn.Module) -> dict[int, str]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether transformers' `@use_experts_implementation` made this module's class."""
+    """Tell whether transformers' `@use_experts_implementation` made this module's class."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
@@ -106,7 +110,7 @@ def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
 
 
 def register_head(auto_model: Any, family_heads: Any) -> Callable[[type], type]:
-    """Register a head of ours, such as `TiedMoeForCausalLM`, with its Auto class and the mapping of the families' own."""
+    """Register a head of ours, such as `TiedMoeForCausalLM`, with its Auto class and the families' own mapping."""
 
     def register(head: Any) -> Any:
         head._auto_model, head._family_heads = auto_model, family_heads
@@ -122,7 +126,9 @@ def heads_of(family: str) -> list[Any]:
 
 
 def config_class(base: Any, family: str) -> Any:
-    """Make the subclass of `base`, our config, and of the family's own; its heads are registered with the Auto classes."""
+    """Make the subclass of `base`, our config, and of the family's own; its heads are registered with the Auto
+    classes.
+    """
     return _config_class(base, family)
 
 
@@ -185,7 +191,9 @@ def pool_class(base: Any, experts_class: Any) -> Any:
 
 @functools.cache
 def remote_classes(family: str) -> dict[str, str]:
-    """Return the `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its config.json."""
+    """Return the `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its
+    config.json.
+    """
     heads = {head._auto_model.__name__: f"tiedmoe_remote.{head.__name__}" for head in heads_of(family)}
     return {"AutoConfig": "tiedmoe_remote.TiedMoeConfig", **heads}
 
@@ -214,7 +222,9 @@ def restore_pool(base: Any, experts_class: Any) -> Any:
 
 
 def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
-    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient if each layer has a backward pass of its own."""
+    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient if each layer has a backward pass of its
+    own.
+    """
 
     @functools.wraps(forward)
     def checked(self, *args, **kwargs):

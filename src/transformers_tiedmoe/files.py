@@ -1,4 +1,6 @@
-"""Files and folders on a disk that may be full, linked in circles or pulled out: where to write, and how to write it whole."""
+"""Files and folders on a disk that may be full, linked in circles or pulled out: where to write, and how to write it
+whole.
+"""
 
 import contextlib
 import errno
@@ -26,7 +28,7 @@ def expand(path: str | Path) -> str:
 
 
 def resolved(folder: str | Path) -> Path:
-    """The absolute path of a folder to be written; its last part, which may be a link, is not followed."""
+    """Return the absolute path of a folder to be written; its last part, which may be a link, is not followed."""
     text = expand(folder)
     try:
         is_name = bool(text) and b"\0" not in os.fsencode(text)
@@ -39,12 +41,13 @@ def resolved(folder: str | Path) -> Path:
 
 
 def real_path(path: Path) -> Path:
-    """The path without links; `Path.resolve` raises for a circle of them, which is for others to refuse."""
+    """Return the path without links; `Path.resolve` raises for a circle of them, which is for others to refuse."""
     return Path(os.path.realpath(path))
 
 
 def check_apart(folder: str | Path, inputs: Mapping[str, str | Path | None], name: str = "output") -> None:
-    """Raise `TiedMoeError` if `folder`, which a run writes, is or holds one of its inputs, or lies in one; links are followed.
+    """Raise `TiedMoeError` if `folder`, which a run writes, is or holds one of its inputs, or lies in one; links are
+    followed.
 
     Args:
         folder: as the user gave it.
@@ -157,7 +160,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def others_in(folder: Path, owned: Collection[str]) -> list[str]:
-    """What is in the folder but the `owned` files and the folders of them, sorted."""
+    """Return what is in the folder but the `owned` files and the folders of them, sorted."""
     names = {PurePosixPath(name) for name in owned}
     folders = {parent for name in names for parent in name.parents}
     found = []
@@ -169,7 +172,9 @@ def others_in(folder: Path, owned: Collection[str]) -> list[str]:
 
 
 def remove_file(folder: Path, name: str) -> None:
-    """Delete the file `name`, if it is there, and the folders in `folder` that it leaves empty; never a link, nor through one."""
+    """Delete the file `name`, if it is there, and the folders in `folder` that it leaves empty; never a link, nor
+    through one.
+    """
     path = folder / name
     parents = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
     if any(each.is_symlink() for each in (path, *parents)) or path.is_dir():
@@ -189,13 +194,15 @@ def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
         number = _error_number(error)
         if number in FULL:
             raise TiedMoeError(
-                f"the disk of {output} is full; {left}. Free some space, or choose a folder on another disk, and run the same "
+                f"the disk of {output} is full; {left}. Free some space, or choose a folder on another disk, and run "
+                "the same "
                 "command again"
             ) from error
         if number in FORBIDDEN:
             where = getattr(error, "filename", None)
             raise TiedMoeError(
-                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another folder, or "
+                f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another "
+                "folder, or "
                 f"change who may read and write; {left}"
             ) from error
         raise

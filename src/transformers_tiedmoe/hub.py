@@ -53,7 +53,8 @@ except ModuleNotFoundError as error:
 
 if Version(transformers_tiedmoe.__version__) < Version("{__version__}"):
     raise ImportError(
-        f"This checkpoint was written by transformers-tiedmoe {__version__}, but {{transformers_tiedmoe.__version__}} is "
+        f"This checkpoint was written by transformers-tiedmoe {__version__}, but {{transformers_tiedmoe.__version__}} "
+        "is "
         f"installed, which may not know all of it: {{HOW}}"
     )
 
@@ -69,7 +70,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 def write_stub(directory: str | Path) -> None:
-    """Write the stub that `trust_remote_code=True` imports into a checkpoint's `directory`, which is made if missing."""
+    """Write the stub that `trust_remote_code=True` imports into a `directory`, which is made if missing."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / STUB_NAME).write_text(STUB, encoding="utf-8")
@@ -115,7 +116,8 @@ def read_manifest(model: str, revision: str | None = None) -> dict[str, Any]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise TiedMoeError(
-            f"{path} cannot be read: {error}; expected the JSON object that a conversion wrote: copy the checkpoint again, or "
+            f"{path} cannot be read: {error}; expected the JSON object that a conversion wrote: copy the checkpoint "
+            "again, or "
             "delete that file"
         ) from error
     return check_manifest(found, path)
@@ -130,13 +132,15 @@ def check_manifest(found: Any, path: str | Path) -> dict[str, Any]:
     """
     if not isinstance(found, dict):
         raise TiedMoeError(
-            f"{path} holds a {type(found).__name__}; expected the JSON object that a conversion wrote: copy the checkpoint "
+            f"{path} holds a {type(found).__name__}; expected the JSON object that a conversion wrote: copy the "
+            "checkpoint "
             "again, or delete that file"
         )
     wrong = sorted(name for name, is_right in _MANIFEST_FIELDS.items() if name in found and not is_right(found[name]))
     if wrong:
         raise TiedMoeError(
-            f"{path} has {wrong} of another form than a conversion writes; copy the checkpoint again, or delete that file"
+            f"{path} has {wrong} of another form than a conversion writes; copy the checkpoint again, or delete that "
+            "file"
         )
     return found
 
@@ -227,8 +231,9 @@ def save_healed(
         title: name of the healed checkpoint.
         model: the folder or hub id that was healed; its own manifest and card say where it comes from.
         config: the healed model's.
-        healing: JSON-able: `data`, `teacher` (or None), `teacher_weight`, `steps`, `tokens`, `parameters`, `learning_rate`, and
-            `before` and `after`, each with `loss` in nats per token, `perplexity` and `tokens`. Paths become names.
+        healing: JSON-able: `data`, `teacher` (or None), `teacher_weight`, `steps`, `tokens`, `parameters`,
+            `learning_rate`, and `before` and `after`, each with `loss` in nats per token, `perplexity` and `tokens`.
+            Paths become names.
         digests: of every other file of the checkpoint, as `save_manifest`.
     """
     made = read_manifest(model)
@@ -325,7 +330,8 @@ def check_upload(repo_id: str) -> None:
         HfApi().whoami()
     except Exception as error:  # no token, a bad one, no network: all have their own classes
         raise TiedMoeError(
-            f"push_to_hub={repo_id!r}, but the Hub does not know who you are ({error}); run `hf auth login` first, or leave it out"
+            f"push_to_hub={repo_id!r}, but the Hub does not know who you are ({error}); run `hf auth login` first, or "
+            "leave it out"
         ) from error
 
 

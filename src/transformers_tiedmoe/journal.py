@@ -1,6 +1,7 @@
 """What a run has done so far, as lines of a file that survive a kill; `workdir.py` says what for.
 
-A line is written, and flushed to the disk, after the file it speaks of: what the journal does not call finished is made again.
+A line is written, and flushed to the disk, after the file it speaks of: what the journal does not call finished is
+    made again.
 Each holds its own hash, and what it claims is checked in type and range.
 """
 
@@ -47,7 +48,8 @@ def read_journal(journal: Path, mend: bool = False) -> list[dict[str, Any]]:
             or not _is_entry(entry, number == 1)
         ):
             raise TiedMoeError(
-                f"{journal} is damaged: line {number} is not one that was written there; delete the folder {journal.parent} and "
+                f"{journal} is damaged: line {number} is not one that was written there; delete the folder "
+                f"{journal.parent} and "
                 "start anew"
             )
         entries.append(entry)

@@ -94,7 +94,8 @@ def check_headers(
         return
     if absent := _layers(wanted) - _layers(stored):
         raise MismatchedCheckpoint(
-            f"{name} has num_hidden_layers={model.config.num_hidden_layers} by config.json, and the files hold nothing of "
+            f"{name} has num_hidden_layers={model.config.num_hidden_layers} by config.json, and the files hold "
+            "nothing of "
             f"layer {min(absent)}; expected every layer: use the config.json that belongs to the weights"
         )
     claimed = sum(tensor.numel() for tensor in model.base_model.state_dict().values())
@@ -151,7 +152,8 @@ def check_slot_map(slot_map: torch.Tensor, pool_index: int, pool_size: int) -> N
     if low < 0 or high >= pool_size:
         raise TiedMoeError(
             f"a slot map names row {low if low < 0 else high} of pool {pool_index}, which has {pool_size} experts; "
-            f"expected 0 to {pool_size - 1}: the checkpoint is damaged, load the one that was converted or convert again"
+            f"expected 0 to {pool_size - 1}: the checkpoint is damaged, load the one that was converted or convert "
+            "again"
         )
 
 
@@ -175,8 +177,10 @@ def say_what_is_unquantised(model: PreTrainedModel) -> None:
     if left:
         everything = model.num_parameters()
         logger.warning_once(
-            f"{left / everything:.0%} of the weights are left unquantised: {left:,} of {everything:,} are experts, in pools "
-            f"and untied layers, which quantisation by {_quantiser(model)} does not know. They take as much memory as before."
+            f"{left / everything:.0%} of the weights are left unquantised: {left:,} of {everything:,} are experts, in "
+            "pools "
+            f"and untied layers, which quantisation by {_quantiser(model)} does not know. They take as much memory as "
+            "before."
         )
 
 

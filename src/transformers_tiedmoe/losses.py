@@ -39,11 +39,12 @@ class Routing(NamedTuple):
 def load_balancing_loss(
     router_logits: Sequence[torch.Tensor | Routing], top_k: int, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute Switch Transformer's balance loss (arXiv 2101.03961, equations 4 to 6) of each layer, averaged over layers.
+    """Compute Switch Transformer's balance loss (arXiv 2101.03961, equations 4 to 6) of each layer, averaged over
+    layers.
 
     Args:
-        router_logits: per layer its `Routing`, or `[T, E_l]` logits of a router that takes the `top_k` of a softmax; E_l may
-            differ.
+        router_logits: per layer its `Routing`, or `[T, E_l]` logits of a router that takes the `top_k` of a softmax;
+            E_l may differ.
         top_k: experts active per token, K; not asked for where a `Routing` says which.
         attention_mask: `[B, S]`, T = B * S, 0 at padding, which does not count; by default every token counts.
 
@@ -64,7 +65,7 @@ def load_balancing_loss(
 def router_z_loss(
     router_logits: Sequence[torch.Tensor | Routing], attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute ST-MoE's router z-loss (arXiv 2202.08906, equation 5), averaged over tokens and layers; shapes as above."""
+    """Compute ST-MoE's router z-loss (arXiv 2202.08906, equation 5), the mean over tokens and layers; as above."""
     weight = None if attention_mask is None else attention_mask.reshape(-1)
     logits = [given.logits if isinstance(given, Routing) else given for given in router_logits]
     squares = [each.float().logsumexp(dim=-1, keepdim=True).square() for each in logits]
@@ -102,8 +103,8 @@ def watch_routers(base_model: PreTrainedModel) -> None:
 def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that makes a router's scores, summing to 1, of its logits.
 
-    Found in its class's code: a router has no field for it that all families share. `tests/test_losses.py` holds it against
-    the weights that each family's routers really give.
+    Found in its class's code: a router has no field for it that all families share. `tests/test_losses.py` holds it
+    against the weights that each family's routers really give.
     """
     score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
     if score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):
@@ -137,9 +138,9 @@ def add_router_losses(family_forward: Callable) -> Callable:
     """Wrap a family's `ForCausalLM.forward`: `output_router_logits` then adds the losses above, not the family's own.
 
     Without labels there is no loss to add to. With `num_items_in_batch`, by which Trainer divides the cross-entropy of
-    each micro-batch, the router losses of a micro-batch count by its share of those items, so that over a step they add up
-    to their mean; transformers' own models add them in full for each micro-batch, `gradient_accumulation_steps` times too
-    much.
+    each micro-batch, the router losses of a micro-batch count by its share of those items, so that over a step they
+    add up to their mean; transformers' own models add them in full for each micro-batch, `gradient_accumulation_steps`
+    times too much.
     """
     signature = inspect.signature(family_forward)
     reports = "output_router_logits" in signature.parameters
@@ -189,7 +190,9 @@ def add_router_losses(family_forward: Callable) -> Callable:
 
 
 def _padding_mask(mask: Any, num_tokens: int) -> torch.Tensor | None:
-    """The `[B, S]` mask of the tokens of this forward; None if no padding is told: no mask, or one of attention weights."""
+    """The `[B, S]` mask of the tokens of this forward; None if no padding is told: no mask, or one of attention
+    weights.
+    """
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return None
     return mask[:, mask.shape[1] - num_tokens // mask.shape[0] :]  # with a cache it covers the tokens before, too

@@ -117,7 +117,7 @@ class TiedExperts(nn.Module):
             self.register_parameter(f"{name}_residual_a", _empty(self.num_slots, residual_rank, columns))
 
     def init_weights(self, std: float) -> None:
-        """The default slot map, and a residual that is zero (b = 0, a normal) as LoRA's (arXiv 2106.09685, 4.1)."""
+        """Set the default slot map, and a residual of zero (b = 0, a normal) as LoRA's (arXiv 2106.09685, 4.1)."""
         if self.slot_map is not None:
             slots = default_slot_map(self.position, self.num_slots, self.pool_size)
             init.copy_(self.slot_map, torch.tensor(slots, device=self.slot_map.device))
@@ -128,7 +128,7 @@ class TiedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """The experts' contract of transformers: `[T, H]`, `[T, K]` int64 (E marks an inactive slot), `[T, K]`."""
+        """Follow transformers' experts' contract: `[T, H]`, `[T, K]` int64 (E marks an inactive slot), `[T, K]`."""
         pool = self._owner[0].expert_pools[self.pool_index]
         extra = {}
         if self.residual_names:
@@ -146,7 +146,9 @@ class TiedExperts(nn.Module):
         return pool(hidden_states, top_k_index, top_k_weights, **extra).to(hidden_states.device)
 
     def check_slot_map(self) -> None:
-        """Raise `TiedMoeError` if the layer's slot map leads outside its pool; one that is still on meta has no values."""
+        """Raise `TiedMoeError` if the layer's slot map leads outside its pool; one that is still on meta has no
+        values.
+        """
         if self.slot_map is not None and not self.slot_map.is_meta:
             check_slot_map(self.slot_map, self.pool_index, self.pool_size)
             self._checked_slot_map = self.slot_map
@@ -199,7 +201,8 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         ]
         if unset:
             raise NotImplementedError(
-                f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set them. "
+                f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set "
+                "them. "
                 "Load such a model by from_pretrained instead of making it from its config"
             )
 
@@ -228,7 +231,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, **kwargs):
-        """FSDP2 only: a family's tensor, expert and pipeline plans name each layer's own experts, which pools are not."""
+        """Refuse all but FSDP2: a family's other plans name each layer's own experts, which pools are not."""
         fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
         for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
             if fields.get(name) not in (None, False, 1):
@@ -240,7 +243,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As transformers' own; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
+        """Do as transformers' own; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
         if cls._family_class is not None:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._check_loaded()
@@ -283,7 +286,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             say_what_is_unquantised(self)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As transformers' own, but the names on disk are the model's own: fused experts, every pool once."""
+        """Do as transformers' own, but the names on disk are the model's own: fused experts, every pool once."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @classmethod

@@ -22,7 +22,8 @@ from .errors import TiedMoeError
 def tie_groups(
     moe_layers: Sequence[int], group_size: int = 2, skip_first: int = 2, skip_last: int = 2
 ) -> list[list[int]]:
-    """Cut the MoE layers of a model into groups of consecutive layers that read one pool (arXiv 2606.16825, Section 4).
+    """Cut the MoE layers of a model into groups of consecutive layers that read one pool (arXiv 2606.16825, Section
+    4).
 
     Args:
         moe_layers: indices of the layers that have experts, ascending. Dense layers are simply not in it: layers
@@ -76,13 +77,14 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
         if positions != list(range(positions[0], positions[0] + len(positions))):
             run = [moe_layers[i] for i in range(min(positions), max(positions) + 1)]
             raise TiedMoeError(
-                f"group {p} is {short_repr(list(group))}, which skips or reorders MoE layers; a group is a run of consecutive "
+                f"group {p} is {short_repr(list(group))}, which skips or reorders MoE layers; a group is a run of "
+                "consecutive "
                 f"MoE layers such as {run}"
             )
 
 
 def default_slot_map(position: int, num_slots: int, pool_size: int) -> list[int]:
-    """The slot map of a group's layer before any conversion has chosen a better one.
+    """Return the slot map of a group's layer before any conversion has chosen a better one.
 
     Args:
         position: the layer's place in its group, from 0.

@@ -5,9 +5,10 @@ Two kinds, with the same lock, identity, journal and atomic writes:
 - `open_work`: all or nothing. The files are made in `.OUTPUT.partial/output` and take OUTPUT's name in one rename.
 - `open_folder`: a folder that stays and is continued in place; its state is in `FOLDER/.tiedmoe`.
 
-The state is a `journal.jsonl` (what is being made of what, then a line for everything that was written, with its hash),
-`lock` and `pid` (one process at a time), `draft/` (files before they are complete), `work/` (results that took long) and
-`scratch/` (whatever a run likes). Nothing is ever deleted, or goes into an output, that the journal does not name.
+The state is a `journal.jsonl` (what is being made of what, then a line for everything that was written, with its
+hash), `lock` and `pid` (one process at a time), `draft/` (files before they are complete), `work/` (results that took
+long) and `scratch/` (whatever a run likes). Nothing is ever deleted, or goes into an output, that the journal does not
+name.
 """
 
 import contextlib
@@ -55,10 +56,10 @@ def check_output(
 
     Args:
         output: as the user gave it.
-        inputs: by name what the run reads, or writes elsewhere: no such file or folder may be in `output`, nor `output` in it.
-            A str that does not exist (a hub id) and None are left out, a Path is not.
-        owned: relative names of the files that an earlier run wrote into `output`, which may then hold these and no others;
-            None if it must be new or empty.
+        inputs: by name what the run reads, or writes elsewhere: no such file or folder may be in `output`, nor
+            `output` in it. A str that does not exist (a hub id) and None are left out, a Path is not.
+        owned: relative names of the files that an earlier run wrote into `output`, which may then hold these and no
+            others; None if it must be new or empty.
 
     Raises:
         TiedMoeError: one of these is not so, or no folder can have that name.
@@ -83,7 +84,8 @@ def _check_place(path: Path, output: str | Path, owned: Collection[str] | None) 
             partial_folder(path).rmdir()  # empty: of a run that was killed just before its end
         if owned is None and (found := sorted(p.name for p in path.iterdir())):
             raise TiedMoeError(
-                f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing is "
+                f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing "
+                "is "
                 "overwritten: choose another, or empty it"
             )
         if owned is not None:
@@ -154,7 +156,9 @@ class Folder:
         return path
 
     def finish(self, name: str, written: dict[str, Any] | None = None) -> None:
-        """Note that the file `name` is complete and on the disk; `written` as `file_digest` gives it, if that is known."""
+        """Note that the file `name` is complete and on the disk; `written` as `file_digest` gives it, if that is
+        known.
+        """
         found = written or file_digest(self.folder / name)
         assert found is not None, f"{name} was never written"
         self._note({"file": name, "written": found})
@@ -172,7 +176,7 @@ class Folder:
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
-        """Give an empty folder to write into; every file that is in it at the end moves to its place here, complete."""
+        """Give an empty folder to write into; every file in it at the end moves to its place here, complete."""
         with disk_errors_explained(*self._told):
             (self._state / DRAFT).mkdir(exist_ok=True)
             draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
@@ -234,7 +238,7 @@ class Folder:
         self._note({"stored": name, "written": file_digest(folder / name), "metadata": dict(metadata or {})})
 
     def load(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """Return the file and the metadata that `store` kept under `name`; None if there are none, or it is damaged."""
+        """Return the file and metadata that `store` kept under `name`; None if missing or damaged."""
         entry, path = self._stored.get(name), self._state / STORED / name
         if entry is None or file_digest(path) != entry["written"]:
             return None
@@ -298,7 +302,8 @@ class Work(Folder):
         """Note that every file is there and verified: all that is left to do is the rename."""
         if foreign := others_in(self.folder, self.owned):
             raise _Refused(
-                f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move them "
+                f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move "
+                "them "
                 "elsewhere, and run the same command again"
             )
         unfinished = self._begun | {name for name in self.files if not (self.folder / name).is_file()}
@@ -317,7 +322,8 @@ class Work(Folder):
         self.folder.mkdir(exist_ok=True)
         if foreign := others_in(self.folder, self.owned):
             raise _Refused(
-                f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished work "
+                f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished "
+                "work "
                 "only: move them elsewhere, and run the same command again"
             )
         self._tidy()
@@ -338,7 +344,8 @@ def open_work(
 ) -> Iterator[Work]:
     """Give the working folder of `output`, which becomes it when the block ends well.
 
-    An error removes the folder, unless `keep`; a kill or Ctrl-C leaves it, and the next run with the same `identity` goes on.
+    An error removes the folder, unless `keep`; a kill or Ctrl-C leaves it, and the next run with the same `identity`
+    goes on.
 
     Example:
         >>> output = check_output("healed", {"model": "tied", "data": "text.txt"})
@@ -352,16 +359,16 @@ def open_work(
     Args:
         output: as `check_output` returns it.
         identity: what decides the output's bytes, JSON-able, one mapping per aspect: recipe, source, versions, ...
-        owned: as in `check_output`: an output of these files is replaced at the end, and unfinished work of another identity
-            now. None replaces nothing.
-        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too, if there is a file, a
-            stored result, or something in `scratch`.
-        is_main: whether this process, of several that run the same, holds the lock and finishes. The others enter after it,
-            and may read; what they write goes into `scratch`.
+        owned: as in `check_output`: an output of these files is replaced at the end, and unfinished work of another
+            identity now. None replaces nothing.
+        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too, if there is a
+            file, a stored result, or something in `scratch`.
+        is_main: whether this process, of several that run the same, holds the lock and finishes. The others enter
+            after it, and may read; what they write goes into `scratch`.
 
     Raises:
-        TiedMoeError: another process works on `output`, or what was begun there has another identity; the disk is full or
-            cannot be written.
+        TiedMoeError: another process works on `output`, or what was begun there has another identity; the disk is full
+            or cannot be written.
     """
     output = resolved(output)
     partial = partial_folder(output)
@@ -437,7 +444,8 @@ def open_folder(
         is_main: as in `open_work`.
 
     Raises:
-        TiedMoeError: another process uses the folder, or it holds something else; the disk is full or cannot be written.
+        TiedMoeError: another process uses the folder, or it holds something else; the disk is full or cannot be
+            written.
     """
     path = real_path(resolved(folder))
     state = path / STATE
@@ -545,7 +553,8 @@ def _begin(
         return entries
     if foreign := [each.name for each in partial.iterdir() if each.name not in (LOCK, PID, JOURNAL)]:
         raise _Refused(
-            f"{partial} holds {sorted(foreign)[:3]}, which no run of ours wrote; expected unfinished work, or nothing: move them "
+            f"{partial} holds {sorted(foreign)[:3]}, which no run of ours wrote; expected unfinished work, or "
+            "nothing: move them "
             "elsewhere, and run the same command again"
         )
     append(partial / JOURNAL, {"identity": identity, "made": made})
@@ -613,10 +622,12 @@ def _refuse(begin: str, difference: tuple[str, str], advice: str) -> NoReturn:
     aspect, what = difference
     if aspect == "source":
         raise TiedMoeError(
-            f"{begin}, whose source has changed since: {what}; expected the same source: restore it to go on, or {advice}"
+            f"{begin}, whose source has changed since: {what}; expected the same source: restore it to go on, or "
+            f"{advice}"
         )
     raise TiedMoeError(
-        f"{begin} that differs in its {aspect}: {what}; expected the same: repeat the old command to go on, or {advice}"
+        f"{begin} that differs in its {aspect}: {what}; expected the same: repeat the old command to go on, or "
+        f"{advice}"
     )
 
 
@@ -644,7 +655,8 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
         if replaced.is_dir() and not output.exists():
             replaced.rename(output)
         raise _Refused(
-            f"the work is finished, but cannot take the name {output}: {error}. It is kept: run the same command again when "
+            f"the work is finished, but cannot take the name {output}: {error}. It is kept: run the same command "
+            "again when "
             "that is mended"
         ) from error
 
@@ -687,7 +699,8 @@ def _remove_parents(made: Iterable[str], folder: Path) -> None:
 def _check_owned(output: Path, owned: Collection[str]) -> None:
     if foreign := others_in(output, owned):
         raise TiedMoeError(
-            f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that kind is "
+            f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that "
+            "kind is "
             "deleted: move it elsewhere, or choose another output"
         )
 

@@ -1,8 +1,8 @@
 """What the layers' experts are given on calibration text, and the loss on the part of it that is held out.
 
-The source runs once over all of the text, layer by layer (`StreamedModel`); each layer's inputs and routing are written to
-a folder as it ends, so that one layer's experts and inputs are in memory at a time, a killed run goes on where it was, and
-another conversion of the same source and text reads them again.
+The source runs once over all of the text, layer by layer (`StreamedModel`); each layer's inputs and routing are
+written to a folder as it ends, so that one layer's experts and inputs are in memory at a time, a killed run goes on
+where it was, and another conversion of the same source and text reads them again.
 """
 
 import contextlib
@@ -42,11 +42,12 @@ def file_name(layer: int) -> str:
 def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator["Calibration | None"]:
     """Give the calibration that the recipe asks for, None if it names no text; to be entered once in a conversion.
 
-    Its statistics are in the folder that the recipe names, which stays, or in a hidden one beside OUTPUT, which goes; the
-    hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
+    Its statistics are in the folder that the recipe names, which stays, or in a hidden one beside OUTPUT, which goes;
+    the hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
 
     Raises:
-        TiedMoeError: another process uses the folder, or it holds statistics of another source or text, or something else.
+        TiedMoeError: another process uses the folder, or it holds statistics of another source or text, or something
+            else.
         ConversionError: the text does not fit the source.
     """
     if recipe.calibration is None:
@@ -63,7 +64,8 @@ def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator[
     vocab_size = source.model.config.vocab_size
     if int(tokens.max()) >= vocab_size:
         raise ConversionError(
-            f"{source.name}: its tokenizer gives token {int(tokens.max())}, but its vocab_size is {vocab_size}; expected "
+            f"{source.name}: its tokenizer gives token {int(tokens.max())}, but its vocab_size is {vocab_size}; "
+            "expected "
             "the tokenizer that belongs to the weights"
         )
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -130,7 +132,7 @@ class Calibration:
         self.folder.remember("source_loss", float(losses[self.num_fit :].mean()))
 
     def inputs(self, layer: int) -> RoutedInputs:
-        """What `layer`'s experts are given on all of the text."""
+        """Return what `layer`'s experts are given on all of the text."""
         self.gather([layer])
         path = self.folder.folder / file_name(layer)
         found = load_file(path)
@@ -144,12 +146,12 @@ class Calibration:
         return self.remember("source_loss", lambda: float(self.model.loss(self.held_out).mean()))
 
     def loss(self, tied: "TiedTensors") -> float:
-        """The loss on the held-out text of the source with some groups tied."""
+        """Return the loss on the held-out text of the source with some groups tied."""
         with self.model.replaced(tied):
             return float(self.model.loss(self.held_out).mean())
 
     def remember(self, key: str, measure: Callable[[], Any]) -> Any:
-        """`measure()`, or what it gave the last time: JSON-able, kept with the statistics."""
+        """Return `measure()`, or what it gave the last time: JSON-able, kept with the statistics."""
         if key not in self.folder.values:
             self.folder.remember(key, measure())
         return self.folder.values[key]
@@ -178,14 +180,16 @@ class Calibration:
             is_right = is_right and all(found[name].isfinite().all() for name in ("hidden_states", "top_k_weights"))
         if not is_right:
             raise ConversionError(
-                f"{path} holds {shapes}, or routing indices out of range, or no numbers; expected the inputs of {num_tokens} tokens and "
+                f"{path} holds {shapes}, or routing indices out of range, or no numbers; expected the inputs of "
+                f"{num_tokens} tokens and "
                 f"their "
                 f"routing to {num_experts} experts: delete the folder, or give another one"
             )
 
 
 class TiedTensors(Mapping[str, torch.Tensor]):
-    """What tied layers' experts would be in an untied model, made when asked for: the rows of their pool, by state-dict name.
+    """What tied layers' experts would be in an untied model, made when asked for: the rows of their pool, by
+    state-dict name.
 
     Args:
         source: whose layers they are.
@@ -225,7 +229,7 @@ class _Writer:
         self.done = 0
 
     def capture(self, layer: int, *arguments: torch.Tensor) -> None:
-        """One call of a layer's experts."""
+        """Keep one call of a layer's experts."""
         if layer not in self.layers:
             return
         if layer != self.layer:

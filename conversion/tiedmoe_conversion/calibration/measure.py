@@ -1,4 +1,4 @@
-"""What a conversion cost, measured on the held-out part of the calibration text: loss, routing, and what nobody uses."""
+"""What a conversion cost, measured on the held-out part of the calibration text: loss, routing, dead experts."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def measure_conversion(
 
     Returns:
         JSON-able: `loss_before`, `loss_after` and `loss_added` in nats per token on `tokens` held-out tokens;
-        `routing_agreement`, the share of the source's active experts that the tied model's routers choose too, by layer and
-        its `mean`; `dead_slots`, by tied layer how many of its slots no token chose (the source's own beside it), and
-        `dead_experts`, by pool how many of its experts no token reached.
+        `routing_agreement`, the share of the source's active experts that the tied model's routers choose too, by
+        layer and its `mean`; `dead_slots`, by tied layer how many of its slots no token chose (the source's own beside
+        it), and `dead_experts`, by pool how many of its experts no token reached.
     """
     groups: Any = config.groups
     widths: Any = config.pool_num_experts

@@ -1,8 +1,8 @@
 """Runs a causal LM of any family whose weights are read layer by layer: one layer's experts are in memory at a time.
 
-The family's own model is built on the meta device and its own forward runs. A decoder layer gets its weights when it is
-called and loses them afterwards, and takes its sequences some at a time, so that all of the text goes through a layer
-before the next one is read. A model that fits into half of the free memory keeps what it has read.
+The family's own model is built on the meta device and its own forward runs. A decoder layer gets its weights when it
+is called and loses them afterwards, and takes its sequences some at a time, so that all of the text goes through a
+layer before the next one is read. A model that fits into half of the free memory keeps what it has read.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ class StreamedModel:
         return [f"{match[1]}.{i}" for i in range(len(self.model.get_submodule(match[1])))]
 
     def _materialise_buffers(self) -> None:
-        """Give what no checkpoint holds (rotary frequencies, scales) its values, by the family's own initialisation."""
+        """Give what no checkpoint holds (rotary frequencies, scales) its values, by the family's initialisation."""
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             self._set(name, torch.empty_like(buffer, device="cpu"))
         for module in self.model.modules():
@@ -169,7 +169,9 @@ class StreamedModel:
 
 
 def held_bytes(num_bytes: int, at_a_time: int) -> int:
-    """Bytes of weights in memory while a model of `num_bytes` runs: all of it where it fits, else those of `at_a_time`."""
+    """Return the bytes of weights in memory while a model of `num_bytes` runs: all of it where it fits, else those of
+    `at_a_time`.
+    """
     return IN_FLOAT32 * (num_bytes if _fits(num_bytes) else at_a_time)
 
 

@@ -23,10 +23,10 @@ class CalibrationText:
     """Which text the source is run on.
 
     Attributes:
-        data: a file, a folder or a dataset of the Hub, as `tiedmoe heal --data`; "austen" is Jane Austen's novels, which
-            ship with the package.
-        num_tokens: tokens to fit on; a quarter as many again are held out, from the end of what is used. The last 5 % of
-            the text are left alone.
+        data: a file, a folder or a dataset of the Hub, as `tiedmoe heal --data`; "austen" is Jane Austen's novels,
+            which ship with the package.
+        num_tokens: tokens to fit on; a quarter as many again are held out, from the end of what is used. The last 5 %
+            of the text are left alone.
         block_size: tokens in a sequence.
         seed: of the choice of sequences.
     """
@@ -37,7 +37,8 @@ class CalibrationText:
     seed: int
 
     def tokens(self, source: Source) -> tuple[torch.Tensor, int]:
-        """All sequences, int64 `[N, block_size]`, in the source's own tokens, and how many of them are to fit on.
+        """Return all sequences, int64 `[N, block_size]`, in the source's own tokens, and how many of them are to fit
+        on.
 
         Raises:
             ConversionError: no such text, less of it than asked for, or a source without a tokenizer.
@@ -53,8 +54,10 @@ class CalibrationText:
         if len(blocks) < num_fit + num_held_out:
             raise ConversionError(
                 f"calibration text {self.data} is too short: without its last {LEFT_ALONE:.0%} it has "
-                f"{len(blocks) * self.block_size} tokens, and {(num_fit + num_held_out) * self.block_size} are needed, "
-                f"calibration_tokens={self.num_tokens} and a quarter held out; give more text, or lower calibration_tokens"
+                f"{len(blocks) * self.block_size} tokens, and {(num_fit + num_held_out) * self.block_size} are "
+                "needed, "
+                f"calibration_tokens={self.num_tokens} and a quarter held out; give more text, or lower "
+                "calibration_tokens"
             )
         found = torch.tensor(blocks[:]).long()
         usable, held_out = found[:-num_held_out], found[-num_held_out:]
@@ -71,7 +74,8 @@ def _tokenizer(source: Source) -> Any:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         raise ConversionError(
-            f"{source.name} has no tokenizer to read calibration text with ({problem}); put its tokenizer files beside its "
+            f"{source.name} has no tokenizer to read calibration text with ({problem}); put its tokenizer files "
+            "beside its "
             "weights"
         )
     return tokenizer

@@ -1,7 +1,9 @@
 """Memory that is used again.
 
-A page that is touched for the first time must be found and cleared by the kernel, and on a virtual machine by its host: that can
-take ten times as long as reading a cached file into it, and `malloc` gives a large block back with every tensor that goes.
+A page that is touched for the first time must be found and cleared by the kernel, and on a virtual machine by its
+    host: that can
+take ten times as long as reading a cached file into it, and `malloc` gives a large block back with every tensor that
+goes.
 """
 
 import math
@@ -20,7 +22,7 @@ class Buffers:
         self._free: list[np.ndarray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """As `torch.empty`."""
+        """Do as `torch.empty`."""
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return torch.empty(shape, dtype=dtype)

@@ -42,12 +42,12 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
-        """A tensor of this shape and dtype that holds no memory."""
+        """Return a tensor of this shape and dtype that holds no memory."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 def read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
-    """The byte at which a safetensors file's data starts, and its tensors.
+    """Return the byte at which a safetensors file's data starts, and its tensors.
 
     Raises:
         ConversionError: the file is truncated, is no safetensors file, or its header contradicts itself.
@@ -60,7 +60,8 @@ def read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise ConversionError(
-                f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file has {size}; "
+                f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file has "
+                f"{size}; "
                 "download it again"
             )
         if length > MAX_HEADER_BYTES:
@@ -84,7 +85,8 @@ def read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
 
 
 def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dict[str, TensorInfo]:
-    """Check a parsed header, in which every tensor has `dtype`, `shape` and `data_offsets`; `where` names it in errors.
+    """Check a parsed header, in which every tensor has `dtype`, `shape` and `data_offsets`; `where` names it in
+    errors.
 
     The offsets must tile the data without gap or overlap, as safetensors requires.
     """
@@ -94,7 +96,8 @@ def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dic
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ConversionError(
-                f"{where}: the header's entry for {name!r} is {str(entry)[:200]}; expected dtype, shape and data_offsets"
+                f"{where}: the header's entry for {name!r} is {str(entry)[:200]}; expected dtype, shape and "
+                "data_offsets"
             ) from None
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ConversionError(
@@ -104,13 +107,15 @@ def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dic
         sizes = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
         if not all(type(number) is int and 0 <= number < 2**63 for number in sizes):
             raise ConversionError(
-                f"{where}: tensor {name!r} has shape {repr(shape)[:200]} and offsets [{begin!r}, {end!r}]; expected integers "
+                f"{where}: tensor {name!r} has shape {repr(shape)[:200]} and offsets [{begin!r}, {end!r}]; expected "
+                "integers "
                 f"from 0 to 2^63, and at most {MAX_DIMENSIONS} dimensions"
             )
         tensors[name] = TensorInfo(name, file, DTYPES[dtype], tuple(shape), begin)
         if tensors[name].num_bytes != end - begin:
             raise ConversionError(
-                f"{where}: tensor {name!r} needs {tensors[name].num_bytes} bytes by its shape {shape} and dtype {dtype}, "
+                f"{where}: tensor {name!r} needs {tensors[name].num_bytes} bytes by its shape {shape} and dtype "
+                f"{dtype}, "
                 f"but its offsets [{begin}, {end}] hold {end - begin}"
             )
     position = 0

@@ -1,8 +1,8 @@
 """fp8 weights with one scale per block, as DeepSeek-V3 has them, become plain ones while they are read.
 
-`X.weight` is F8_E4M3 and `X.weight_scale_inv` F32 or BF16, with an entry per block of `weight_block_size` rows and columns; the
-weight is their product in float32, rounded once to the config's dtype: what transformers computes. Blocks at the edges may be
-smaller, where 128 does not divide a size (DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows).
+`X.weight` is F8_E4M3 and `X.weight_scale_inv` F32 or BF16, with an entry per block of `weight_block_size` rows and
+columns; the weight is their product in float32, rounded once to the config's dtype: what transformers computes. Blocks
+at the edges may be smaller, where 128 does not divide a size (DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows).
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,14 @@ class BlockScaled(TensorInfo):
 
     @property
     def is_even(self) -> bool:
-        """Whether all blocks are of one size. transformers 5.23 takes the block's size to be the weight's by the number of blocks."""
+        """Whether all blocks are of one size. transformers 5.23 takes the block's size to be the weight's by the
+        number of blocks.
+        """
         return all(size % part == 0 for size, part in zip(self.shape[-2:], self.block))
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, info: BlockScaled) -> torch.Tensor:
-    """The product of fp8 `weight [..., rows, columns]` and its blocks' `scale`, in `info.dtype`."""
+    """Return the product of fp8 `weight [..., rows, columns]` and its blocks' `scale`, in `info.dtype`."""
     rows, columns = weight.shape[-2:]
     scale = scale.repeat_interleave(info.block[0], -2)[..., :rows, :]
     scale = scale.repeat_interleave(info.block[1], -1)[..., :columns]
@@ -47,11 +49,12 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, info: BlockScaled) -> 
 
 
 def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
-    """`tensors` with every fp8 weight and its scales as one `BlockScaled`; `where` names the checkpoint in errors.
+    """Return `tensors` with every fp8 weight and its scales as one `BlockScaled`; `where` names the checkpoint in
+    errors.
 
     Raises:
-        ConversionError: a quantisation of another kind, a weight without scales, scales without a weight, or scales that are
-            not one per block.
+        ConversionError: a quantisation of another kind, a weight without scales, scales without a weight, or scales
+            that are not one per block.
     """
     block, dtype = block_size(config, where), _output_dtype(config, where)
     folded = {name: info for name, info in tensors.items() if not name.endswith(SUFFIX)}
@@ -64,7 +67,8 @@ def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
         if weight.dtype != torch.float8_e4m3fn or scale.dtype not in SCALE_DTYPES or scale.shape != expected:
             raise ConversionError(
                 f"{where}: {weight.name!r} is {weight.dtype} {list(weight.shape)} and {name!r} {scale.dtype} "
-                f"{list(scale.shape)}; expected F8_E4M3 and F32 or BF16 {list(expected)}, one scale per block of {list(block)}: "
+                f"{list(scale.shape)}; expected F8_E4M3 and F32 or BF16 {list(expected)}, one scale per block of "
+                f"{list(block)}: "
                 "save a dequantised copy with transformers first"
             )
         folded[weight.name] = BlockScaled(
@@ -80,14 +84,15 @@ def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
 
 
 def block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """The rows and columns that share a scale, from a checkpoint's config.json; refuses any other quantisation."""
+    """Return the rows and columns that share a scale, by a checkpoint's config.json; refuse other quantisations."""
     quantisation = config["quantization_config"]
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     block = quantisation.get("weight_block_size") if method == "fp8" else None
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ConversionError(
-            f"{where} is quantised ({method}, weight_block_size={block!r}); expected plain weights (bf16, fp16 or fp32), or "
-            'quant_method "fp8" with a weight_block_size such as [128, 128]: save a dequantised copy with transformers first'
+            f"{where} is quantised ({method}, weight_block_size={block!r}); expected plain weights (bf16, fp16 or "
+            "fp32), or "
+            'quant_method "fp8" with a weight_block_size such as [128, 128]: save a dequantised copy first'
         )
     return block[0], block[1]
 
@@ -96,7 +101,8 @@ def _output_dtype(config: Mapping[str, Any], where: str) -> torch.dtype:
     name = config.get("dtype", config.get("torch_dtype"))
     if not isinstance(name, str) or name not in OUTPUT_DTYPES:
         raise ConversionError(
-            f"{where} is quantised, and its config.json has the dtype {name!r}; expected one of {list(OUTPUT_DTYPES)}, the "
+            f"{where} is quantised, and its config.json has the dtype {name!r}; expected one of "
+            f"{list(OUTPUT_DTYPES)}, the "
             "one to dequantise to"
         )
     return OUTPUT_DTYPES[name]

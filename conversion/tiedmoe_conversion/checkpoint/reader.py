@@ -45,7 +45,8 @@ class Source:
         name: the folder or hub id as it was given.
         folder: a local folder with the checkpoint's small files (config, tokenizer, ...).
         commit: the commit of a hub source, None for a local folder.
-        tensors: every tensor by name, from the headers; an fp8 weight and its scales are one, in the dtype it is read in.
+        tensors: every tensor by name, from the headers; an fp8 weight and its scales are one, in the dtype it is read
+            in.
         is_quantised: whether there are such.
         buffers: where the memory of what is read comes from.
     """
@@ -70,8 +71,10 @@ class Source:
         if left := [each for each in self.tensors.values() if not self.is_quantised and each.dtype.itemsize == 1
                     and each.dtype.is_floating_point]:  # fmt: skip
             raise ConversionError(
-                f"{name} holds {len(left)} fp8 tensors, such as {left[0].name!r}, and its config.json has no quantization_config "
-                "that says how they are scaled; expected one, or plain weights: use the config.json that belongs to the weights"
+                f"{name} holds {len(left)} fp8 tensors, such as {left[0].name!r}, and its config.json has no "
+                "quantization_config "
+                "that says how they are scaled; expected one, or plain weights: use the config.json that belongs to "
+                "the weights"
             )
 
     def read(
@@ -139,7 +142,7 @@ class Source:
         return digest.hexdigest()
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of the weight files, to notice that somebody wrote to them; a commit never changes."""
+        """Return size and time of change of the weight files, to notice a write; a commit never changes."""
         return {} if self.commit is not None else {file: list(stamp) for file, stamp in sorted(self._stamps.items())}
 
     def copy_travelling_files(self, folder: Path) -> None:
@@ -163,7 +166,7 @@ class Source:
             return None
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """The JSON object in one of the small files."""
+        """Return the JSON object in one of the small files."""
         path = self.folder / file
         regular_file(self.folder, file)
         try:
@@ -218,7 +221,8 @@ class Source:
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
                 raise ConversionError(
-                    f"{self.name}: {index} puts {name!r} in {file!r}; expected the plain name of a file in the same folder"
+                    f"{self.name}: {index} puts {name!r} in {file!r}; expected the plain name of a file in the same "
+                    "folder"
                 )
         return weight_map
 
@@ -272,13 +276,13 @@ class Source:
 
 
 def regular_file(folder: Path, name: str) -> bool:
-    """Whether `folder / name` is there, as a regular file of this checkpoint.
+    """Tell whether `folder / name` is there, as a regular file of this checkpoint.
 
     A link may lead to another file of the folder, or, in a snapshot of the Hub's cache, to that cache's own blobs.
 
     Raises:
-        ConversionError: a link that leads elsewhere, as in a checkpoint that wants a file of yours to be copied, a link to
-            nowhere, or a pipe, a device or a folder.
+        ConversionError: a link that leads elsewhere, as in a checkpoint that wants a file of yours to be copied, a
+            link to nowhere, or a pipe, a device or a folder.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -289,7 +293,8 @@ def regular_file(folder: Path, name: str) -> bool:
         places.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
     if not any(real.startswith(place.rstrip(os.sep) + os.sep) for place in places):
         raise ConversionError(
-            f"{path} is a link to {real}, outside of the checkpoint's folder; expected the file itself: put a copy of it there "
+            f"{path} is a link to {real}, outside of the checkpoint's folder; expected the file itself: put a copy of "
+            "it there "
             "if you trust where it leads"
         )
     if not os.path.exists(real):
@@ -324,7 +329,8 @@ def _ask_hub(source: str, call, *args, **kwargs) -> Any:
         return call(*args, **kwargs)
     except Exception as error:  # HTTP, connection, authentication, a bad name: all have their own classes
         raise ConversionError(
-            f"{source!r} is not a folder here, and the Hub cannot serve it: {error}. Check the name, the revision, your "
+            f"{source!r} is not a folder here, and the Hub cannot serve it: {error}. Check the name, the revision, "
+            "your "
             "network and, for a gated repository, your login (hf auth login)"
         ) from error
 

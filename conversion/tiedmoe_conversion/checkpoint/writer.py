@@ -1,7 +1,7 @@
 """Writes weight files of any size, tensor by tensor, behind a header that the plan already knows.
 
-A shard never has to fit into memory (safetensors' own writer wants all of it at once): while a block is written and hashed in a
-thread of its own, the next one is made.
+A shard never has to fit into memory (safetensors' own writer wants all of it at once): while a block is written and
+hashed in a thread of its own, the next one is made.
 """
 
 import json
@@ -25,8 +25,8 @@ from .headers import DTYPE_NAMES
 from .reader import WEIGHTS, WEIGHTS_INDEX
 
 Progress = Callable[[int, int, str], None]
-# In one write: Linux 6.18 takes seven times as long for the pages of 16 MiB in its cache (ext4, a virtual machine; 1 GB of writes
-# costs 2.3 s of CPU time, and 0.35 s so), and what has just been hashed is still in the processor's.
+# In one write: Linux 6.18 takes seven times as long for the pages of 16 MiB in its cache (ext4, a virtual machine; 1
+# GB of writes costs 2.3 s of CPU time, and 0.35 s so), and what has just been hashed is still in the processor's.
 WRITE_BYTES = 128 << 10
 
 
@@ -49,18 +49,23 @@ PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 def check_space(output: Path, num_bytes: int) -> None:
-    """Raise `ConversionError` where the disk of `output` has less than `num_bytes` free, or held by unfinished work on it."""
+    """Raise `ConversionError` where the disk of `output` has less than `num_bytes` free, or held by unfinished work on
+    it.
+    """
     free = shutil.disk_usage(next(p for p in output.parents if p.exists())).free
     free += sum(path.stat().st_size for path in partial_folder(output).rglob("*") if path.is_file())
     if free < num_bytes:
         raise ConversionError(
-            f"the disk of {output} has {free:,} bytes free, and {num_bytes:,} are needed; free some, or choose an output "
+            f"the disk of {output} has {free:,} bytes free, and {num_bytes:,} are needed; free some, or choose an "
+            "output "
             "on another disk. Nothing was written"
         )
 
 
 def into_files(planned: Sequence[PlannedT], max_shard_size: int) -> tuple[PlannedT, ...]:
-    """`planned` with their files, those of one file together and wide dtypes first, so that all of them are aligned."""
+    """Return `planned` with their files, those of one file together and wide dtypes first, so that all of them are
+    aligned.
+    """
     by_name = {tensor.target: tensor for tensor in planned}
     split = split_state_dict_into_shards_factory(
         by_name,
@@ -128,7 +133,9 @@ def write_weights(
 def write_file(
     path: Path, planned: Sequence[PlannedT], make: Callable[[PlannedT], Iterable[torch.Tensor]]
 ) -> dict[str, Any]:
-    """Write one safetensors file; returns its size and hash as `file_digest` gives them. It may not be on the disk yet."""
+    """Write one safetensors file; returns its size and hash as `file_digest` gives them. It may not be on the disk
+    yet.
+    """
     with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
         writer.put(_header(planned))
         for tensor in planned:

@@ -74,11 +74,12 @@ class Unit:
         return outputs
 
     def places(self, infos: Mapping[str, TensorInfo]) -> list[tuple[str, int, int, int]] | None:
-        """Where the inputs stand in the output, if the rule only stacks experts and joins them along their first dimension.
+        """Return where the inputs stand in the output, if the rule only stacks experts and joins them along their
+        first dimension.
 
         Returns:
-            Per input its key, the expert, and its first and last (not included) row there, so that it can be read into its
-            place; None for any other rule.
+            Per input its key, the expert, and its first and last (not included) row there, so that it can be read into
+            its place; None for any other rule.
         """
         operations = self.converter.operations if self.converter is not None else []
         if [(type(each), getattr(each, "dim", None)) for each in operations] not in (
@@ -97,7 +98,7 @@ class Unit:
         return places
 
     def convert_meta(self, infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-        """The outputs as meta tensors, from the inputs' `TensorInfo`s."""
+        """Return the outputs as meta tensors, from the inputs' `TensorInfo`s."""
         dtypes = {describe_dtype(infos[key]) for key in self.keys}
         if len(dtypes) > 1:
             raise ConversionError(
@@ -133,7 +134,8 @@ class FamilyTensors:
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """One state-dict tensor, read and fused, or its rows `first` to `last` (not included) along dimension 0.
+        """Return one state-dict tensor, read and fused, or its rows `first` to `last` (not included) along dimension
+        0.
 
         Every tensor that is read is checked to be finite.
         """
@@ -150,7 +152,9 @@ class FamilyTensors:
         return tensor if last is None and not first else tensor[first:last].clone()
 
     def rows(self, name: str) -> list[tuple[int, int]]:
-        """Consecutive first and last (not included) rows of a state-dict tensor that can be read without reading the others."""
+        """Consecutive first and last (not included) rows of a state-dict tensor that can be read without reading the
+        others.
+        """
         unit, length = self.units[name], len(self.meta[name])
         if unit.converter is None or unit.places(self.source.tensors) is not None:
             return [(row, row + 1) for row in range(length)]
@@ -177,7 +181,9 @@ class FamilyTensors:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state dict that `save_pretrained` writes: without the names that are tied to another (`lm_head.weight`)."""
+    """Return the state dict that `save_pretrained` writes: without the names that are tied to another
+    (`lm_head.weight`).
+    """
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -218,7 +224,9 @@ def map_tensors(source: Source, model: PreTrainedModel, rules: PreTrainedModel |
 
 
 def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
-    """The units that turn the state-dict tensors `names` of the family's `model` into the keys of its checkpoints."""
+    """Return the units that turn the state-dict tensors `names` of the family's `model` into the keys of its
+    checkpoints.
+    """
     rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)]
     rules = [rule.reverse_transform() for rule in reversed(rules)]  # the order and selection of save_pretrained
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -236,7 +244,7 @@ def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
 
 
 def describe_dtype(info: TensorInfo) -> str:
-    """A tensor's dtype for people, and the one on the disk where that is another."""
+    """Return a tensor's dtype for people, and the one on the disk where that is another."""
     name = str(info.dtype).removeprefix("torch.")
     if isinstance(info, BlockScaled):
         name += f" (from {str(info.weight.dtype).removeprefix('torch.')} in blocks of {list(info.block)})"
@@ -249,8 +257,8 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
         return
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.float32)  # its infinity is not where that of the others is
-    # NaN and infinity have all bits of the exponent: as integers without their sign they are the greatest. Not with torch, whose
-    # threads would wait for each other while another one writes.
+    # NaN and infinity have all bits of the exponent: as integers without their sign they are the greatest. Not with
+    # torch, whose threads would wait for each other while another one writes.
     bits = tensor.contiguous().reshape(-1).view(_BITS[tensor.dtype.itemsize]).numpy()
     infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(_BITS[tensor.dtype.itemsize]).item()
     without_sign = np.empty(min(len(bits), _CHUNK), bits.dtype)

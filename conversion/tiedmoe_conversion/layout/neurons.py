@@ -1,8 +1,8 @@
 """One layout for every family's experts: neurons in float32, and what an expert computes of them.
 
-Families store gate and up one after the other or interleaved, plain or transposed, with biases or without, and some have no
-gate. The calibrated methods see none of it: neuron i of an expert has incoming weights `up[:, i]` (gate and up, or up
-alone) and outgoing ones `down[:, :, i]`; renumbering the neurons changes nothing that an expert computes.
+Families store gate and up one after the other or interleaved, plain or transposed, with biases or without, and some
+have no gate. The calibrated methods see none of it: neuron i of an expert has incoming weights `up[:, i]` (gate and
+up, or up alone) and outgoing ones `down[:, :, i]`; renumbering the neurons changes nothing that an expert computes.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Experts:
         return self.up, self.down, self.up_bias, self.down_bias
 
     def equals(self, other: "Experts") -> bool:
-        """Whether all weights are the same."""
+        """Tell whether all weights are the same."""
         pairs = zip(self.tensors, other.tensors)
         return all(its is None if mine is None else its is not None and torch.equal(mine, its) for mine, its in pairs)
 
@@ -51,7 +51,7 @@ class Experts:
         return self.map(lambda tensor: tensor[rows])
 
     def renumbered(self, neurons: torch.Tensor) -> "Experts":
-        """The same functions with neuron `neurons[n, i]` in place i; `neurons [N, I]` int64."""
+        """Return the same functions with neuron `neurons[n, i]` in place i; `neurons [N, I]` int64."""
         _, _, num_inputs, hidden = self.up.shape
         up = self.up.gather(1, neurons[:, :, None, None].expand(-1, -1, num_inputs, hidden))
         down = self.down.gather(2, neurons[:, None, :].expand(-1, hidden, -1))
@@ -61,7 +61,9 @@ class Experts:
         return Experts(up, down, bias, self.down_bias)
 
     def flipped(self, signs: torch.Tensor) -> "Experts":
-        """Each neuron's last input and its outgoing weights times `signs [N, I]` of 1 and -1: see `ExpertFunction.can_flip`."""
+        """Return each neuron's last input and its outgoing weights times `signs [N, I]` of 1 and -1: see
+        `ExpertFunction.can_flip`.
+        """
         up = self.up.clone()
         up[:, :, -1] *= signs[:, :, None]
         bias = self.up_bias
@@ -78,7 +80,7 @@ class Experts:
 
     @staticmethod
     def concatenated(parts: "list[Experts]") -> "Experts":
-        """All the experts of `parts`, in order."""
+        """Return all the experts of `parts`, in order."""
 
         def cat(name: str) -> torch.Tensor | None:
             tensors = [getattr(part, name) for part in parts]
@@ -89,7 +91,7 @@ class Experts:
         )
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Experts":
-        """`change` of every tensor."""
+        """Return `change` of every tensor."""
         up, down, up_bias, down_bias = (None if tensor is None else change(tensor) for tensor in self.tensors)
         assert up is not None
         assert down is not None
@@ -113,7 +115,8 @@ class ExpertFunction:
         found = {name for name, _ in self.module.named_parameters()}
         if found != expected or getattr(self.module, "has_post_expert_norm", False):
             raise ConversionError(
-                f"{type(self.module).__name__} has the parameters {sorted(found)}; expected {sorted(expected)} and no norm after "
+                f"{type(self.module).__name__} has the parameters {sorted(found)}; expected {sorted(expected)} and no "
+                "norm after "
                 "each expert, which is all that calibrated methods know: choose union, select or average"
             )
 
@@ -135,7 +138,7 @@ class ExpertFunction:
         return torch.equal(self.module._apply_gate(columns), -self.module._apply_gate(flipped))
 
     def neurons(self, tensors: Mapping[str, torch.Tensor]) -> Experts:
-        """The family's `tensors` by parameter name, `[N, ...]` in any dtype, as neurons; float32 copies."""
+        """Return the family's `tensors` by parameter name, `[N, ...]` in any dtype, as neurons; float32 copies."""
         up, down = tensors[self.up_name], tensors["down_proj"]
         if self.module.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -148,7 +151,7 @@ class ExpertFunction:
         )
 
     def tensors(self, experts: Experts, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """`experts` as the family stores them, by parameter name, contiguous and in `dtype`."""
+        """Return `experts` as the family stores them, by parameter name, contiguous and in `dtype`."""
         up, down = self._by_row(experts.up), experts.down
         if self.module.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -158,7 +161,9 @@ class ExpertFunction:
         return {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
 
     def features(self, experts: Experts, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What each neuron hands to `down`: `hidden_states [N, n, H]` or `[n, H]` for all -> `[N, n, I]`; differentiable."""
+        """Return what each neuron hands to `down`: `hidden_states [N, n, H]` or `[n, H]` for all -> `[N, n, I]`;
+        differentiable.
+        """
         num, width, num_inputs, hidden = experts.up.shape
         if hidden_states.dim() == 2:
             hidden_states = hidden_states.expand(num, -1, -1)
@@ -173,7 +178,7 @@ class ExpertFunction:
         return self.module._apply_gate(columns.flatten(-2))
 
     def outputs(self, experts: Experts, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What each expert computes, without routing weights: `[N, n, H]` or `[n, H]` for all -> `[N, n, H]`."""
+        """Compute each expert's output, without routing weights: `[N, n, H]` or `[n, H]` for all -> `[N, n, H]`."""
         out = self.features(experts, hidden_states) @ experts.down.transpose(1, 2)
         return out if experts.down_bias is None else out + experts.down_bias[:, None]
 

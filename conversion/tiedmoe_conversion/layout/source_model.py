@@ -1,4 +1,6 @@
-"""A source as its family sees it: its config read as untrusted input, its model on the meta device, its tensors mapped."""
+"""A source as its family sees it: its config read as untrusted input, its model on the meta device, its tensors
+mapped.
+"""
 
 import contextlib
 import math
@@ -41,7 +43,8 @@ class SourceModel:
             for name in found.expert_names(layer):
                 if not (dtype := found.tensors.meta[name].dtype).is_floating_point:
                     raise ConversionError(
-                        f"{opened.name}: the experts' {name} is of {dtype}; expected floating-point weights, which can be averaged "
+                        f"{opened.name}: the experts' {name} is of {dtype}; expected floating-point weights, which "
+                        "can be averaged "
                         "and fitted: dequantise the checkpoint with what wrote it first"
                     )
         return found
@@ -52,7 +55,7 @@ class SourceModel:
         return self.opened.name
 
     def expert_names(self, layer: int) -> list[str]:
-        """The state-dict names of a layer's expert parameters, in the model's order."""
+        """Return the state-dict names of a layer's expert parameters, in the model's order."""
         return [name for name in self.model.state_dict() if name.startswith(f"{self.experts[layer]}.")]
 
     def parameter_names(self, layer: int) -> tuple[str, ...]:
@@ -81,7 +84,9 @@ class SourceModel:
         return sum(info.num_bytes for name, info in self.opened.tensors.items() if name not in dropped)
 
     def describe_experts(self, layer: int) -> dict[str, str]:
-        """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16] bfloat16"}`."""
+        """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16]
+        bfloat16"}`.
+        """
         found = {}
         for name in self.expert_names(layer):
             tensor = self.tensors.meta[name]
@@ -91,13 +96,13 @@ class SourceModel:
 
 
 def open_source_model(source: str, revision: str | None = None, allow_pickle: bool = False) -> SourceModel:
-    """Open an untied checkpoint, read its config and find every tensor's place in its family's model; reads no tensor."""
+    """Open an untied checkpoint, read its config and find every tensor's place in its family's model."""
     opened = open_source(source, revision, allow_pickle)
     return SourceModel.map(opened, read_config(opened))
 
 
 def read_config(source: Source) -> PreTrainedConfig:
-    """The source's config, of a causal LM with experts; no code of the checkpoint is run.
+    """Return the source's config, of a causal LM with experts; no code of the checkpoint is run.
 
     Raises:
         ConversionError: unreadable, unknown to this transformers, without experts, already tied, or quantised.
@@ -126,7 +131,8 @@ def read_config(source: Source) -> PreTrainedConfig:
     except ValueError as error:
         if family in CONFIG_MAPPING:
             raise ConversionError(
-                f"{source.name} is a {family!r} checkpoint, a family without experts that transformers can tie; expected "
+                f"{source.name} is a {family!r} checkpoint, a family without experts that transformers can tie; "
+                "expected "
                 "a Mixture-of-Experts causal LM such as olmoe, mixtral, qwen3_moe or deepseek_v3"
             ) from error
         raise ConversionError(
@@ -145,7 +151,8 @@ def read_config(source: Source) -> PreTrainedConfig:
     layers = getattr(text_config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= len(source.tensors):  # before a model of as many is built
         raise ConversionError(
-            f"{source.name} has num_hidden_layers={layers!r} by config.json and {len(source.tensors)} tensors; expected a "
+            f"{source.name} has num_hidden_layers={layers!r} by config.json and {len(source.tensors)} tensors; "
+            "expected a "
             "layer to have one at least: use the config.json that belongs to the weights"
         )
     try:
@@ -154,7 +161,8 @@ def read_config(source: Source) -> PreTrainedConfig:
             TiedMoeConfig.from_family(text_config, skip_first=0, skip_last=0)
     except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
         raise ConversionError(
-            f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use the "
+            f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use "
+            "the "
             "config.json that belongs to the weights"
         ) from error
     return text_config
@@ -172,12 +180,13 @@ def _check_numbers(fields: Any, where: str, path: str = "config.json") -> None:
             )
         elif str(name) in POSITIVE and type(value) in (int, float) and not 0 < value < math.inf:
             raise ConversionError(
-                f"{where}: {place} is {value}; expected a positive number: use the config.json that belongs to the weights"
+                f"{where}: {place} is {value}; expected a positive number: use the config.json that belongs to the "
+                "weights"
             )
 
 
 def read_tied_config(source: Source) -> TiedMoeConfig:
-    """The config of a tied checkpoint.
+    """Return the config of a tied checkpoint.
 
     Raises:
         ConversionError: unreadable, or of a checkpoint that is not tied.
@@ -203,6 +212,6 @@ def read_tied_config(source: Source) -> TiedMoeConfig:
 
 
 def family_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal LM of `config`, tied or not, on the meta device: names and shapes, no memory."""
+    """Return the causal LM of `config`, tied or not, on the meta device: names and shapes, no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         return AutoModelForCausalLM.from_config(config)

@@ -28,7 +28,9 @@ class LayerTensors:
                 self.pools[f"{path}."] = f"{prefix}.expert_pools.{p}."
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """One state-dict tensor of the family, or its rows `first` to `last` (not included); no more of a pool is read."""
+        """Return one state-dict tensor of the family, or its rows `first` to `last` (not included); no more of a pool
+        is read.
+        """
         path = self._path(name)
         if path is None:
             return self.tensors.read(name, first, last)
@@ -44,7 +46,7 @@ class LayerTensors:
         return rows
 
     def meta(self, name: str) -> torch.Tensor:
-        """The whole tensor on the meta device: shape and dtype."""
+        """Return the whole tensor on the meta device: shape and dtype."""
         path, meta = self._path(name), self.tensors.meta
         if path is None:
             return meta[name]
@@ -53,7 +55,7 @@ class LayerTensors:
         return rows if slots is None else rows.new_empty(len(slots), *rows.shape[1:])
 
     def slot_map(self, path: str) -> list[int] | None:
-        """The pool's row of every slot of the layer whose experts are at `path`; None for the identity.
+        """Return the pool's row of every slot of the layer whose experts are at `path`; None for the identity.
 
         Raises:
             ConversionError: a row that the pool does not have.
@@ -65,7 +67,8 @@ class LayerTensors:
         width = min(len(tensor) for name, tensor in self.tensors.meta.items() if name.startswith(pool))
         if wrong := [row for row in slot_map if not 0 <= row < width]:
             raise ConversionError(
-                f"{self.tensors.source.name}: {path}slot_map names row {wrong[0]} of {pool.rstrip('.')}, which has {width} "
+                f"{self.tensors.source.name}: {path}slot_map names row {wrong[0]} of {pool.rstrip('.')}, which has "
+                f"{width} "
                 f"experts; expected 0 to {width - 1}: convert the source again"
             )
         return slot_map

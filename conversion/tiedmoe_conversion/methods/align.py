@@ -29,15 +29,17 @@ def align(
     anchor: Literal["first", "last"] = "last",
     tokens_per_expert: int = 512,
 ) -> Pool:
-    """The mean of the group's experts after experts and neurons were matched to one layer's (Hungarian algorithm).
+    """Average the group's experts after matching experts and neurons to one layer's (Hungarian algorithm).
 
-    Layer l's slot s reads row r = perm_l[s]; row r is the mean over layers of the experts that read it, each with its neurons
-    renumbered (and their signs chosen, where that changes nothing) to match the anchor's expert r (arXiv 2209.04836, 3.2).
+    Layer l's slot s reads row r = perm_l[s]; row r is the mean over layers of the experts that read it, each with its
+    neurons renumbered (and their signs chosen, where that changes nothing) to match the anchor's expert r (arXiv
+    2209.04836, 3.2).
 
     Args:
         on: what experts are compared on: the layers' inputs on the calibration text, or random Gaussian ones.
         experts, neurons: "identity" and "random" are controls of the study.
-        weights: of the mean: uniform, or by routing frequency, sum of w^2; None is frequency on activations, else uniform.
+        weights: of the mean: uniform, or by routing frequency, sum of w^2; None is frequency on activations, else
+            uniform.
         anchor: the layer that the others are matched to.
         tokens_per_expert: calibration tokens per slot, and E times as few of each layer to match experts on, at most.
     """

@@ -17,10 +17,10 @@ PIECE = 1 << 15  # elements; torch works on more of them with several threads, w
     calibration=lambda weights="uniform", **options: weights == "frequency",
 )
 def average(group: Group, weights: Literal["uniform", "frequency"] = "uniform") -> Pool:
-    """The mean of the group's experts, by expert number, computed in float32: uniform, or by routing frequency.
+    """Average the group's experts by expert number, in float32: uniform, or by routing frequency.
 
-    By frequency, layer l's expert s counts n_ls / sum_l n_ls, where n_ls tokens of the calibration text chose it; an expert
-    that no layer routed to gets the uniform mean.
+    By frequency, layer l's expert s counts n_ls / sum_l n_ls, where n_ls tokens of the calibration text chose it; an
+    expert that no layer routed to gets the uniform mean.
     """
     uniform = torch.full((len(group.layers), group.num_experts), 1 / len(group.layers), dtype=torch.float64)
     shares = uniform
@@ -48,7 +48,8 @@ def _block(group: Group, name: str, first: int, last: int, shares: torch.Tensor 
 def _mean(rows: Sequence[torch.Tensor], shares: Sequence[float] | None) -> None:
     """Put the mean of one expert's `rows`, by `shares` or uniform, into the first of them.
 
-    In pieces that stay in the processor's cache: a float32 copy of the whole would be memory that is touched for the first time.
+    In pieces that stay in the processor's cache: a float32 copy of the whole would be memory that is touched for the
+    first time.
     """
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     for pieces in zip(*(row.view(-1).split(PIECE) for row in rows)):

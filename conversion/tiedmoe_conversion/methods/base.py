@@ -35,13 +35,15 @@ class RoutedInputs:
     num_fit: int
 
     def of_slot(self, slot: int, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs `[n, H]` and routing weights `[n]` of the tokens that chose `slot`, float32; n may be 0."""
+        """Return the inputs `[n, H]` and routing weights `[n]` of `slot`'s tokens, float32; n may be 0."""
         tokens = slice(self.num_fit, None) if held_out else slice(None, self.num_fit)
         token, place = torch.where(self.top_k_index[tokens] == slot)
         return self.hidden_states[tokens][token].float(), self.top_k_weights[tokens][token, place].float()
 
     def sample_of_slot(self, slot: int, limit: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `of_slot`, at most `limit` tokens drawn at random; their weights are raised so that sums of squares keep their size."""
+        """Return the same as `of_slot`, at most `limit` tokens drawn at random; their weights are raised so that sums
+        of squares keep their size.
+        """
         hidden_states, weights = self.of_slot(slot)
         if len(weights) <= limit:
             return hidden_states, weights
@@ -49,12 +51,12 @@ class RoutedInputs:
         return hidden_states[chosen], weights[chosen] * (len(weights) / limit) ** 0.5
 
     def sample(self, limit: int, generator: torch.Generator) -> torch.Tensor:
-        """At most `limit` of the tokens to fit on, whatever their slots: `[n, H]` float32."""
+        """Return at most `limit` of the tokens to fit on, whatever their slots: `[n, H]` float32."""
         chosen = torch.randperm(self.num_fit, generator=generator)[:limit]
         return self.hidden_states[chosen].float()
 
     def counts(self, num_experts: int) -> torch.Tensor:
-        """How many tokens to fit on chose each slot, int64 `[E]`."""
+        """Count how many tokens to fit on chose each slot, int64 `[E]`."""
         chosen = self.top_k_index[: self.num_fit].flatten()
         return torch.bincount(chosen[chosen < num_experts], minlength=num_experts)
 
@@ -67,16 +69,19 @@ class LayerExperts(Protocol):
         """The layer's index in the model."""
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """The experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new memory.
+        """Return the experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new
+        memory.
 
         With `first` and `last` (not included) only those experts of it.
         """
 
     def rows(self, name: str) -> list[tuple[int, int]]:
-        """`first` and `last` for reading the parameter `name` a block at a time: an expert each, wherever the family allows it."""
+        """Return `first` and `last` for reading the parameter `name` a block at a time: an expert each, wherever the
+        family allows it.
+        """
 
     def inputs(self) -> RoutedInputs:
-        """The layer's inputs on the calibration text; only where the method was registered to need calibration."""
+        """Return the layer's inputs on the calibration text; only if the method was registered to need it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Pool:
     slot_maps: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor of the parameter `name`, `[P, ...]`."""
+        """Return the whole tensor of the parameter `name`, `[P, ...]`."""
         blocks = list(self.blocks(name))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -108,8 +113,8 @@ class Group:
         parameters: the names of a pool's tensors.
         function: what the family's experts compute; calling it raises for experts that calibrated methods do not know.
         seed: of this group; `generator` makes a random generator of it.
-        held_out_loss: the source's loss on held-out text (nats per token) if this group alone were tied by a pool; None
-            without calibration text.
+        held_out_loss: the source's loss on held-out text (nats per token) if this group alone were tied by a pool;
+            None without calibration text.
         notes: what the methods have to tell the user, in order; `note` adds one.
     """
 
@@ -127,27 +132,27 @@ class Group:
         self.notes.append(text)
 
     def layer(self, index: int) -> LayerExperts:
-        """The layer whose index in the model is `index`."""
+        """Return the layer whose index in the model is `index`."""
         return next(layer for layer in self.layers if layer.index == index)
 
     def generator(self) -> torch.Generator:
-        """A random generator on the CPU that starts alike in every run of the same recipe."""
+        """Return a random generator on the CPU that starts alike in every run of the same recipe."""
         return torch.Generator().manual_seed(self.seed)
 
     def experts(self, layer: LayerExperts) -> Experts:
-        """All experts of a source layer, `[E, ...]` in float32."""
+        """Return all experts of a source layer, `[E, ...]` in float32."""
         return self.family_function.neurons(self.tensors(layer))
 
     def pool_experts(self, pool: Pool) -> Experts:
-        """A pool's experts, `[P, ...]` in float32: what a method that refines a pool starts from."""
+        """Return a pool's experts, `[P, ...]` in float32: what a method that refines a pool starts from."""
         return self.family_function.neurons({name: pool.read(name) for name in self.parameters})
 
     def expert(self, tensors: Mapping[str, torch.Tensor], slot: int) -> Experts:
-        """One expert of what `tensors` gave, `[1, ...]` in float32."""
+        """Return one expert of what `tensors` gave, `[1, ...]` in float32."""
         return self.family_function.neurons({name: tensor[slot : slot + 1] for name, tensor in tensors.items()})
 
     def tensors(self, layer: LayerExperts) -> dict[str, torch.Tensor]:
-        """All parameters of a source layer's experts in the source's dtype: half the memory that float32 takes."""
+        """Return all parameters of a source layer's experts in the source's dtype: half of float32's memory."""
         return {name: layer.read(name) for name in self.parameters}
 
     def pool(self, experts: Experts, slot_maps: Mapping[int, torch.Tensor]) -> Pool:
@@ -161,7 +166,7 @@ class Group:
         return Pool(blocks, slot_maps)
 
     def slot_map(self, pool: Pool, layer: LayerExperts) -> torch.Tensor:
-        """Where a layer's slots are in the pool, int64 `[E]`; the identity where the pool has no slot maps."""
+        """Return where a layer's slots are in the pool, int64 `[E]`; the identity where the pool has no slot maps."""
         return pool.slot_maps.get(layer.index, torch.arange(self.num_experts))
 
     @property
@@ -195,7 +200,9 @@ class Sizes:
 
 
 def _default_scratch(sizes: Sizes, **options: Any) -> int:
-    """One expert's inputs, activations and outputs on all of the text, twice over, and two square matrices of its neurons."""
+    """One expert's inputs, activations and outputs on all of the text, twice over, and two square matrices of its
+    neurons.
+    """
     return 8 * sizes.num_tokens * (2 * sizes.hidden_size + 3 * sizes.width) + 16 * sizes.width**2
 
 
@@ -206,8 +213,8 @@ class Memory:
     Attributes:
         float32_layers: of a method that streams: float32 buffers of one layer's size that it keeps.
         group_copies: of any other: how often it holds the group's experts, and the pool's, in float32.
-        scratch_bytes: what it holds beside those copies, at most: tokens, activations, matrices of one expert. Called as
-            `scratch_bytes(sizes, **options)` with `Sizes` and all of the options, defaults included.
+        scratch_bytes: what it holds beside those copies, at most: tokens, activations, matrices of one expert. Called
+            as `scratch_bytes(sizes, **options)` with `Sizes` and all of the options, defaults included.
     """
 
     float32_layers: int = 0
@@ -292,8 +299,8 @@ def register_method(
 
     Args:
         pool_num_experts: P from the source's E and the number of layers in the group, if the recipe names none.
-        any_width: whether the method makes a pool of any `group.pool_num_experts` itself. The pool of another method is
-            widened after it, by clones that change nothing (`methods/widen.py`).
+        any_width: whether the method makes a pool of any `group.pool_num_experts` itself. The pool of another method
+            is widened after it, by clones that change nothing (`methods/widen.py`).
         slot_maps: whether the layers keep their own router width E and reach the pool through a slot map.
         lossless: whether the tied model computes the source's logits, bit for bit; verified when it claims so.
         layers_read: the layers of a group, by index, that the method reads; the others' experts are dropped by name.

@@ -14,7 +14,9 @@ ROUNDS = 16  # of leaving neurons out; more gave nothing
 
 
 def _scratch_bytes(sizes: Sizes, up: str, candidates: int, tokens_per_expert: int, **options) -> int:
-    """A row's tokens; their features; and four Gram matrices in float64: of the neurons to choose from, or of one expert's."""
+    """A row's tokens; their features; and four Gram matrices in float64: of the neurons to choose from, or of one
+    expert's.
+    """
     side = sizes.width * min(candidates, sizes.num_readers) if up == "neurons" else max(sizes.width, sizes.hidden_size)
     num_tokens = min(tokens_per_expert, sizes.num_tokens)
     tokens = num_tokens * (8 * sizes.num_readers * sizes.hidden_size + 24 * (side + sizes.hidden_size))
@@ -38,18 +40,21 @@ def least_squares(
     candidates: int = 4,
     tokens_per_expert: int = 4096,
 ) -> Pool:
-    """Each pool row's gate and up by choosing neurons or by RegMean, then its down by least squares.
+    """Return each pool row's gate and up by choosing neurons or by RegMean, then its down by least squares.
 
-    With f(x) what the row's neurons hand to down, y(x) the reader's own expert's output and w its routing weight, sums over
-    the tokens of all slots that read the row:
+    With f(x) what the row's neurons hand to down, y(x) the reader's own expert's output and w its routing weight, sums
+    over the tokens of all slots that read the row:
 
-        up="regmean"  W = (sum W_l G_l)(sum G_l)^-1 for neurons matched to the start's row, G_l = sum w^2 x x^T with the
+        up="regmean"  W = (sum W_l G_l)(sum G_l)^-1 for neurons matched to the start's row, G_l = sum w^2 x x^T with
+        the
                       entries off the diagonal times `shrink` (RegMean, arXiv 2212.09849, Section 3)
-        up="neurons"  the I of all the readers' neurons without which sum w^2 |y - D f|^2 grows most, left out step by step
-        up="keep"     the start's own
-        down          D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, lambda = ridge * mean of the diagonal
+        up="neurons"  the I of all the readers' neurons without which sum w^2 |y - D f|^2 grows most, left out step by
+        step up="keep"     the start's own
+        down          D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, lambda = ridge * mean of the
+        diagonal
 
-    A row whose fit is not better on held-out tokens stays as it was, and so does the pool if the model's loss is not less.
+    A row whose fit is not better on held-out tokens stays as it was, and so does the pool if the model's loss is not
+    less.
 
     Args:
         start: the pool to refine; `align`'s where the recipe names none before it.
@@ -155,7 +160,8 @@ def _chosen_neurons(
 ) -> Experts:
     """The I of the row's and the readers' neurons that together fit best, with the outgoing weights of that fit.
 
-    Backward elimination: leaving neuron k out costs |D_k|^2 / (A^-1)_kk, where A = sum w^2 f f^T + lambda I and D the fit on
+    Backward elimination: leaving neuron k out costs |D_k|^2 / (A^-1)_kk, where A = sum w^2 f f^T + lambda I and D the
+        fit on
     the neurons that are left (as Optimal Brain Surgeon).
     """
     width = old.down.shape[-1]
@@ -208,7 +214,7 @@ def _refit_down(function: ExpertFunction, row: Experts, readers: list[Reader], r
 def _normal_equations(
     function: ExpertFunction, row: Experts, readers: list[Reader], down: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """sum w^2 f f^T and sum w^2 (y - D f) f^T in float64, with a constant last feature where down has a bias; and I."""
+    """sum w^2 f f^T and sum w^2 (y - D f) f^T in float64, with a constant last feature if down has a bias; and I."""
     gram = cross = torch.zeros(())
     for reader in readers:
         features = function.features(row, reader.hidden_states)[0]

@@ -1,7 +1,8 @@
 """Which expert of one layer does what an expert of another does, and which neuron of the one is which of the other.
 
-Both are assignment problems (Hungarian algorithm, as in weight matching, arXiv 2209.04836, Section 3). Experts are compared
-by what they compute, which does not depend on how their neurons are numbered; neurons by what they add to the output.
+Both are assignment problems (Hungarian algorithm, as in weight matching, arXiv 2209.04836, Section 3). Experts are
+compared by what they compute, which does not depend on how their neurons are numbered; neurons by what they add to the
+output.
 """
 
 import torch
@@ -14,7 +15,9 @@ TOKENS_AT_A_TIME = 128  # of all experts at once
 
 
 def matching_bytes(sizes: Sizes, num_tokens: int) -> int:
-    """Bytes that `match_experts` and `match_neurons` on that many tokens hold, scipy's copy of the matrix included."""
+    """Return the bytes that `match_experts` and `match_neurons` on that many tokens hold, scipy's copy of the matrix
+    included.
+    """
     of_experts = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 24 * sizes.hidden_size)
     return max(of_experts, 24 * sizes.width**2 + num_tokens * (24 * sizes.width + 4 * sizes.hidden_size))
 
@@ -27,10 +30,12 @@ def match_experts(
     sizes: torch.Tensor,
     reference_sizes: torch.Tensor,
 ) -> torch.Tensor:
-    """For each of `experts [E]` the expert of `reference [E]` that it is to be merged with: int64 `[E]`, a permutation.
+    """For each of `experts [E]` the expert of `reference [E]` that it is to be merged with: int64 `[E]`, a
+    permutation.
 
-    The least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the mean, weighted by the
-    `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are kept apart where there are idle ones.
+    The least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the mean,
+    weighted by the `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are kept apart where
+    there are idle ones.
     """
     distances = torch.zeros(len(experts), len(reference), dtype=torch.float64)
     for part in hidden_states.split(TOKENS_AT_A_TIME):
@@ -47,11 +52,12 @@ def match_neurons(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
 ) -> Experts:
-    """One `expert` with its neurons in the order of `reference`'s that they resemble; what it computes stays the same.
+    """Return one `expert` with its neurons in the order of `reference`'s that they resemble; what it computes stays
+    the same.
 
-    Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x) f_j(x) *
-    d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its sign
-    (`can_flip`), neither depends on it, and the sign that brings the weights nearer is taken afterwards.
+    Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x)
+    f_j(x) * d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its
+    sign (`can_flip`), neither depends on it, and the sign that brings the weights nearer is taken afterwards.
 
     Args:
         expert, reference: `[1, ...]` each.

@@ -37,11 +37,11 @@ def prefit(
     objective: Literal["layer", "expert"] = "layer",
     batch_tokens: int = 1024,
 ) -> Pool:
-    """A pool fitted by gradient (Adam) to each layer's own expert outputs on the calibration text, through its slot map.
+    """Fit a pool by gradient (Adam) to each layer's own expert outputs on the calibration text, through its slot map.
 
-    Per layer, in units of its own outputs' mean square: objective="layer" is |sum_k w_k (P_k(x) - E_k(x))|^2 over the token's
-    experts k, "expert" is sum_k w_k^2 |P_k(x) - E_k(x)|^2. It stops when that is no longer less on held-out tokens, goes
-    back to the least, and keeps the start if the model's loss on held-out text is not less.
+    Per layer, in units of its own outputs' mean square: objective="layer" is |sum_k w_k (P_k(x) - E_k(x))|^2 over the
+    token's experts k, "expert" is sum_k w_k^2 |P_k(x) - E_k(x)|^2. It stops when that is no longer less on held-out
+    tokens, goes back to the least, and keeps the start if the model's loss on held-out text is not less.
 
     Args:
         start: the pool to fit; `least_squares`'s where the recipe names none before it.
@@ -100,7 +100,7 @@ class _Layer:
         return replace(found, objective=objective, size=max(size.item(), torch.finfo(torch.float32).tiny))
 
     def loss(self, function: ExpertFunction, student: list[Experts] | None, tokens: torch.Tensor) -> torch.Tensor:
-        """The objective, mean over `tokens [n]`; without a student that of a pool that gives nothing."""
+        """Return the objective, mean over `tokens [n]`; without a student that of a pool that gives nothing."""
         hidden_states = self.inputs.hidden_states[tokens].float()
         index, weights = self.inputs.top_k_index[tokens], self.inputs.top_k_weights[tokens].float()
         gaps, owners = [hidden_states.new_zeros(0, hidden_states.shape[1])], [tokens.new_zeros(0)]
@@ -121,7 +121,7 @@ class _Layer:
 
     @torch.no_grad()
     def held_out_loss(self, function: ExpertFunction, student: list[Experts]) -> float:
-        """The objective on held-out tokens, or on some to fit on where none are held out."""
+        """Return the objective on held-out tokens, or on some to fit on where none are held out."""
         last = torch.arange(len(self.inputs.hidden_states))
         tokens = last[self.inputs.num_fit :] if self.inputs.num_fit < len(last) else last
         return self.loss(function, student, tokens[:: -(-len(tokens) // HELD_OUT_TOKENS)]).item()

@@ -1,4 +1,4 @@
-"""`prototype`: keep some of the group's experts bit for bit, and let every slot read the kept one that hurts it least."""
+"""`prototype`: keep some of the group's experts bit for bit; every slot reads the kept one that hurts it least."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ UNROUTED_WEIGHT = 1e-3  # routing weight of theirs: too little to decide which e
 
 
 def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
-    """The slots' tokens and their experts' outputs, what all experts of a layer make of some of them, and the costs."""
+    """The slots' tokens and outputs, what all experts of a layer make of some of them, and the costs."""
     slots = sizes.num_layers * sizes.num_experts
     at_a_time = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 12 * sizes.hidden_size)
     tokens = max(min(tokens_per_expert, sizes.num_tokens), UNROUTED_TOKENS)
@@ -30,9 +30,9 @@ def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
 def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:
     """P of the group's g*E experts, bit for bit; every slot reads the one of them that is nearest to its own expert.
 
-    Slot p that reads expert k costs C[p, k] = sum over the tokens x that chose p of w^2 |E_k(x) - E_p(x)|^2. The P experts with the
-    least sum_p min_k C[p, k] are sought by leaving out, one by one, the expert that is missed least, then by exchanging
-    single ones while that helps (k-medoids, Kaufman and Rousseeuw 1990). P = g*E is `union`.
+    Slot p that reads expert k costs C[p, k] = sum over the tokens x that chose p of w^2 |E_k(x) - E_p(x)|^2. The P
+    experts with the least sum_p min_k C[p, k] are sought by leaving out, one by one, the expert that is missed least,
+    then by exchanging single ones while that helps (k-medoids, Kaufman and Rousseeuw 1990). P = g*E is `union`.
 
     Args:
         tokens_per_expert: calibration tokens per slot, at most.
@@ -73,7 +73,8 @@ def replacement_costs(group: Group, tokens_per_expert: int) -> torch.Tensor:
                 owners.append(place * num_experts + slot)
     if unrouted:
         group.note(
-            f"prototype: {unrouted} of {len(group.layers) * num_experts} experts have no calibration tokens; their slots are mapped by {UNROUTED_TOKENS} others'"
+            f"prototype: {unrouted} of {len(group.layers) * num_experts} experts have no calibration tokens; their "
+            f"slots are mapped by {UNROUTED_TOKENS} others'"
         )
     costs = torch.zeros(len(group.layers) * num_experts, len(group.layers) * num_experts, dtype=torch.float64)
     for place, layer in enumerate(group.layers):
@@ -85,7 +86,9 @@ def replacement_costs(group: Group, tokens_per_expert: int) -> torch.Tensor:
 
 
 def choose(costs: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """The columns, ascending, to keep of `costs [N, N]`, so that the sum of each row's least is small: int64 `[num_kept]`."""
+    """Return the columns, ascending, to keep of `costs [N, N]`, so that the sum of each row's least is small: int64
+    `[num_kept]`.
+    """
     kept = torch.arange(len(costs))
     while len(kept) > num_kept:
         least, nearest = costs[:, kept].topk(2, dim=1, largest=False)

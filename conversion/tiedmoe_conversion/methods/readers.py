@@ -25,7 +25,7 @@ class Reader:
     held_out: tuple[torch.Tensor, torch.Tensor]
 
     def targets(self, function: ExpertFunction) -> torch.Tensor:
-        """What the expert gave on the tokens to fit on, `[n, H]`."""
+        """Return what the expert gave on the tokens to fit on, `[n, H]`."""
         return function.outputs(self.expert, self.hidden_states)[0]
 
 
@@ -39,7 +39,7 @@ def slots_of_rows(group: Group, pool: Pool, num_rows: int) -> list[list[tuple[La
 
 
 def better_pool(group: Group, name: str, start: Pool, fitted: Pool) -> Pool:
-    """`fitted`, or `start` where the loss on held-out text is not less with it; a note says so."""
+    """Return `fitted`, or `start` where the loss on held-out text is not less with it; a note says so."""
     if group.held_out_loss is None:
         return fitted
     before, after = group.held_out_loss(start), group.held_out_loss(fitted)

@@ -16,14 +16,15 @@ DAMPING = 0.01  # of a Gram matrix, in units of its mean diagonal
 
 
 def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The factors of the given rank that bring each slot's pool row nearest to its own expert.
+    """Return the factors of the given rank that bring each slot's pool row nearest to its own expert.
 
-    The own expert's neurons are put in the row's order first. With D the difference of a projection's weights and G = sum w^2 x
-    x^T over the projection's inputs in the slot's tokens, b a = U U^T D, where U are the first `rank` eigenvectors of D G D^T:
-    the least |(D - b a) x|^2 over them (arXiv 2403.07378, Section 3, without its roots), and the plain truncated SVD where G
+    The own expert's neurons are put in the row's order first. With D the difference of a projection's weights and G =
+    sum w^2 x x^T over the projection's inputs in the slot's tokens, b a = U U^T D, where U are the first `rank`
+    eigenvectors of D G D^T: the least |(D - b a) x|^2 over them (arXiv 2403.07378, Section 3, without its roots), and
+    the plain truncated SVD where G
     is the identity: without calibration text, or without tokens. `down` is fitted to what the neurons give with the
-    residual of gate and up, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`. Where a
-    fit of `down` alone is nearer, as it may be to a row that was itself fitted, gate and up have none.
+    residual of gate and up, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`.
+    Where a fit of `down` alone is nearer, as it may be to a row that was itself fitted, gate and up have none.
 
     Args:
         group: with calibration inputs where `held_out_loss` is there.
@@ -31,8 +32,8 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
         rank: from 1 to the least of every projection's rows and columns.
 
     Returns:
-        By layer index and projection the pair `(b [E, rows, r], a [E, r, columns])`, as `TiedExperts` registers it; b is zero
-        where the row is the slot's own expert.
+        By layer index and projection the pair `(b [E, rows, r], a [E, r, columns])`, as `TiedExperts` registers it; b
+        is zero where the row is the slot's own expert.
     """
     function, generator = group.family_function, group.generator()
     dtype, rows = group.layers[0].read("down_proj").dtype, group.pool_experts(pool)
@@ -58,7 +59,9 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
 
 
 def scratch_bytes(sizes: Sizes) -> int:
-    """Bytes held beside the experts, at most: one expert's tokens, and four matrices in float64 of neurons or of inputs."""
+    """Return the bytes held beside the experts, at most: one expert's tokens, and four matrices in float64 of neurons
+    or of inputs.
+    """
     num_tokens = min(TOKENS_PER_EXPERT, sizes.num_tokens)
     tokens = num_tokens * (32 * sizes.width + 40 * sizes.hidden_size)
     low_rank = 4 * 8 * min(2 * sizes.width, sizes.hidden_size) ** 2 + 4 * 8 * 2 * sizes.width * sizes.hidden_size
@@ -122,7 +125,9 @@ def _gram(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`change [out, in]` as `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`; exactly zero where it is zero."""
+    """`change [out, in]` as `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`; exactly zero where it
+    is zero.
+    """
     change, gram = change.double(), _gram(inputs)
     if len(change) <= len(gram):
         directions = torch.linalg.eigh(change @ gram @ change.T).eigenvectors[:, -rank:].flip(1)
@@ -137,6 +142,8 @@ def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[to
 
 
 def _zeros(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """No change of `weight [out, in]`: b = 0, and a random a, without which healing would have no gradient (arXiv 2106.09685)."""
+    """No change of `weight [out, in]`: b = 0, and a random a, without which healing would have no gradient (arXiv
+    2106.09685).
+    """
     size = weight.square().mean().sqrt()
     return torch.zeros(weight.shape[0], rank), torch.randn(rank, weight.shape[1], generator=generator) * size

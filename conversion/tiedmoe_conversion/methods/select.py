@@ -9,7 +9,7 @@ from .base import Group, LayerExperts, Pool, register_method
 
 
 def selected_layers(layers: Sequence[int], layer: str | int = "first") -> list[int]:
-    """Those of `layers` that are read: the one that the option `layer` names, or all of them for "best"."""
+    """Return those of `layers` that are read: the one that the option `layer` names, or all of them for "best"."""
     if layer == "best":
         return list(layers)
     if layer in ("first", "last"):
@@ -26,7 +26,8 @@ def selected_layers(layers: Sequence[int], layer: str | int = "first") -> list[i
     "select", streams=True, layers_read=selected_layers, calibration=lambda layer="first", **options: layer == "best"
 )
 def select(group: Group, layer: str | int = "first") -> Pool:
-    """One layer's experts, bit for bit: the first's, the last's, those of a place in the group, or the best layer's.
+    """Take one layer's experts, bit for bit: the first's, the last's, those of a place in the group, or the best
+    layer's.
 
     The best is the one whose pool adds least to the loss on held-out text: one evaluation for each layer.
     """

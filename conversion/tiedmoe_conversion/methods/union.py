@@ -19,7 +19,7 @@ from .base import Group, Pool, register_method
     streams=True,
 )
 def union(group: Group) -> Pool:
-    """Every expert of the group, reached through a slot map: the source's logits, bit for bit, and no byte saved."""
+    """Keep every expert of the group, reached through a slot map: the source's logits, bit for bit; saves no byte."""
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         for layer in group.layers:

@@ -10,11 +10,11 @@ from .readers import slots_of_rows
 
 
 def widen(group: Group, pool: Pool, num_experts: int) -> Pool:
-    """A pool of `num_experts` rows, clones of `pool`'s, in which every layer computes the same bit for bit.
+    """Return a pool of `num_experts` rows, clones of `pool`'s, in which every layer computes the same bit for bit.
 
-    The slots that read a row are shared out over its copies, neighbouring layers together; every row is read by at least one
-    slot. One after the other, clones are made of the row with the most routed tokens per copy, where calibration text
-    counted them, else of that with the most slots per copy.
+    The slots that read a row are shared out over its copies, neighbouring layers together; every row is read by at
+    least one slot. One after the other, clones are made of the row with the most routed tokens per copy, where
+    calibration text counted them, else of that with the most slots per copy.
 
     Args:
         pool: of at most `num_experts` experts; rows that no slot reads are left out.

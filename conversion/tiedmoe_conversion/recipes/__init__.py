@@ -11,12 +11,12 @@ FOLDER = Path(__file__).parent
 
 
 def recipe_names() -> list[str]:
-    """The names of all shipped recipes, in order."""
+    """Return the names of all shipped recipes, in order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read_recipe(name: str) -> str:
-    """The text of the shipped recipe `name`.
+    """Return the text of the shipped recipe `name`.
 
     Raises:
         ConversionError: there is none of that name.
@@ -29,7 +29,9 @@ def read_recipe(name: str) -> str:
 
 
 def shipped_recipes() -> list[dict[str, str]]:
-    """Of every recipe its `name`, `method` (with what refines it), `parameters` before and after, and a `summary`."""
+    """Return of every recipe its `name`, `method` (with what refines it), `parameters` before and after, and a
+    `summary`.
+    """
     return [_described(name) for name in recipe_names()]
 
 

@@ -1,8 +1,9 @@
-"""`TiedMoeTrainingArguments`: every argument of transformers' Trainer, and those of healing; from flags, YAML or Python.
+"""`TiedMoeTrainingArguments`: every argument of transformers' Trainer, and those of healing; from flags, YAML or
+Python.
 
-The flags are made by transformers' `HfArgumentParser` from the fields, as in TRL's commands: `--per_device_train_batch_size`
-or `--per-device-train-batch-size`. Shorter names that were documented before (`--batch-size`, `--output`,
-`--warmup-fraction`) stand for Trainer's own.
+The flags are made by transformers' `HfArgumentParser` from the fields, as in TRL's commands:
+`--per_device_train_batch_size` or `--per-device-train-batch-size`. Shorter names that were documented before
+(`--batch-size`, `--output`, `--warmup-fraction`) stand for Trainer's own.
 """
 
 import argparse
@@ -58,7 +59,7 @@ REFUSED = {
     "load_best_model_at_end": "the model of the last step is saved; lower max_steps instead",
     "auto_find_batch_size": "a run that is continued needs one batch size; lower per_device_train_batch_size instead",
     "fp16": "weights are trained in float32 and computed in bfloat16 (bf16) or float32",
-    "parallelism_config": "healing needs the weights whole in every process; launch it with `accelerate launch --multi_gpu`",
+    "parallelism_config": "healing needs the weights whole in every process",
     "enable_jit_checkpoint": "checkpoints are written every save_steps",
 }
 
@@ -78,13 +79,15 @@ class TiedMoeTrainingArguments(TrainingArguments):
     model: str = _ours("", "Folder or hub id of the model to heal.")
     data: str = _ours(
         "",
-        "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a dataset of the Hub "
+        "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a dataset of the "
+        "Hub "
         "(id or id:config).",
     )
     teacher: str | None = _ours(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _ours(
         0.5,
-        "Share of the distillation loss if there is a teacher; the text has the rest. 1 if the source was trained on that "
+        "Share of the distillation loss if there is a teacher; the text has the rest. 1 if the source was trained on "
+        "that "
         "text: it has nothing more to learn from it.",
     )
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
@@ -130,7 +133,8 @@ class TiedMoeTrainingArguments(TrainingArguments):
             raise TiedMoeError(f"transformers' TrainingArguments refuse this: {error}") from error
         if self.n_gpu > 1:
             raise TiedMoeError(
-                f"one process sees {self.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one process "
+                f"one process sees {self.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one "
+                "process "
                 "a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
             )
 
@@ -183,7 +187,8 @@ class TiedMoeTrainingArguments(TrainingArguments):
         for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
                 raise TiedMoeError(
-                    f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every process; "
+                    f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every "
+                    "process; "
                     "launch it with --multi_gpu, with lora if memory is short"
                 )
         for name in (
@@ -207,7 +212,8 @@ class TiedMoeTrainingArguments(TrainingArguments):
                 raise TiedMoeError(f"{name}={getattr(self, name)} must not be negative")
         if self.save_strategy not in ("steps", "no") or self.num_train_epochs != type(self).num_train_epochs:
             raise TiedMoeError(
-                "healing counts steps, not epochs: set max_steps and save_steps, and leave num_train_epochs and save_strategy out"
+                "healing counts steps, not epochs: set max_steps and save_steps, and leave num_train_epochs and "
+                "save_strategy out"
             )
         if self.lr_divisor not in LR_DIVISORS:
             raise TiedMoeError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
@@ -216,8 +222,8 @@ class TiedMoeTrainingArguments(TrainingArguments):
 def parse_arguments(arguments: Sequence[str]) -> TiedMoeTrainingArguments:
     """Make the arguments of a command line: `MODEL --data TEXT --output FOLDER [--config FILE] [any flag of Trainer]`.
 
-    Prints help for `--help` (healing's own flags) and `--help-all` (Trainer's too) and exits. A flag that does not exist exits
-    with status 2, as argparse does.
+    Prints help for `--help` (healing's own flags) and `--help-all` (Trainer's too) and exits. A flag that does not
+    exist exits with status 2, as argparse does.
 
     Raises:
         TiedMoeError: as `TiedMoeTrainingArguments`, or a config that cannot be read.
@@ -279,11 +285,12 @@ def _parser() -> _Parser:
     parser = _Parser(
         TiedMoeTrainingArguments,
         prog="tiedmoe heal",
-        usage="tiedmoe heal MODEL --data TEXT --output FOLDER [--config FILE] [any flag of transformers' TrainingArguments]",
-        description="Train a tied model for a short while, and measure held-out perplexity before and after. Start the same "
-        "command again to continue a run that was killed. For several devices put `accelerate launch -m "
+        usage="tiedmoe heal MODEL --data TEXT --output FOLDER [--config FILE] [any flag of TrainingArguments]",
+        description="Train a tied model for a short while, and measure held-out perplexity before and after. Start "
+        "the same command again to continue a run that was killed. For several devices put `accelerate launch -m "
         "transformers_tiedmoe.cli` in the place of `tiedmoe`.",
-        epilog="Every flag of transformers' TrainingArguments is known, too: --help-all lists them. Example: tiedmoe heal tied "
+        epilog="Every flag of transformers' TrainingArguments is known, too: --help-all lists them. Example: "
+        "tiedmoe heal tied "
         "--data text.txt --output healed --max-steps 500",
         allow_abbrev=False,
         add_help=False,

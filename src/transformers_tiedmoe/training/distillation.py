@@ -17,7 +17,8 @@ def distillation_loss(
     """Sum over tokens of KL(teacher || student) at a temperature, times its square (arXiv 1503.02531, section 2).
 
     The fp32 log-probabilities of `chunk_size` tokens exist at a time, in the forward and in the backward, which
-    computes them again: with a vocabulary of 150k a chunk of 1024 tokens takes 0.6 GiB for each of student and teacher.
+    computes them again: with a vocabulary of 150k a chunk of 1024 tokens takes 0.6 GiB for each of student and
+        teacher.
 
     Args:
         logits: of the student, `[B, T, V]`, any float dtype.

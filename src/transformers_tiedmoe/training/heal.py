@@ -1,8 +1,10 @@
 """Healing: the short training after a conversion, with transformers' Trainer underneath.
 
-`heal(TiedMoeTrainingArguments(model=..., data=..., output_dir=...))` measures held-out loss, trains, measures again, and
-leaves in `output_dir` a model that the Auto classes load, its card and manifest, and `heal.json`, the report. Works on any
-causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename. Kill it and call
+`heal(TiedMoeTrainingArguments(model=..., data=..., output_dir=...))` measures held-out loss, trains, measures again,
+and leaves in `output_dir` a model that the Auto classes load, its card and manifest, and `heal.json`, the report.
+Works on any
+causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename. Kill it and
+    call
 it again: it goes on from the last checkpoint.
 """
 
@@ -63,26 +65,26 @@ def HealConfig(model: str, data: str, output: str, **fields: Any) -> TiedMoeTrai
 def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> dict[str, Any]:
     """Train a converted model for a short while and save it.
 
-    In full training the weights are float32 and, with `bf16`, the arithmetic is bfloat16; each is saved in the dtype that it
-    has in the model's files. With `lora` the weights stay as they are, the adapters are float32, and both the merged model
-    (in `output_dir`) and the adapter (in `output_dir/adapter`) are saved. Norms are frozen unless `train_norms`; the router
-    is trained, with the auxiliary losses that the model's own config asks for.
+    In full training the weights are float32 and, with `bf16`, the arithmetic is bfloat16; each is saved in the dtype
+    that it has in the model's files. With `lora` the weights stay as they are, the adapters are float32, and both the
+    merged model (in `output_dir`) and the adapter (in `output_dir/adapter`) are saved. Norms are frozen unless
+    `train_norms`; the router is trained, with the auxiliary losses that the model's own config asks for.
 
     Args:
         args: what to heal, on what, and how.
         progress: called as `progress(done_steps, all_steps, what)`, instead of Trainer's own bar and log.
 
     Returns:
-        The report that `output_dir/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`, `tokens`,
-        all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of this
-        process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`, `config`,
-        `versions`.
+        The report that `output_dir/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`,
+        `tokens`, all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of
+        this process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`,
+        `config`, `versions`.
 
     Raises:
         FileNotFoundError: no such data.
         OSError: no such model or teacher.
-        TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else, another
-            healing at work on it, a full disk, or a loss that is no longer a number.
+        TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else,
+            another healing at work on it, a full disk, or a loss that is no longer a number.
         ImportError: `lora` without peft.
     """
     tell = progress or (lambda done, total, what: None)
@@ -208,7 +210,7 @@ class _Run:
             self.progress(step_of(self.checkpoint) if done is None else done, self.args.max_steps, what)
 
     def _load_teacher(self) -> PreTrainedModel | None:
-        """Load the frozen teacher. Logits are compared one by one: a number must mean the same token to both models."""
+        """Load the frozen teacher. Logits are compared: a number must mean the same token to both models."""
         args = self.args
         if args.teacher is None:
             return None
@@ -232,7 +234,8 @@ class _Run:
         """Load the model ready to train."""
         args = self.args
         # Trainer's own resuming matches the names in the file with those of the modules and skips what differs, but
-        # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes do.
+        # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes
+        # do.
         load = load_merged if args.merge_adapter else load_model
         model = load(args.model, args.trust_remote_code)
         self.dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
@@ -309,12 +312,14 @@ class _Run:
         is_uniform = abs(after["loss"] - uniform) < 1e-3 and before["loss"] < uniform - 1e-2
         if not math.isfinite(after["loss"]) or is_uniform:
             raise Diverged(
-                f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']:.3f}, and {uniform:.3f} is "
+                f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']:.3f}, and "
+                f"{uniform:.3f} is "
                 "that of guessing; nothing was saved: lower learning_rate"
             )
         if after["loss"] > before["loss"]:
             self.warnings.append(
-                f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is {after['loss']:.4f}; lower "
+                f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is "
+                f"{after['loss']:.4f}; lower "
                 "learning_rate, or give more text"
             )
 
@@ -349,7 +354,8 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
     named = str(fields.get("_attn_implementation") or fields.get("attn_implementation") or "")
     if "/" in named and not trust_remote_code:
         raise TiedMoeError(
-            f"{model} asks for the attention kernels {named}, which would be code of its choosing; expected none: remove it from "
+            f"{model} asks for the attention kernels {named}, which would be code of its choosing; expected none: "
+            "remove it from "
             "config.json, or trust the checkpoint (trust_remote_code)"
         )
     with reading(f"the config of {model}"):
@@ -446,7 +452,8 @@ def _check_tokens(args: TiedMoeTrainingArguments, config: PreTrainedConfig, *par
     most, vocab_size = max(int(block.max()) for block in _columns(*parts)), config.get_text_config().vocab_size
     if most >= vocab_size:
         raise TiedMoeError(
-            f"{args.model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the tokenizer that "
+            f"{args.model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the "
+            "tokenizer that "
             "belongs to the weights"
         )
 

@@ -33,7 +33,8 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
         ) from error
     if rank > (hidden_size := model.config.get_text_config().hidden_size):
         raise TiedMoeError(
-            f"lora_rank={rank}, but the model's hidden size is {hidden_size}; expected at most that, and far less to save anything"
+            f"lora_rank={rank}, but the model's hidden size is {hidden_size}; expected at most that, and far less to "
+            "save anything"
         )
     config = LoraConfig(
         r=rank,
@@ -46,7 +47,9 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
 
 
 def attention_linears(model: nn.Module) -> list[str]:
-    """Names of the linear modules inside modules called `self_attn`, `linear_attn`, `attention` or the like."""
+    """Return the names of the linear modules inside modules called `self_attn`, `linear_attn`, `attention` or the
+    like.
+    """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = [name for name in names if re.search(r"att(n|ention)[^.]*\.", name)]
     if not names:
@@ -58,5 +61,5 @@ def attention_linears(model: nn.Module) -> list[str]:
 
 
 def pool_matrices(model: nn.Module) -> list[str]:
-    """Names of the pools' `[E, out, in]` weights, without the biases that some families have."""
+    """Return the names of the pools' `[E, out, in]` weights, without the biases that some families have."""
     return [name for name, parameter in model.named_parameters() if "expert_pools." in name and parameter.ndim == 3]

@@ -1,7 +1,7 @@
 """Checkpoints of several dtypes: `dtype="auto"` rounds every weight to the config's, and saving would keep it so.
 
-A bfloat16 model whose routers are float32 is loaded in bfloat16 by everybody; healing trains the routers from their float32
-values and saves them in float32.
+A bfloat16 model whose routers are float32 is loaded in bfloat16 by everybody; healing trains the routers from their
+float32 values and saves them in float32.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 def read_rounded(checkpoint: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """Read those tensors of `model` that the checkpoint's files hold in a wider dtype than they were loaded in.
 
-    Only tensors that the files have under the model's own names are found: fused experts of a family's old layout are not.
+    Only tensors that the files have under the model's own names are found: fused experts of a family's old layout are
+    not.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     found = {}

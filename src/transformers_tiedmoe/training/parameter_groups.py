@@ -1,7 +1,7 @@
 """Optimizer parameter groups in which a pool's learning rate may be divided by what its group size asks for.
 
-A pool's gradient is the sum over the layers that read it. "Tying the Loop" (arXiv 2606.16825) divides the learning rate
-of the pools by sqrt(group_size) when it trains a tied model from scratch.
+A pool's gradient is the sum over the layers that read it. "Tying the Loop" (arXiv 2606.16825) divides the learning
+rate of the pools by sqrt(group_size) when it trains a tied model from scratch.
 """
 
 import math
@@ -19,7 +19,7 @@ LR_DIVISORS = {"none": lambda group_size: 1.0, "sqrt": math.sqrt}
 def pool_parameter_groups(
     model: PreTrainedModel, lr: float, weight_decay: float = 0.0, lr_divisor: str = "sqrt"
 ) -> list[dict]:
-    """Groups of the trainable parameters for any torch optimizer: `AdamW(pool_parameter_groups(model, 1e-4))`.
+    """Make groups of the trainable parameters for any torch optimizer: `AdamW(pool_parameter_groups(model, 1e-4))`.
 
     Args:
         model: a tied model (wrapped by peft or not), whose `config.groups` holds the layers of each pool, or any other
@@ -30,7 +30,8 @@ def pool_parameter_groups(
             read it, or `"none"`.
 
     Returns:
-        One dict of `params`, `lr` and `weight_decay` for each pair of values that occurs; a parameter is in exactly one.
+        One dict of `params`, `lr` and `weight_decay` for each pair of values that occurs; a parameter is in exactly
+        one.
     """
     if lr_divisor not in LR_DIVISORS:
         raise TiedMoeError(f"lr_divisor={lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")

@@ -28,7 +28,7 @@ PARQUET_ROWS = 64  # read at a time: a page may repeat one long value for very m
 
 
 def kind_of(path: Path) -> str | None:
-    """What the name says that a file holds: "text", "json" or "parquet"; None for no text."""
+    """Return what the name says that a file holds: "text", "json" or "parquet"; None for no text."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

@@ -1,4 +1,4 @@
-"""What healing changes in transformers' Trainer: the optimizer's groups, distillation, what is evaluated, divergence."""
+"""What healing changes in transformers' Trainer: optimizer groups, distillation, evaluation, divergence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -65,7 +65,8 @@ class HealTrainer(Trainer):
     def _refuse_to_go_on(self) -> None:
         if not bool(self._is_finite):
             raise Diverged(
-                f"the healing diverged: by step {self.state.global_step} the loss is no number any more; nothing was saved: "
+                f"the healing diverged: by step {self.state.global_step} the loss is no number any more; nothing was "
+                "saved: "
                 "lower learning_rate"
             )
 
@@ -78,7 +79,8 @@ class HealTrainer(Trainer):
             teacher_logits = self.teacher(**_model_inputs(inputs), use_cache=False).logits
         labels = inputs["labels"][:, 1:]
         divergence = distillation_loss(outputs.logits[:, :-1], teacher_logits[:, :-1], labels, self.temperature)
-        # Normalised as Trainer normalises the model's own loss: over the tokens of all processes and accumulation steps.
+        # Normalised as Trainer normalises the model's own loss: over the tokens of all processes and accumulation
+        # steps.
         if num_items_in_batch is None:
             divergence = divergence / (labels != -100).sum()
         else:
@@ -87,7 +89,8 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return per sequence the summed cross-entropy and the number of tokens, so that the mean over tokens is exact.
+        """Return per sequence the summed cross-entropy and the number of tokens, so that the mean over tokens is
+        exact.
 
         Trainer's own mean would include the balance loss and count the sequences that fill up the last batch twice.
         """
