@@ -18,9 +18,18 @@ from tiedmoe_conversion.checkpoint.reader import open_source
 
 
 def test_reads_what_safetensors_wrote(tmp_path):
-    """Every dtype, a scalar, an empty tensor, and rows of a tensor."""
+    """Every dtype, a scalar, an empty tensor, and rows of a tensor; fp8 only beside a config that says its scales."""
     tensors = {f"t{i}": torch.arange(24).reshape(4, 6).to(dtype) for i, dtype in enumerate(DTYPES.values())}
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 5)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, header = read_header(tmp_path / "model.safetensors")
+    assert {name: (info.dtype, info.shape) for name, info in header.items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    with pytest.raises(ConversionError, match="holds 2 fp8 tensors"):
+        open_source(str(tmp_path))
+
+    tensors = {name: tensor for name, tensor in tensors.items() if "float8" not in str(tensor.dtype)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     opened = open_source(str(tmp_path))
     for name, tensor in tensors.items():

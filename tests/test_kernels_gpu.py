@@ -191,8 +191,8 @@ def test_compute_sanitizer_finds_nothing(kind):
         pytest.skip("compute-sanitizer is not installed")
     program = (
         "import torch; from tiedmoe_kernels import experts_forward as f\n"
-        "x, w = torch.randn(37, 80, device='cuda', requires_grad=True), "
-        "torch.rand(37, 3, device='cuda', requires_grad=True)\n"
+        "x, w = torch.randn(37, 80, device='cuda', requires_grad=True), torch.rand(37, 3, device='cuda', "
+        "requires_grad=True)\n"
         "i = torch.randint(6, (37, 3), device='cuda')\n"
         "g, d = (torch.randn(s, device='cuda', requires_grad=True) for s in ((5, 144, 80), (5, 80, 72)))\n"
         "f(x, i, w, g, d).sum().backward()\n"

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     OlmoeForCausalLM,
 )
 
@@ -516,7 +519,63 @@ def test_meta_device_and_init_empty_weights():
     with torch.device("meta"):
         assert all(p.is_meta for p in TiedMoeForCausalLM(config).parameters())
     with init_empty_weights():
-        assert all(p.is_meta for p in TiedMoeForCausalLM(config).parameters())
+        model = TiedMoeForCausalLM(config)
+    assert all(p.is_meta for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in buffers
+    for name, buffer in TiedMoeForCausalLM(config).named_buffers():
+        assert buffers[name].equal(buffer)  # real, as of the family's own model
+
+
+@pytest.mark.parametrize("slot_maps", [False, True])
+def test_dispatch_of_a_model_built_without_memory(slot_maps, tokens, tmp_path):
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+
+    loaded = tiny_model(slot_maps=slot_maps)
+    loaded.save_pretrained(tmp_path / "model")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(loaded.config)
+    model = load_checkpoint_and_dispatch(
+        model, tmp_path / "model", device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert model.eval()(tokens).logits.equal(loaded(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("groups", [[], [[1, 2], [3, 4]]])
+def test_export_with_our_experts(groups, family, tokens):
+    config = TiedMoeConfig.from_family(tiny_config(family, use_cache=False), groups=groups)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="tiedmoe").eval()
+    exported = torch.export.export(model, (tokens,), strict=False).module()
+    torch.testing.assert_close(exported(tokens).logits, model(tokens).logits)
+
+
+def test_continuous_batching_of_a_model_that_reports_router_logits(tokens):
+    """`generate_batch` packs requests and gives no labels: there is no loss to add router losses to."""
+    model = tiny_model(output_router_logits=True, num_hidden_layers=4)
+    generation = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=64, max_requests_per_batch=4)
+    found = model.generate_batch(tokens.tolist(), generation, small)
+    expected = model.generate(tokens, generation_config=generation)[:, tokens.shape[1] :]
+    assert sorted(each.generated_tokens for each in found.values()) == sorted(expected.tolist())
+
+
+def test_what_the_head_of_every_family_answers_as_transformers_own(tokens):
+    """As a class, without a family: serving code and tests of others ask these of it."""
+    model = tiny_model()
+    assert TiedMoeForCausalLM.main_input_name == "input_ids"
+    assert TiedMoeForCausalLM.generate is OlmoeForCausalLM.generate
+    assert TiedMoeForCausalLM.can_generate()
+    loaded = TiedMoeForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert type(loaded) is type(model)
+    assert loaded(tokens).logits.equal(model(tokens).logits)
+
+
+def test_no_plan_names_a_parameter_that_a_tied_model_lacks():
+    model = tiny_model()
+    names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    for plan in (model._tp_plan, model._ep_plan, model._pp_plan):
+        assert {re.sub(r"\.\d+", ".*", name) for name in plan or {}} <= names
 
 
 # peft

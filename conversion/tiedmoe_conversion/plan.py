@@ -200,8 +200,7 @@ def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[l
     if not config.groups:
         raise ConversionError(
             f"nothing to tie: with skip_first={recipe.skip_first} and skip_last={recipe.skip_last} no layer with "
-            "experts "
-            f"of {recipe.source} is left; lower them, or name groups"
+            f"experts of {recipe.source} is left; lower them, or name groups"
         )
     for group in config.groups:
         layers_read(recipe, group)  # refuses an option's bad value
@@ -217,8 +216,7 @@ def _check_alike(groups: list[list[int]], source: SourceModel) -> None:
                 raise ConversionError(
                     f"group {p} ties layers {group[0]} and {layer}, whose experts differ: layer {group[0]} has "
                     f"{found[group[0]]}, layer {layer} has {found[layer]}; a pool needs equal ones: put the layers "
-                    "into "
-                    "different groups, or leave one untied"
+                    "into different groups, or leave one untied"
                 )
 
 
@@ -242,6 +240,5 @@ def _check_rank(recipe: ConversionRecipe, source: SourceModel) -> None:
     if recipe.residual_rank > most:
         raise ConversionError(
             f"residual_rank={recipe.residual_rank}, but the experts' smallest side is {most}; expected at most that, "
-            "and far less "
-            "to save anything"
+            "and far less to save anything"
         )

@@ -165,6 +165,5 @@ def _check_copies(tensors: FamilyTensors) -> None:
         if not torch.equal(tensors.read(alias), tensors.read(name)):
             raise ConversionError(
                 f"{tensors.source.name} ties {alias} to {name} by its config, but holds two different tensors; "
-                "expected "
-                "equal ones: set tie_word_embeddings to false in its config.json if they are meant to differ"
+                "expected equal ones: set tie_word_embeddings to false in its config.json if they are meant to differ"
             )

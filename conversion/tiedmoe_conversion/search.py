@@ -104,9 +104,8 @@ class Preview:
     def __str__(self) -> str:
         return (
             f"{self.recipe.source}: groups and pool sizes will be chosen by a scan of {self.candidates} groups and "
-            "widths, each "
-            f"a run of the source over the held-out text; from {self.least_fraction:.1%} of its bytes on is possible. "
-            "tiedmoe convert does it; with --statistics FOLDER the scan is kept"
+            f"widths, each a run of the source over the held-out text; from {self.least_fraction:.1%} of its bytes on "
+            "is possible. tiedmoe convert does it; with --statistics FOLDER the scan is kept"
         )
 
 
@@ -153,15 +152,13 @@ class Search:
         if recipe.steps[0][0].lossless:
             raise ConversionError(
                 f"method {recipe.method!r} keeps every expert, so no budget or max_loss chooses anything; expected a "
-                "method that "
-                "saves bytes, such as prototype"
+                "method that saves bytes, such as prototype"
             )
         if len(self.eligible) < 2 or recipe.group_size < 2:
             raise ConversionError(
-                f"nothing to choose: group_size={recipe.group_size}, skip_first={recipe.skip_first} and skip_last="
-                f"{recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at least two and "
-                "a "
-                "group_size of at least 2"
+                f"nothing to choose: group_size={recipe.group_size}, skip_first={recipe.skip_first} and "
+                f"skip_last={recipe.skip_last} leave {len(self.eligible)} layers with experts to tie; expected at "
+                "least two and a group_size of at least 2"
             )
         self.preview = self._preview()
 

@@ -172,8 +172,7 @@ def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
     if len(set(widths.values())) > 1:
         raise ConversionError(
             f"{source.name} has layers of several router widths {widths}, and a {config.family!r} config knows one "
-            "number "
-            "of experts for all layers; such a model cannot be untied: keep using it as tiedmoe"
+            "number of experts for all layers; such a model cannot be untied: keep using it as tiedmoe"
         )
     setattr(family_config, field, next(iter(widths.values())))
     return family_config

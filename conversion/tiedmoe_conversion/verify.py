@@ -60,8 +60,8 @@ LOADED = (
 # What the figure of `compare_layers` says, beside it wherever it is shown.
 ERROR_MEANS = (
     "how far one expert of a tied layer is from the source's on random input, relative to its size: 0 is unchanged, "
-    "about 1 is "
-    "what a pool in the place of several experts has; what it costs is the held-out loss in the card, not this"
+    "about 1 is what a pool in the place of several experts has; what it costs is the held-out loss in the card, not "
+    "this"
 )
 
 
@@ -237,23 +237,20 @@ def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, Any]
         elif found != expected:
             raise ConversionError(
                 f"{output.name}: {name} is {found or 'missing'}; expected {expected} by {MANIFEST}: it is damaged, "
-                "copy or "
-                f"convert it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
+                f"copy or convert it again; if it was changed on purpose, such as by a healing, delete {MANIFEST}"
             )
     unlisted = {info.file for info in output.tensors.values()} - files.keys()
     if unlisted:
         raise ConversionError(
             f"{output.name} has its weights in {sorted(unlisted)[:3]}, which {MANIFEST} does not name; expected the "
-            "files that "
-            f"were converted: delete {MANIFEST} if they were changed on purpose"
+            f"files that were converted: delete {MANIFEST} if they were changed on purpose"
         )
     paths = (path.relative_to(output.folder) for path in output.folder.rglob("*") if not path.is_dir())
     others = sorted(path.as_posix() for path in paths if path.as_posix() not in {*files, MANIFEST})
     if loaded := [name for name in others if _matches(name, LOADED)]:
         raise ConversionError(
             f"{output.name} holds {loaded[:3]}, which {MANIFEST} does not name and programs would load or run; "
-            "expected only "
-            f"what was converted: remove it, or delete {MANIFEST} if it was added on purpose"
+            f"expected only what was converted: remove it, or delete {MANIFEST} if it was added on purpose"
         )
     return {"files": len(files), "edited_since": edited, "not_covered": others}
 
@@ -302,8 +299,7 @@ def _check_source(
     if absent:
         raise ConversionError(
             f"{output.tensors.source.name} lacks {len(absent)} tensors of {opened.name}, such as {absent[:3]}; "
-            "expected every one "
-            "that no pool stands for: convert the source again"
+            "expected every one that no pool stands for: convert the source again"
         )
     if manifest is not None:
         named = {entry["tensor"] for entry in manifest.get("dropped", [])}
@@ -319,8 +315,7 @@ def _check_source(
     if different != widened and not trained:
         raise ConversionError(
             f"{output.tensors.source.name}: {[name for name in different if name not in widened][:3]} are not those "
-            "of "
-            f"{opened.name}, and nothing but experts is changed by a conversion: convert the source again"
+            f"of {opened.name}, and nothing but experts is changed by a conversion: convert the source again"
         )
     if trained:
         not_checked["copies"] = "it was healed, or may have been trained since: its weights need not be the source's"
@@ -330,8 +325,7 @@ def _check_source(
     if lossless and (lost := lost_expert(source, output, _sample_layers(config.groups))):
         raise ConversionError(
             f"{output.tensors.source.name}: {lost} is not that of {opened.name}, bit for bit; expected it, as the "
-            "method loses "
-            "nothing: convert the source again"
+            "method loses nothing: convert the source again"
         )
     return {
         "equal_tensors": len(of_source.keys() & of_output.keys()) - len(different),

@@ -89,8 +89,7 @@ def _what_was_done(report: dict) -> list[str]:
         f"- Tied by `{conversion['method']}`: the layers {groups} read one pool each.",
         f"- Healed for {training['healed']['steps']} steps ({training['healed']['tokens']:,} tokens){teacher}; the "
         f"control is the source trained for the same steps on the same text with the same schedule.",
-        f"- Perplexity per token of the tokenizer, on the last 5 % of the text. Memory to train: the most that "
-        f"tensors take at a time in an AdamW step of {settings['batch_size']} sequences of "
-        f"{settings['block_size']} tokens.",
+        "- Perplexity per token of the tokenizer, on the last 5 % of the text. Memory to train: the most that tensors "
+        f"take at a time in an AdamW step of {settings['batch_size']} sequences of {settings['block_size']} tokens.",
         f"- {report['seconds']['total']:.0f} s in all on {report['machine']['cores']} cores.",
     ]

@@ -47,10 +47,8 @@ def refuse_adapter(model: str | Path, revision: str | None = None, merge: str | 
         flag = f"{merge}, or " if merge else ""
         raise TiedMoeError(
             f"{model} holds an adapter ({found}), which Auto classes load on top of the weights; expected the weights "
-            "alone: "
-            f"merge it ({flag}PeftModel.from_pretrained(base, folder).merge_and_unload() and save_pretrained into a "
-            "new folder), "
-            "or move its files away"
+            f"alone: merge it ({flag}PeftModel.from_pretrained(base, folder).merge_and_unload() and save_pretrained "
+            "into a new folder), or move its files away"
         )
 
 

@@ -103,8 +103,7 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
     if tokenizer is None:
         warnings.warn(
             f"{folder.name} has no tokenizer that loads: its source's needs code of its own, or is broken, and no "
-            "code is "
-            "run or copied; put a tokenizer that gives the same tokens beside the weights",
+            "code is run or copied; put a tokenizer that gives the same tokens beside the weights",
             stacklevel=2,
         )
         return
@@ -136,10 +135,8 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
             return
     raise TiedMoeError(
         f"the source's tokenizer is a {type(tokenizer).__name__}, and nothing written into {folder.name}'s "
-        f"{TOKENIZER_CONFIG} "
-        f"gives the same tokens there ({'; '.join(tried)}): remove auto_map and tokenizer_class from the source's "
-        "own, see "
-        "whether it still gives the tokens that the model was trained with, and try again"
+        f"{TOKENIZER_CONFIG} gives the same tokens there ({'; '.join(tried)}): remove auto_map and tokenizer_class "
+        "from the source's own, see whether it still gives the tokens that the model was trained with, and try again"
     )
 
 

@@ -111,8 +111,7 @@ class TiedMoeConfig(PreTrainedConfig):
             message = " ".join(str(error).split())[:300]
             raise TiedMoeError(
                 f"{name}: transformers cannot build a model of config.json: {type(error).__name__}: {message}; use "
-                "the "
-                "config.json that belongs to the weights"
+                "the config.json that belongs to the weights"
             ) from error
 
     @classmethod

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +70,11 @@ def activation_of(experts: nn.Module) -> Activation:
     Raises:
         TiedMoeError: the kernels cannot compute this module.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return Activation(*_activation_while_tracing(experts))
+    if torch.compiler.is_compiling():  # torch.export traces by modes of this thread, which another one is without
+        with ThreadPoolExecutor(1) as untraced:
+            return Activation(*untraced.submit(_find_activation, experts).result())
     return Activation(*_find_activation(experts))
 
 

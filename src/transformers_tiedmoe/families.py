@@ -38,8 +38,7 @@ def canonical_family(family: object) -> str:
             return causal_lm.config_class.model_type
     raise TiedMoeError(
         f"unknown family {short_repr(family)}; expected the model_type of a transformers text-only causal LM whose "
-        "experts use "
-        "`@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
+        "experts use `@use_experts_implementation`, such as 'olmoe', 'mixtral', 'qwen3_moe' or 'deepseek_v3'"
     )
 
 
@@ -140,6 +139,10 @@ def _config_class(base: Any, family: str) -> Any:
         "__module__": base.__module__,
         "__annotations__": {"family": str},
         "family": family,
+        # the family's own plans shard experts by the names of layers that have none here
+        "base_model_tp_plan": None,
+        "base_model_ep_plan": None,
+        "base_model_pp_plan": None,
         "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
     }
     made = type(f"TiedMoe{parent.__name__}", (base, parent), namespace)

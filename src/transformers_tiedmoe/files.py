@@ -195,15 +195,13 @@ def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
         if number in FULL:
             raise TiedMoeError(
                 f"the disk of {output} is full; {left}. Free some space, or choose a folder on another disk, and run "
-                "the same "
-                "command again"
+                "the same command again"
             ) from error
         if number in FORBIDDEN:
             where = getattr(error, "filename", None)
             raise TiedMoeError(
                 f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another "
-                "folder, or "
-                f"change who may read and write; {left}"
+                f"folder, or change who may read and write; {left}"
             ) from error
         raise
 

@@ -117,8 +117,7 @@ def read_manifest(model: str, revision: str | None = None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TiedMoeError(
             f"{path} cannot be read: {error}; expected the JSON object that a conversion wrote: copy the checkpoint "
-            "again, or "
-            "delete that file"
+            "again, or delete that file"
         ) from error
     return check_manifest(found, path)
 
@@ -133,8 +132,7 @@ def check_manifest(found: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TiedMoeError(
             f"{path} holds a {type(found).__name__}; expected the JSON object that a conversion wrote: copy the "
-            "checkpoint "
-            "again, or delete that file"
+            "checkpoint again, or delete that file"
         )
     wrong = sorted(name for name, is_right in _MANIFEST_FIELDS.items() if name in found and not is_right(found[name]))
     if wrong:

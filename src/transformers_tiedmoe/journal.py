@@ -49,8 +49,7 @@ def read_journal(journal: Path, mend: bool = False) -> list[dict[str, Any]]:
         ):
             raise TiedMoeError(
                 f"{journal} is damaged: line {number} is not one that was written there; delete the folder "
-                f"{journal.parent} and "
-                "start anew"
+                f"{journal.parent} and start anew"
             )
         entries.append(entry)
     return entries

@@ -95,8 +95,7 @@ def check_headers(
     if absent := _layers(wanted) - _layers(stored):
         raise MismatchedCheckpoint(
             f"{name} has num_hidden_layers={model.config.num_hidden_layers} by config.json, and the files hold "
-            "nothing of "
-            f"layer {min(absent)}; expected every layer: use the config.json that belongs to the weights"
+            f"nothing of layer {min(absent)}; expected every layer: use the config.json that belongs to the weights"
         )
     claimed = sum(tensor.numel() for tensor in model.base_model.state_dict().values())
     held = sum(torch.Size(shape).numel() for shape, _ in headers.values())
@@ -178,9 +177,8 @@ def say_what_is_unquantised(model: PreTrainedModel) -> None:
         everything = model.num_parameters()
         logger.warning_once(
             f"{left / everything:.0%} of the weights are left unquantised: {left:,} of {everything:,} are experts, in "
-            "pools "
-            f"and untied layers, which quantisation by {_quantiser(model)} does not know. They take as much memory as "
-            "before."
+            f"pools and untied layers, which quantisation by {_quantiser(model)} does not know. They take as much "
+            "memory as before."
         )
 
 

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -187,14 +188,21 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                 "DeepSpeed ZeRO-3 splits weights up while a model is built, which pools do not support; "
                 "use FSDP2 (accelerate's fsdp_version: 2) or ZeRO-2"
             )
-        device = _device_of_new_parameters()
+        device, buffer_device = _devices_of_new_tensors()
         with torch.device("meta"), init.meta_device_safe_creation_ops():
             super().__init__(config, *args, **kwargs)  # the family's own constructor, which takes no memory here
             self._tie()
         if device.type != "meta":
             self.to_empty(device=device)
+        elif buffer_device.type != "meta":  # accelerate's `init_empty_weights`: no parameter takes memory, buffers do
+            for module in self.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty_like(buffer, device=buffer_device)
+        if buffer_device.type != "meta":
             for tensor in self._floating_tensors().values():
-                tensor.data.fill_(torch.nan)
+                if not tensor.is_meta:
+                    tensor.data.fill_(torch.nan)
         self.post_init()  # once more, now that the pools and the memory are there
         unset = [
             name for name, tensor in self._floating_tensors().items() if not tensor.is_meta and tensor.isnan().any()
@@ -202,8 +210,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         if unset:
             raise NotImplementedError(
                 f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set "
-                "them. "
-                "Load such a model by from_pretrained instead of making it from its config"
+                "them. Load such a model by from_pretrained instead of making it from its config"
             )
 
     def _tie(self) -> None:
@@ -258,6 +265,10 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path} holds a {found.model_type!r} model; expected 'tiedmoe'. "
                     "Convert it first: tiedmoe convert SOURCE OUTPUT --calibration TEXT"
                 )
+        elif (
+            pretrained_model_name_or_path is None
+        ):  # a state dict without a folder: nothing says the family but config
+            return model_class(cls, type(config)).from_pretrained(None, *model_args, config=config, **kwargs)
         return cls._auto_model.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @staticmethod
@@ -370,7 +381,7 @@ class TiedMoeHead(TiedMoePreTrainedModel):
 
 
 @register_head(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)
-class TiedMoeForCausalLM(TiedMoeHead):
+class TiedMoeForCausalLM(TiedMoeHead, GenerationMixin):
     """The family's causal LM whose tied layers read shared pools of experts.
 
     With `output_router_logits` the loss gains the balance loss of every layer, averaged over layers, which may differ
@@ -402,8 +413,12 @@ def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
-def _device_of_new_parameters() -> torch.device:
-    """Where a parameter registered now would live, under `torch.device(...)` and accelerate's `init_empty_weights`."""
+def _devices_of_new_tensors() -> tuple[torch.device, torch.device]:
+    """Return where a parameter and a buffer registered now live.
+
+    By `torch.device(...)` the same; accelerate's `init_empty_weights` leaves buffers real.
+    """
     probe = nn.Module()
     probe.register_parameter("weight", nn.Parameter(torch.empty(0)))
-    return probe.weight.device
+    probe.register_buffer("buffer", torch.empty(0))
+    return probe.weight.device, probe.buffer.device

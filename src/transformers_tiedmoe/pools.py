@@ -78,8 +78,7 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
             run = [moe_layers[i] for i in range(min(positions), max(positions) + 1)]
             raise TiedMoeError(
                 f"group {p} is {short_repr(list(group))}, which skips or reorders MoE layers; a group is a run of "
-                "consecutive "
-                f"MoE layers such as {run}"
+                f"consecutive MoE layers such as {run}"
             )
 
 

@@ -85,8 +85,7 @@ def _check_place(path: Path, output: str | Path, owned: Collection[str] | None) 
         if owned is None and (found := sorted(p.name for p in path.iterdir())):
             raise TiedMoeError(
                 f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing "
-                "is "
-                "overwritten: choose another, or empty it"
+                "is overwritten: choose another, or empty it"
             )
         if owned is not None:
             _check_owned(path, owned)
@@ -303,8 +302,7 @@ class Work(Folder):
         if foreign := others_in(self.folder, self.owned):
             raise _Refused(
                 f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move "
-                "them "
-                "elsewhere, and run the same command again"
+                "them elsewhere, and run the same command again"
             )
         unfinished = self._begun | {name for name in self.files if not (self.folder / name).is_file()}
         assert not unfinished, f"never finished: {sorted(unfinished)}"
@@ -323,8 +321,7 @@ class Work(Folder):
         if foreign := others_in(self.folder, self.owned):
             raise _Refused(
                 f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished "
-                "work "
-                "only: move them elsewhere, and run the same command again"
+                "work only: move them elsewhere, and run the same command again"
             )
         self._tidy()
 
@@ -554,8 +551,7 @@ def _begin(
     if foreign := [each.name for each in partial.iterdir() if each.name not in (LOCK, PID, JOURNAL)]:
         raise _Refused(
             f"{partial} holds {sorted(foreign)[:3]}, which no run of ours wrote; expected unfinished work, or "
-            "nothing: move them "
-            "elsewhere, and run the same command again"
+            "nothing: move them elsewhere, and run the same command again"
         )
     append(partial / JOURNAL, {"identity": identity, "made": made})
     return read_journal(partial / JOURNAL)
@@ -656,8 +652,7 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
             replaced.rename(output)
         raise _Refused(
             f"the work is finished, but cannot take the name {output}: {error}. It is kept: run the same command "
-            "again when "
-            "that is mended"
+            "again when that is mended"
         ) from error
 
 
@@ -700,8 +695,7 @@ def _check_owned(output: Path, owned: Collection[str]) -> None:
     if foreign := others_in(output, owned):
         raise TiedMoeError(
             f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that "
-            "kind is "
-            "deleted: move it elsewhere, or choose another output"
+            "kind is deleted: move it elsewhere, or choose another output"
         )
 
 

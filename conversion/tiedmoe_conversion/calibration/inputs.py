@@ -65,8 +65,7 @@ def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator[
     if int(tokens.max()) >= vocab_size:
         raise ConversionError(
             f"{source.name}: its tokenizer gives token {int(tokens.max())}, but its vocab_size is {vocab_size}; "
-            "expected "
-            "the tokenizer that belongs to the weights"
+            "expected the tokenizer that belongs to the weights"
         )
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     identity = {
@@ -181,9 +180,8 @@ class Calibration:
         if not is_right:
             raise ConversionError(
                 f"{path} holds {shapes}, or routing indices out of range, or no numbers; expected the inputs of "
-                f"{num_tokens} tokens and "
-                f"their "
-                f"routing to {num_experts} experts: delete the folder, or give another one"
+                f"{num_tokens} tokens and their routing to {num_experts} experts: delete the folder, or give another "
+                "one"
             )
 
 

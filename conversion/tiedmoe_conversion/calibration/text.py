@@ -55,8 +55,7 @@ class CalibrationText:
             raise ConversionError(
                 f"calibration text {self.data} is too short: without its last {LEFT_ALONE:.0%} it has "
                 f"{len(blocks) * self.block_size} tokens, and {(num_fit + num_held_out) * self.block_size} are "
-                "needed, "
-                f"calibration_tokens={self.num_tokens} and a quarter held out; give more text, or lower "
+                f"needed, calibration_tokens={self.num_tokens} and a quarter held out; give more text, or lower "
                 "calibration_tokens"
             )
         found = torch.tensor(blocks[:]).long()
@@ -75,7 +74,6 @@ def _tokenizer(source: Source) -> Any:
     if problem is not None:
         raise ConversionError(
             f"{source.name} has no tokenizer to read calibration text with ({problem}); put its tokenizer files "
-            "beside its "
-            "weights"
+            "beside its weights"
         )
     return tokenizer

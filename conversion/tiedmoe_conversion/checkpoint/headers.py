@@ -61,8 +61,7 @@ def read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
         if len(prefix) < 8 or length > size - 8:
             raise ConversionError(
                 f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file has "
-                f"{size}; "
-                "download it again"
+                f"{size}; download it again"
             )
         if length > MAX_HEADER_BYTES:
             raise ConversionError(f"{path} claims a header of {length} bytes; expected at most {MAX_HEADER_BYTES}")
@@ -108,15 +107,13 @@ def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dic
         if not all(type(number) is int and 0 <= number < 2**63 for number in sizes):
             raise ConversionError(
                 f"{where}: tensor {name!r} has shape {repr(shape)[:200]} and offsets [{begin!r}, {end!r}]; expected "
-                "integers "
-                f"from 0 to 2^63, and at most {MAX_DIMENSIONS} dimensions"
+                f"integers from 0 to 2^63, and at most {MAX_DIMENSIONS} dimensions"
             )
         tensors[name] = TensorInfo(name, file, DTYPES[dtype], tuple(shape), begin)
         if tensors[name].num_bytes != end - begin:
             raise ConversionError(
                 f"{where}: tensor {name!r} needs {tensors[name].num_bytes} bytes by its shape {shape} and dtype "
-                f"{dtype}, "
-                f"but its offsets [{begin}, {end}] hold {end - begin}"
+                f"{dtype}, but its offsets [{begin}, {end}] hold {end - begin}"
             )
     position = 0
     for info in sorted(tensors.values(), key=lambda each: (each.offset, each.num_bytes)):

@@ -68,8 +68,7 @@ def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
             raise ConversionError(
                 f"{where}: {weight.name!r} is {weight.dtype} {list(weight.shape)} and {name!r} {scale.dtype} "
                 f"{list(scale.shape)}; expected F8_E4M3 and F32 or BF16 {list(expected)}, one scale per block of "
-                f"{list(block)}: "
-                "save a dequantised copy with transformers first"
+                f"{list(block)}: save a dequantised copy with transformers first"
             )
         folded[weight.name] = BlockScaled(
             weight.name, weight.file, dtype, weight.shape, weight.offset, weight, scale, block
@@ -91,8 +90,7 @@ def block_size(config: Mapping[str, Any], where: str) -> tuple[int, int]:
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ConversionError(
             f"{where} is quantised ({method}, weight_block_size={block!r}); expected plain weights (bf16, fp16 or "
-            "fp32), or "
-            'quant_method "fp8" with a weight_block_size such as [128, 128]: save a dequantised copy first'
+            'fp32), or quant_method "fp8" with a weight_block_size such as [128, 128]: save a dequantised copy first'
         )
     return block[0], block[1]
 
@@ -102,7 +100,6 @@ def _output_dtype(config: Mapping[str, Any], where: str) -> torch.dtype:
     if not isinstance(name, str) or name not in OUTPUT_DTYPES:
         raise ConversionError(
             f"{where} is quantised, and its config.json has the dtype {name!r}; expected one of "
-            f"{list(OUTPUT_DTYPES)}, the "
-            "one to dequantise to"
+            f"{list(OUTPUT_DTYPES)}, the one to dequantise to"
         )
     return OUTPUT_DTYPES[name]

@@ -72,9 +72,8 @@ class Source:
                     and each.dtype.is_floating_point]:  # fmt: skip
             raise ConversionError(
                 f"{name} holds {len(left)} fp8 tensors, such as {left[0].name!r}, and its config.json has no "
-                "quantization_config "
-                "that says how they are scaled; expected one, or plain weights: use the config.json that belongs to "
-                "the weights"
+                "quantization_config that says how they are scaled; expected one, or plain weights: use the "
+                "config.json that belongs to the weights"
             )
 
     def read(
@@ -294,8 +293,7 @@ def regular_file(folder: Path, name: str) -> bool:
     if not any(real.startswith(place.rstrip(os.sep) + os.sep) for place in places):
         raise ConversionError(
             f"{path} is a link to {real}, outside of the checkpoint's folder; expected the file itself: put a copy of "
-            "it there "
-            "if you trust where it leads"
+            "it there if you trust where it leads"
         )
     if not os.path.exists(real):
         raise ConversionError(f"{path} is a link to {real}, which does not exist; download the file again")
@@ -330,8 +328,7 @@ def _ask_hub(source: str, call, *args, **kwargs) -> Any:
     except Exception as error:  # HTTP, connection, authentication, a bad name: all have their own classes
         raise ConversionError(
             f"{source!r} is not a folder here, and the Hub cannot serve it: {error}. Check the name, the revision, "
-            "your "
-            "network and, for a gated repository, your login (hf auth login)"
+            "your network and, for a gated repository, your login (hf auth login)"
         ) from error
 
 

@@ -57,8 +57,7 @@ def check_space(output: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise ConversionError(
             f"the disk of {output} has {free:,} bytes free, and {num_bytes:,} are needed; free some, or choose an "
-            "output "
-            "on another disk. Nothing was written"
+            "output on another disk. Nothing was written"
         )
 
 

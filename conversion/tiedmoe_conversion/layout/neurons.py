@@ -116,8 +116,7 @@ class ExpertFunction:
         if found != expected or getattr(self.module, "has_post_expert_norm", False):
             raise ConversionError(
                 f"{type(self.module).__name__} has the parameters {sorted(found)}; expected {sorted(expected)} and no "
-                "norm after "
-                "each expert, which is all that calibrated methods know: choose union, select or average"
+                "norm after each expert, which is all that calibrated methods know: choose union, select or average"
             )
 
     @property

@@ -44,8 +44,7 @@ class SourceModel:
                 if not (dtype := found.tensors.meta[name].dtype).is_floating_point:
                     raise ConversionError(
                         f"{opened.name}: the experts' {name} is of {dtype}; expected floating-point weights, which "
-                        "can be averaged "
-                        "and fitted: dequantise the checkpoint with what wrote it first"
+                        "can be averaged and fitted: dequantise the checkpoint with what wrote it first"
                     )
         return found
 
@@ -132,8 +131,7 @@ def read_config(source: Source) -> PreTrainedConfig:
         if family in CONFIG_MAPPING:
             raise ConversionError(
                 f"{source.name} is a {family!r} checkpoint, a family without experts that transformers can tie; "
-                "expected "
-                "a Mixture-of-Experts causal LM such as olmoe, mixtral, qwen3_moe or deepseek_v3"
+                "expected a Mixture-of-Experts causal LM such as olmoe, mixtral, qwen3_moe or deepseek_v3"
             ) from error
         raise ConversionError(
             f"{source.name} is of the unknown family {family!r}; {did_you_mean(family, CONFIG_MAPPING)}. "
@@ -152,8 +150,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     if type(layers) is not int or not 0 < layers <= len(source.tensors):  # before a model of as many is built
         raise ConversionError(
             f"{source.name} has num_hidden_layers={layers!r} by config.json and {len(source.tensors)} tensors; "
-            "expected a "
-            "layer to have one at least: use the config.json that belongs to the weights"
+            "expected a layer to have one at least: use the config.json that belongs to the weights"
         )
     try:
         family_model(text_config)
@@ -162,8 +159,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
         raise ConversionError(
             f"{source.name}: transformers cannot build a model of config.json: {type(error).__name__}: {error}; use "
-            "the "
-            "config.json that belongs to the weights"
+            "the config.json that belongs to the weights"
         ) from error
     return text_config
 

@@ -68,8 +68,7 @@ class LayerTensors:
         if wrong := [row for row in slot_map if not 0 <= row < width]:
             raise ConversionError(
                 f"{self.tensors.source.name}: {path}slot_map names row {wrong[0]} of {pool.rstrip('.')}, which has "
-                f"{width} "
-                f"experts; expected 0 to {width - 1}: convert the source again"
+                f"{width} experts; expected 0 to {width - 1}: convert the source again"
             )
         return slot_map
 

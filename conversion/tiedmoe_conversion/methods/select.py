@@ -26,8 +26,7 @@ def selected_layers(layers: Sequence[int], layer: str | int = "first") -> list[i
     "select", streams=True, layers_read=selected_layers, calibration=lambda layer="first", **options: layer == "best"
 )
 def select(group: Group, layer: str | int = "first") -> Pool:
-    """Take one layer's experts, bit for bit: the first's, the last's, those of a place in the group, or the best
-    layer's.
+    """Take one layer's experts, bit for bit: the first, the last, the one at a place in the group, or the best.
 
     The best is the one whose pool adds least to the loss on held-out text: one evaluation for each layer.
     """

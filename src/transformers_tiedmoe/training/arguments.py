@@ -80,15 +80,13 @@ class TiedMoeTrainingArguments(TrainingArguments):
     data: str = _ours(
         "",
         "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a dataset of the "
-        "Hub "
-        "(id or id:config).",
+        "Hub (id or id:config).",
     )
     teacher: str | None = _ours(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _ours(
         0.5,
         "Share of the distillation loss if there is a teacher; the text has the rest. 1 if the source was trained on "
-        "that "
-        "text: it has nothing more to learn from it.",
+        "that text: it has nothing more to learn from it.",
     )
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
@@ -134,8 +132,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             raise TiedMoeError(
                 f"one process sees {self.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one "
-                "process "
-                "a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
+                "process a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
             )
 
     @classmethod
@@ -188,8 +185,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
                 raise TiedMoeError(
                     f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every "
-                    "process; "
-                    "launch it with --multi_gpu, with lora if memory is short"
+                    "process; launch it with --multi_gpu, with lora if memory is short"
                 )
         for name in (
             "max_steps",

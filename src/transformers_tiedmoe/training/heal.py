@@ -313,14 +313,12 @@ class _Run:
         if not math.isfinite(after["loss"]) or is_uniform:
             raise Diverged(
                 f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']:.3f}, and "
-                f"{uniform:.3f} is "
-                "that of guessing; nothing was saved: lower learning_rate"
+                f"{uniform:.3f} is that of guessing; nothing was saved: lower learning_rate"
             )
         if after["loss"] > before["loss"]:
             self.warnings.append(
                 f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is "
-                f"{after['loss']:.4f}; lower "
-                "learning_rate, or give more text"
+                f"{after['loss']:.4f}; lower learning_rate, or give more text"
             )
 
     def _save(self, model: PreTrainedModel, report: dict[str, Any]) -> None:
@@ -355,8 +353,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
     if "/" in named and not trust_remote_code:
         raise TiedMoeError(
             f"{model} asks for the attention kernels {named}, which would be code of its choosing; expected none: "
-            "remove it from "
-            "config.json, or trust the checkpoint (trust_remote_code)"
+            "remove it from config.json, or trust the checkpoint (trust_remote_code)"
         )
     with reading(f"the config of {model}"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -453,8 +450,7 @@ def _check_tokens(args: TiedMoeTrainingArguments, config: PreTrainedConfig, *par
     if most >= vocab_size:
         raise TiedMoeError(
             f"{args.model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the "
-            "tokenizer that "
-            "belongs to the weights"
+            "tokenizer that belongs to the weights"
         )
 
 

@@ -66,8 +66,7 @@ class HealTrainer(Trainer):
         if not bool(self._is_finite):
             raise Diverged(
                 f"the healing diverged: by step {self.state.global_step} the loss is no number any more; nothing was "
-                "saved: "
-                "lower learning_rate"
+                "saved: lower learning_rate"
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
