@@ -3,8 +3,8 @@ accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/heal_accelerate.py tied text.txt out
 
 Heal a tied model with a plain accelerate loop: what `tiedmoe heal` does, without Trainer. On one device, on two GPUs,
-and in two processes on the CPU (accelerate calls the launcher of several processes so).
-MODEL is a folder or hub id, TEXT what `tiedmoe heal --data` takes, OUTPUT a folder that does not exist yet.
+and in two processes on the CPU (accelerate calls the launcher of several processes so). MODEL is a folder or hub id,
+TEXT what `tiedmoe heal --data` takes, OUTPUT a folder that does not exist yet.
 """
 
 import argparse

@@ -141,7 +141,7 @@ _PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 
 
 def _with_flags(command: Command) -> Any:
-    """The command as click has it, with its flags."""
+    """Return the click command with its flags."""
     app = typer.Typer(**_PLAIN)
     if command.parse is not None:
         app.command(
@@ -156,7 +156,7 @@ def _with_flags(command: Command) -> Any:
 
 
 def _parsed(command: Command) -> Callable:
-    """The command that parses its words itself."""
+    """Make the callback of a command that parses its own arguments."""
 
     def callback(context: typer.Context) -> None:
         words = [word for word in context.args if word != "--json"]
@@ -254,7 +254,7 @@ def verify(config: VerifyConfig, progress: ProgressCall) -> tuple[dict, Any]:
 
 
 def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a nested report, as text."""
+    """Yield the leaves of a nested report: the names that lead there, and the value as text."""
     for name, value in report.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}: ")

@@ -110,6 +110,6 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _parse_list(text: str) -> list:
-    """A list with its brackets or without: `0,1,2`, `[0, 1, 2]` and `[[2, 3], [4, 5]]`."""
+    """Parse a list with or without brackets: `0,1,2`, `[0, 1, 2]` or `[[2, 3], [4, 5]]`."""
     value = _parse_yaml(f"[{text}]")
     return value[0] if len(value) == 1 and isinstance(value[0], list) else value

@@ -68,7 +68,7 @@ def show_progress(is_main: bool = True) -> Iterator[ProgressCall]:
 
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[ProgressCall]:
-    """A bar that appears with the first call, and is full when the command has succeeded."""
+    """Show a progress bar from the first call on, and fill it when the command succeeds."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=console)
 
@@ -89,7 +89,7 @@ def _bar(console: Console) -> Iterator[ProgressCall]:
 
 @contextlib.contextmanager
 def _lines(seconds: float = QUIET_SECONDS) -> Iterator[ProgressCall]:
-    """Lines instead of a bar, and a thread that sees that one comes even while a call takes long."""
+    """Print lines instead of a bar; a thread prints one in time even while a call takes long."""
     lines, ended = _Lines(seconds), threading.Event()
 
     def watch() -> None:

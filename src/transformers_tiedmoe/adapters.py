@@ -73,13 +73,8 @@ def load_merged(model: str | Path, trust_remote_code: bool = False) -> PreTraine
                 _base_of(Path(model), Path(empty)), dtype="auto", trust_remote_code=trust_remote_code
             )
             return PeftModel.from_pretrained(base, str(model)).merge_and_unload(safe_merge=True)
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-    ) as error:  # whatever peft makes of files it cannot use
+    # Whatever peft makes of files it cannot use.
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise TiedMoeError(
             f"the adapter in {model} cannot be merged: {error}; merge it with the peft that wrote it, or move its "
             "files away"
@@ -87,8 +82,9 @@ def load_merged(model: str | Path, trust_remote_code: bool = False) -> PreTraine
 
 
 def _base_of(model: Path, empty: Path) -> str:
-    """Where the base's weights are: links to those beside the adapter, which Auto classes would not look at, or
-    elsewhere.
+    """Return where the weights of an adapter's base model are: beside it, or what its config names.
+
+    Auto classes would load the adapter again, so weights beside it are linked into the folder `empty` without it.
     """
     beside = [path for path in model.iterdir() if path.is_file() and path.name not in ADAPTER_FILES]
     if any(

@@ -22,11 +22,9 @@ from transformers.models.auto import tokenization_auto
 from .errors import TiedMoeError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-NAMED_BY_SOURCE = (
-    "source_tokenizer_class"  # in a tokenizer_config.json of ours: the class that the source's file names
-)
-# What every version of transformers, and whoever reads no class but tokenizer.json, calls transformers 5's own
-# fallback.
+# A field of the tokenizer_config.json that we write: the class that the source's file names.
+NAMED_BY_SOURCE = "source_tokenizer_class"
+# transformers 5 names its fallback class anew; the old name is known to every version, and to other readers.
 FALLBACK = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
@@ -92,8 +90,7 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Pa
     `source_tokenizer_class`, and comes back when the checkpoint is untied, if it then gives the same tokenizer.
 
     Args:
-        tokenizer: the source's, as `load_tokenizer` gives it; None if it cannot be loaded without running
-            its code.
+        tokenizer: the source's, as `load_tokenizer` gives it; None if it cannot be loaded without running its code.
         folder: with config.json and the tokenizer's files in it, copied or saved.
 
     Raises:
@@ -145,7 +142,7 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _candidates(fields: dict[str, Any], actual: str) -> list[dict[str, Any]]:
-    """What tokenizer_config.json may say, the source's own words first."""
+    """List the contents to try for tokenizer_config.json, the source's own first."""
     candidates = []
     if NAMED_BY_SOURCE in fields:
         restored = {name: value for name, value in fields.items() if name not in (NAMED_BY_SOURCE, "tokenizer_class")}
@@ -158,7 +155,7 @@ def _candidates(fields: dict[str, Any], actual: str) -> list[dict[str, Any]]:
 
 
 def _loads_as(folder: Path) -> list[PreTrainedTokenizerBase]:
-    """The folder's tokenizer as transformers loads it; if tied, also where this package is not imported."""
+    """Load the folder's tokenizer with transformers; for a tied one also as if this package were not imported."""
     path = folder / CONFIG
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if fields.get("model_type", "tiedmoe") != "tiedmoe":
@@ -179,7 +176,7 @@ def _is_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, of_an
 
 
 def _pipeline(tokenizer: Any) -> dict[str, Any]:
-    """What `tokenizers` does, without padding and truncation, which calls switch on and off."""
+    """Return the tokenizer's pipeline without padding and truncation, which calls switch on and off."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
 
 

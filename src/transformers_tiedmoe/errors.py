@@ -1,5 +1,6 @@
-"""The one error for what a user can cause: a wrong input, a damaged file, a full disk; everything else is a bug of
-ours.
+"""The one error for what a user can cause: a wrong input, a damaged file, a full disk.
+
+Any other exception is a bug of ours.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ class TiedMoeError(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn whatever a library raises at a user's files into a `TiedMoeError`: too many kinds to name, and no bug of
-    ours.
+    """Turn any exception that a library raises on a user's files into a `TiedMoeError`.
+
+    There are too many kinds of them to name, and none is a bug of ours.
 
     Args:
         what: the files, as the user named them; goes into the message.

@@ -1,8 +1,7 @@
 """`experts_implementation="tiedmoe"`: the kernels of `tiedmoe_kernels` for any gated family of transformers.
 
 An experts module declares its layout but not its activation, so that is found by trying: the module's own
-    `_apply_gate` on
-a grid of values must give what one of the kernels' formulas gives. Nothing here imports triton.
+`_apply_gate` on a grid of values must give what one of the kernels' formulas gives. Nothing here imports triton.
 """
 
 import functools
@@ -32,8 +31,7 @@ class Activation(NamedTuple):
 def tiedmoe_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Follow the experts' contract of transformers, as `grouped_mm_experts_forward`, on
-    `tiedmoe_kernels.experts_forward`.
+    """Run an experts module on `tiedmoe_kernels.experts_forward`, under the contract of `grouped_mm_experts_forward`.
 
     Args:
         self: an experts module of `@use_experts_implementation`; its config's `recompute_experts`, where there is one,
@@ -126,7 +124,7 @@ def _try_activations(experts: Any) -> Activation:
 
 
 def _formula(found: Activation, gate_up: torch.Tensor) -> torch.Tensor:
-    """What the kernels compute of `gate_up [N, 2]`: the reference with weights that hand it through."""
+    """Compute an activation of `gate_up [N, 2]` by the kernels' reference: its weights pass the values through."""
     return experts_forward_reference(
         gate_up,
         torch.zeros(len(gate_up), 1, dtype=torch.int64),

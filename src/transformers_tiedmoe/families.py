@@ -1,9 +1,7 @@
-"""A class made per family: transformers' own class beside one of ours, registered with the Auto classes, and
-picklable.
+"""Makes our classes, one per family: a subclass of one of ours and of the family's own, registered and picklable.
 
 Knows transformers and neither our config nor our models: those hand their base classes in, so that imports run one
-    way.
-A family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
+way. A family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
 """
 
 import contextlib
@@ -26,8 +24,7 @@ HEADS: list[Any] = []  # our heads in order, each with its Auto class and the ma
 
 
 def canonical_family(family: object) -> str:
-    """Return the `model_type` of the config that a family's causal LM is built with: "qwen3_5_moe" ->
-    "qwen3_5_moe_text".
+    """Return the `model_type` of a family's causal LM config: "qwen3_5_moe" gives "qwen3_5_moe_text".
 
     Raises:
         TiedMoeError: no text-only causal LM with experts of that name.
@@ -125,9 +122,7 @@ def heads_of(family: str) -> list[Any]:
 
 
 def config_class(base: Any, family: str) -> Any:
-    """Make the subclass of `base`, our config, and of the family's own; its heads are registered with the Auto
-    classes.
-    """
+    """Make the subclass of `base`, our config, and of the family's; register its heads with the Auto classes."""
     return _config_class(base, family)
 
 
@@ -194,9 +189,7 @@ def pool_class(base: Any, experts_class: Any) -> Any:
 
 @functools.cache
 def remote_classes(family: str) -> dict[str, str]:
-    """Return the `auto_map` of a checkpoint: what `trust_remote_code=True` imports from the stub beside its
-    config.json.
-    """
+    """Return a checkpoint's `auto_map`: what `trust_remote_code=True` imports from the stub beside config.json."""
     heads = {head._auto_model.__name__: f"tiedmoe_remote.{head.__name__}" for head in heads_of(family)}
     return {"AutoConfig": "tiedmoe_remote.TiedMoeConfig", **heads}
 
@@ -225,8 +218,9 @@ def restore_pool(base: Any, experts_class: Any) -> Any:
 
 
 def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
-    """Wrap a base model's `forward`: FSDP2 loses most of a pool's gradient if each layer has a backward pass of its
-    own.
+    """Wrap a base model's `forward` to refuse reentrant gradient checkpointing under FSDP2.
+
+    There each layer has a backward pass of its own, and FSDP2 loses most of a pool's gradient.
     """
 
     @functools.wraps(forward)

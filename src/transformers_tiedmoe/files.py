@@ -1,5 +1,6 @@
-"""Files and folders on a disk that may be full, linked in circles or pulled out: where to write, and how to write it
-whole.
+"""Where files may be written, and how they are written whole.
+
+The disk may be full or taken away, and links may form a circle.
 """
 
 import contextlib
@@ -46,8 +47,7 @@ def real_path(path: Path) -> Path:
 
 
 def check_apart(folder: str | Path, inputs: Mapping[str, str | Path | None], name: str = "output") -> None:
-    """Raise `TiedMoeError` if `folder`, which a run writes, is or holds one of its inputs, or lies in one; links are
-    followed.
+    """Raise `TiedMoeError` if the output `folder` is one of the inputs, holds one or lies in one; links are followed.
 
     Args:
         folder: as the user gave it.
@@ -172,9 +172,7 @@ def others_in(folder: Path, owned: Collection[str]) -> list[str]:
 
 
 def remove_file(folder: Path, name: str) -> None:
-    """Delete the file `name`, if it is there, and the folders in `folder` that it leaves empty; never a link, nor
-    through one.
-    """
+    """Delete the file `name` if it exists, and the folders in `folder` that are then empty; never through a link."""
     path = folder / name
     parents = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
     if any(each.is_symlink() for each in (path, *parents)) or path.is_dir():
@@ -207,7 +205,7 @@ def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
 
 
 def _error_number(error: Exception) -> int | None:
-    """The system's number for what went wrong; safetensors and torch name it in their errors' texts only."""
+    """Return the errno of an error; safetensors and torch name it only in the text of theirs."""
     if isinstance(error, OSError):
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", str(error)):

@@ -54,8 +54,7 @@ except ModuleNotFoundError as error:
 if Version(transformers_tiedmoe.__version__) < Version("{__version__}"):
     raise ImportError(
         f"This checkpoint was written by transformers-tiedmoe {__version__}, but {{transformers_tiedmoe.__version__}} "
-        "is "
-        f"installed, which may not know all of it: {{HOW}}"
+        f"is installed, which may not know all of it: {{HOW}}"
     )
 
 __all__ = [
@@ -311,7 +310,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _fence(text: str) -> str:
-    """A code fence that nothing in `text` closes."""
+    """Return a code fence that nothing in `text` closes."""
     return "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
 
 

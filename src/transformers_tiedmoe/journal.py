@@ -1,8 +1,7 @@
 """What a run has done so far, as lines of a file that survive a kill; `workdir.py` says what for.
 
 A line is written, and flushed to the disk, after the file it speaks of: what the journal does not call finished is
-    made again.
-Each holds its own hash, and what it claims is checked in type and range.
+made again. Each holds its own hash, and what it claims is checked in type and range.
 """
 
 import json

@@ -39,8 +39,7 @@ class Routing(NamedTuple):
 def load_balancing_loss(
     router_logits: Sequence[torch.Tensor | Routing], top_k: int, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute Switch Transformer's balance loss (arXiv 2101.03961, equations 4 to 6) of each layer, averaged over
-    layers.
+    """Compute the balance loss, averaged over layers (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
 
     Args:
         router_logits: per layer its `Routing`, or `[T, E_l]` logits of a router that takes the `top_k` of a softmax;
@@ -190,16 +189,14 @@ def add_router_losses(family_forward: Callable) -> Callable:
 
 
 def _padding_mask(mask: Any, num_tokens: int) -> torch.Tensor | None:
-    """The `[B, S]` mask of the tokens of this forward; None if no padding is told: no mask, or one of attention
-    weights.
-    """
+    """Return the `[B, S]` padding mask of this forward's tokens; None if there is none, or only attention weights."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return None
     return mask[:, mask.shape[1] - num_tokens // mask.shape[0] :]  # with a cache it covers the tokens before, too
 
 
 def _share(given: dict[str, Any]) -> torch.Tensor | float:
-    """The micro-batch's predicted tokens by all that Trainer counts in the step; 1 if it does not say."""
+    """Return the share of this micro-batch's predicted tokens in Trainer's whole step; 1 if Trainer gives no count."""
     num_items, labels = given.get("num_items_in_batch"), given.get("labels")
     if num_items is None or labels is None:
         return 1.0
@@ -208,7 +205,10 @@ def _share(given: dict[str, Any]) -> torch.Tensor | float:
 
 
 def _in_family_order(outputs: Any, **values: Any) -> Any:
-    """`outputs` with these fields, in the order of its class: what is added at the end would end a tuple, too."""
+    """Return `outputs` with `values`, in the field order of its class.
+
+    A field that is appended would also come last in the tuple of the outputs.
+    """
     names = [field.name for field in dataclasses.fields(outputs)]
     found = {**{name: getattr(outputs, name) for name in names}, **values}
     return type(outputs)(**found)

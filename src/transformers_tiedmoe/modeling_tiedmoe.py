@@ -147,9 +147,7 @@ class TiedExperts(nn.Module):
         return pool(hidden_states, top_k_index, top_k_weights, **extra).to(hidden_states.device)
 
     def check_slot_map(self) -> None:
-        """Raise `TiedMoeError` if the layer's slot map leads outside its pool; one that is still on meta has no
-        values.
-        """
+        """Raise `TiedMoeError` if the layer's slot map names rows outside its pool; skip one on the meta device."""
         if self.slot_map is not None and not self.slot_map.is_meta:
             check_slot_map(self.slot_map, self.pool_index, self.pool_size)
             self._checked_slot_map = self.slot_map

@@ -22,12 +22,11 @@ from .errors import TiedMoeError
 def tie_groups(
     moe_layers: Sequence[int], group_size: int = 2, skip_first: int = 2, skip_last: int = 2
 ) -> list[list[int]]:
-    """Cut the MoE layers of a model into groups of consecutive layers that read one pool (arXiv 2606.16825, Section
-    4).
+    """Cut a model's MoE layers into groups of consecutive layers that read one pool (arXiv 2606.16825, Section 4).
 
     Args:
-        moe_layers: indices of the layers that have experts, ascending. Dense layers are simply not in it: layers
-            are consecutive when they are neighbours in this sequence.
+        moe_layers: indices of the layers that have experts, ascending. Dense layers are simply not in it: layers are
+            consecutive when they are neighbours in this sequence.
         group_size: layers per group, the paper's g. The last group is shorter where the layers do not divide evenly.
         skip_first, skip_last: MoE layers left untied at either end.
 

@@ -155,8 +155,11 @@ class Folder:
         return path
 
     def finish(self, name: str, written: dict[str, Any] | None = None) -> None:
-        """Note that the file `name` is complete and on the disk; `written` as `file_digest` gives it, if that is
-        known.
+        """Note that the file `name` is complete and on the disk.
+
+        Args:
+            name: relative to the folder.
+            written: its `file_digest`, if the caller has it.
         """
         found = written or file_digest(self.folder / name)
         assert found is not None, f"{name} was never written"
@@ -530,7 +533,7 @@ def _discard_state(state: Path, output: Path, make: Callable[[Path, list[dict[st
 def _begin(
     partial: Path, output: Path, identity: dict[str, Any], made: list[str], owned: Collection[str] | None
 ) -> list[dict[str, Any]]:
-    """The journal's entries: those of an earlier run that made the same, or a first one."""
+    """Return the entries of the journal: an earlier run's if it made the same output, else a first one."""
     entries = read_journal(partial / JOURNAL, mend=True)
     if entries and (difference := _difference(entries[0]["identity"], identity)):
         if was_renamed(output):
@@ -560,7 +563,7 @@ def _begin(
 def _open_state(
     path: Path, identity: dict[str, Any], made: list[str], begin: str, advice: str, overwrite: bool
 ) -> Folder:
-    """The folder as earlier runs left it, or anew."""
+    """Return the folder as earlier runs left it, or a new one."""
     state = path / STATE
     entries = read_journal(state / JOURNAL, mend=True)
     if entries and overwrite:
@@ -605,7 +608,7 @@ def _acquire(state: Path, doing: str, advice: str) -> FileLock:
 
 
 def _difference(begun: dict[str, Any], asked: dict[str, Any]) -> tuple[str, str] | None:
-    """The first aspect in which two identities differ, and how."""
+    """Return the first aspect in which two identities differ, and how; None if they are equal."""
     for aspect in {**asked, **begun}:
         old, new = begun.get(aspect, {}), asked.get(aspect, {})
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -1,9 +1,8 @@
 """Memory that is used again.
 
 A page that is touched for the first time must be found and cleared by the kernel, and on a virtual machine by its
-    host: that can
-take ten times as long as reading a cached file into it, and `malloc` gives a large block back with every tensor that
-goes.
+host: that can take ten times as long as reading a cached file into it, and `malloc` gives a large block back with
+every tensor that goes.
 """
 
 import math

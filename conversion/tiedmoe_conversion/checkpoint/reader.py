@@ -1,8 +1,8 @@
 """Opens a checkpoint, in a local folder or on the Hub, by its headers alone, and reads single tensors on request.
 
-Tensors are read by offset rather than through a memory map, so that what a conversion holds in memory is what it
-asked for. A Hub source is planned from its headers; a weight file is downloaded when a tensor of it is first read.
-Nobody has checked a checkpoint: only regular files inside its folder are opened.
+Tensors are read by offset rather than through a memory map, so that what a conversion holds in memory is what it asked
+for. A Hub source is planned from its headers; a weight file is downloaded when a tensor of it is first read. Nobody
+has checked a checkpoint: only regular files inside its folder are opened.
 """
 
 import fnmatch
@@ -306,8 +306,8 @@ def open_source(source: str, revision: str | None = None, allow_pickle: bool = F
     """Open a local folder or a hub id by its small files and headers.
 
     Raises:
-        ConversionError: no such folder or repository, no weights, a truncated or missing file, a header or index
-            that contradicts itself, or a pickle that was not asked for.
+        ConversionError: no such folder or repository, no weights, a truncated or missing file, a header or index that
+            contradicts itself, or a pickle that was not asked for.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -1,8 +1,8 @@
 """Maps checkpoint tensors to a family's parameters, both ways, with transformers' own conversion rules.
 
 transformers keeps, per family, the renamings and fusions between the keys on the Hub (one tensor per expert) and its
-modules (3-D, fused). A `Unit` is one application of such a rule; it runs on meta tensors for the plan and on real
-ones for the conversion, so what is planned is what is done.
+modules (3-D, fused). A `Unit` is one application of such a rule; it runs on meta tensors for the plan and on real ones
+for the conversion, so what is planned is what is done.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -307,8 +307,8 @@ def register_method(
             Called as `layers_read(layers, **options)`, and raises `ConversionError` for a bad option value.
         calibration: whether `layer.inputs()` or `group.held_out_loss` is used; may depend on the `**options`.
         refines: the function is `build(group, start, **options)`, and `start` is the pool of the method before it in
-            the recipe; such a method may be named by `then`. The value names the method that runs before it if it
-            is the recipe's first.
+            the recipe; such a method may be named by `then`. The value names the method that runs before it if it is
+            the recipe's first.
         streams: whether the pool is made a block at a time; any other method holds its whole group in float32.
         memory: if the defaults of `Memory` say too little, or far too much.
     """

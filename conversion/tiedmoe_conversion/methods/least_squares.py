@@ -161,8 +161,7 @@ def _chosen_neurons(
     """The I of the row's and the readers' neurons that together fit best, with the outgoing weights of that fit.
 
     Backward elimination: leaving neuron k out costs |D_k|^2 / (A^-1)_kk, where A = sum w^2 f f^T + lambda I and D the
-        fit on
-    the neurons that are left (as Optimal Brain Surgeon).
+    fit on the neurons that are left (as Optimal Brain Surgeon).
     """
     width = old.down.shape[-1]
     pool = _strongest(function, readers, candidates * width)

@@ -21,10 +21,10 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
     The own expert's neurons are put in the row's order first. With D the difference of a projection's weights and G =
     sum w^2 x x^T over the projection's inputs in the slot's tokens, b a = U U^T D, where U are the first `rank`
     eigenvectors of D G D^T: the least |(D - b a) x|^2 over them (arXiv 2403.07378, Section 3, without its roots), and
-    the plain truncated SVD where G
-    is the identity: without calibration text, or without tokens. `down` is fitted to what the neurons give with the
-    residual of gate and up, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, as in `least_squares`.
-    Where a fit of `down` alone is nearer, as it may be to a row that was itself fitted, gate and up have none.
+    the plain truncated SVD where G is the identity: without calibration text, or without tokens. `down` is fitted to
+    what the neurons give with the residual of gate and up, D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda
+    I)^-1, as in `least_squares`. Where a fit of `down` alone is nearer, as it may be to a row that was itself fitted,
+    gate and up have none.
 
     Args:
         group: with calibration inputs where `held_out_loss` is there.

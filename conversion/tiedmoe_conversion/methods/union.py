@@ -1,7 +1,7 @@
 """`union`: all of a group's experts in one pool, a lossless start from which a pool can be made smaller.
 
-Layer j of a group of g reads rows j*E to (j+1)*E of a pool of P = g*E experts. The routers keep their width: masking
-a router of g*E rows instead is not bitwise equal, because its softmax sums over more terms.
+Layer j of a group of g reads rows j*E to (j+1)*E of a pool of P = g*E experts. The routers keep their width: masking a
+router of g*E rows instead is not bitwise equal, because its softmax sums over more terms.
 """
 
 from collections.abc import Iterator

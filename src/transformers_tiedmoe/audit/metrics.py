@@ -1,7 +1,7 @@
 """One definition of each metric: its formula, its unit, its source. Conversion, callbacks, demo and audit use these.
 
 Shapes: T tokens, K experts per token, E experts that a router (or a pool) has. Indices of E or more are inactive
-    slots.
+slots.
 """
 
 import math

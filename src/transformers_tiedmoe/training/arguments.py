@@ -1,5 +1,4 @@
-"""`TiedMoeTrainingArguments`: every argument of transformers' Trainer, and those of healing; from flags, YAML or
-Python.
+"""`TiedMoeTrainingArguments`: Trainer's arguments and those of healing; from flags, YAML or Python.
 
 The flags are made by transformers' `HfArgumentParser` from the fields, as in TRL's commands:
 `--per_device_train_batch_size` or `--per-device-train-batch-size`. Shorter names that were documented before

@@ -120,7 +120,7 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
 
 
 def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
-    """The rows of `data`, their only column called `text`, and whether the rows are lines of text files."""
+    """Load the rows of `data` as one column `text`; tell whether they are lines of text files."""
     path = Path(data).expanduser()
     if path.exists():
         kind, files = _local_files(path)
@@ -160,7 +160,7 @@ def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, b
 
 
 def _local_files(path: Path) -> tuple[str, list[Path]]:
-    """What a file or the files of a folder hold, all of one kind, and the files to read in order of name."""
+    """Return the kind of a file, or of all files in a folder, and the files to read, by name."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
     kinds = {kind for file in files if (kind := kind_of(file))}
     if len(kinds) != 1:
@@ -190,9 +190,9 @@ def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
 
 
 def _encode(rows: list[str], tokenizer) -> list[list[int]]:
-    """The tokens of every row; no more than `TOKENIZED_AT_ONCE` characters are in the tokenizer's hands at a time.
+    """Tokenize every row, at most `TOKENIZED_AT_ONCE` characters in one call of the tokenizer.
 
-    It takes some hundred bytes a character, and ends the process if there are not so many.
+    The tokenizer takes some hundred bytes a character, and ends the process if memory is short of that.
     """
     tokens: list[list[int]] = [[] for _ in rows]
     pieces: list[tuple[int, str]] = []

@@ -18,7 +18,7 @@ def distillation_loss(
 
     The fp32 log-probabilities of `chunk_size` tokens exist at a time, in the forward and in the backward, which
     computes them again: with a vocabulary of 150k a chunk of 1024 tokens takes 0.6 GiB for each of student and
-        teacher.
+    teacher.
 
     Args:
         logits: of the student, `[B, T, V]`, any float dtype.

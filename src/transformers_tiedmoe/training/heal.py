@@ -2,10 +2,8 @@
 
 `heal(TiedMoeTrainingArguments(model=..., data=..., output_dir=...))` measures held-out loss, trains, measures again,
 and leaves in `output_dir` a model that the Auto classes load, its card and manifest, and `heal.json`, the report.
-Works on any
-causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename. Kill it and
-    call
-it again: it goes on from the last checkpoint.
+Works on any causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename.
+Kill it and call it again: it goes on from the last checkpoint.
 """
 
 import contextlib
@@ -401,7 +399,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
 
 
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
-    """The files of the finished healing that `overwrite` replaces; None if nothing is to be replaced."""
+    """Return the files of the finished healing that `overwrite` replaces; None if there is nothing to replace."""
     folder = Path(str(args.output_dir))
     if was_renamed(folder.absolute()):
         return None  # by a run that was killed before its very end, which this one comes to
@@ -424,7 +422,7 @@ def _place(name: str | None) -> str | None:
 
 
 def _fingerprint(model: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """What a folder's files say of themselves, or a hub id's commit: another one is another healing."""
+    """Return what identifies a model: size and time of each file of a folder, or a hub id's commit."""
     folder = Path(model)
     if not folder.is_dir():
         return {"commit": getattr(config, "_commit_hash", None)}
@@ -455,7 +453,7 @@ def _check_tokens(args: TiedMoeTrainingArguments, config: PreTrainedConfig, *par
 
 
 def _with_block_size(args: TiedMoeTrainingArguments, config: PreTrainedConfig) -> TiedMoeTrainingArguments:
-    """The arguments with a block size that the model knows positions for."""
+    """Return the arguments with a block size that fits the model's positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = positions if isinstance(positions, int) and positions > 0 else math.inf
     if args.block_size is not None and args.block_size > known:

@@ -47,9 +47,7 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
 
 
 def attention_linears(model: nn.Module) -> list[str]:
-    """Return the names of the linear modules inside modules called `self_attn`, `linear_attn`, `attention` or the
-    like.
-    """
+    """Return the names of the linear modules inside `self_attn`, `linear_attn`, `attention` and the like."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = [name for name in names if re.search(r"att(n|ention)[^.]*\.", name)]
     if not names:

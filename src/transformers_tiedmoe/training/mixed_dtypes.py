@@ -48,7 +48,7 @@ def replaced(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[N
 
 
 def _weight_files(checkpoint: str) -> list[str]:
-    """The safetensors files of a folder or hub id, which were loaded before; empty if it has others."""
+    """Return the safetensors files of a folder or hub id that was loaded before; empty if it has other files."""
     quiet = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_gated_repo": False,

@@ -73,7 +73,7 @@ def _unreadable(path: Path, kind: str | None, problem: object) -> TiedMoeError:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, expanded."""
+    """Open a file for its bytes, decompressed."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file, contextlib.ExitStack() as stack:
         expanded: Any = file
@@ -116,7 +116,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _decoded(file: io.BufferedReader) -> Iterator[str]:
-    """The lines of a file, with their ends; a byte order mark is no text."""
+    """Yield the lines of a file with their ends; a byte order mark is dropped."""
     for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if "\0" in line:
             raise TiedMoeError(f"line {number} holds a NUL byte: binary data, or UTF-16")
@@ -128,7 +128,7 @@ def _lines(file: io.BufferedReader, text_column: str) -> Iterator[str]:
 
 
 def _json_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | None]:
-    """The text of every row of JSON lines, or of one array of rows."""
+    """Yield the text of every row of JSON lines, or of one JSON array of rows."""
     first = file.peek(1)[:1]
     if first == b"[":
         rows = json.loads("".join(_decoded(file)))
@@ -145,7 +145,7 @@ def _json_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | None
 
 
 def _text_of(row: Any, text_column: str, place: str) -> str | None:
-    """The text of a JSON row, which is an object with the column, or text itself; None of a null."""
+    """Return the text of a JSON row, an object with the column or a string; None for null."""
     if isinstance(row, dict):
         if text_column not in row:
             raise TiedMoeError(

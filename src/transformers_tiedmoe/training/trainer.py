@@ -88,8 +88,7 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return per sequence the summed cross-entropy and the number of tokens, so that the mean over tokens is
-        exact.
+        """Return per sequence the summed cross-entropy and the number of tokens: their mean over tokens is exact.
 
         Trainer's own mean would include the balance loss and count the sequences that fill up the last batch twice.
         """
@@ -100,7 +99,7 @@ class HealTrainer(Trainer):
 
 
 def _model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a model's logits: without masks and positions a padded batch has others."""
+    """Return the inputs that decide the logits; without mask and positions a padded batch would give others."""
     return {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
 
 
