@@ -375,18 +375,29 @@ def test_healed_folder_has_card_and_manifest_of_every_file(tied, data, output):
     assert str(Path(data).parent) not in card + json.dumps(manifest)
 
 
-def test_what_is_on_the_disk_is_what_was_measured(tied, data, output, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", r"has not the weights of the model in memory: \d+, such as"),
+        ("config.json", r"has the loss .* on sample blocks, but the model in memory"),
+    ],
+)
+def test_what_is_on_the_disk_is_what_was_measured(file, message, tied, data, output, monkeypatch):
     """A save that writes another model than the one in memory ends the run, and nothing looks complete."""
     real = TiedMoeForCausalLM.save_pretrained
 
     def other(self, folder, **kwargs):
         real(self, folder, **kwargs)
-        path = Path(folder, "model.safetensors")
-        if "draft" in str(folder):
+        path = Path(folder, file)
+        if "draft" not in str(folder):
+            return
+        if file == "config.json":
+            path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "relu"}))
+        else:
             save_file({n: t * 0.5 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(TiedMoeForCausalLM, "save_pretrained", other)
-    with pytest.raises(AssertionError, match=r"has the loss .* on sample blocks, but the model in memory"):
+    with pytest.raises(AssertionError, match=message):
         heal(HealConfig(tied, data, output, **QUICK))
     assert not Path(output).exists()
 

@@ -379,13 +379,17 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> None:
-    """Load what was saved as anybody will, and raise unless it has the loss of the model in memory.
+    """Load what was saved as anybody will, and raise unless it is the model in memory, whose loss was reported.
 
-    An adapter beside the weights, a name that no longer fits or a dtype that was lost would show here.
+    Every weight is compared, and the loss of one batch, which the config decides too. An adapter beside the weights, a
+    name that no longer fits or a dtype that was lost would show here.
     """
     rows = validation.select(range(min(len(validation), args.per_device_eval_batch_size)))
     expected = perplexity(model, rows, args.per_device_eval_batch_size)["loss"]
     saved = load_model(str(folder), args.trust_remote_code).to(model.device)
+    kept, own = saved.state_dict(), model.state_dict()
+    if lost := [name for name in kept.keys() | own.keys() if name not in kept or not kept[name].equal(own[name])]:
+        raise AssertionError(f"{folder} has not the weights of the model in memory: {len(lost)}, such as {min(lost)!r}")
     found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
     if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
         raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
