@@ -389,7 +389,7 @@ def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Datas
     saved = load_model(str(folder), args.trust_remote_code).to(model.device)
     kept, own = saved.state_dict(), model.state_dict()
     if lost := [name for name in kept.keys() | own.keys() if name not in kept or not kept[name].equal(own[name])]:
-        raise AssertionError(f"{folder} has not the weights of the model in memory: {len(lost)}, such as {min(lost)!r}")
+        raise AssertionError(f"{folder} has not the weights of the model in memory: {len(lost)}, first {min(lost)!r}")
     found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
     if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
         raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
