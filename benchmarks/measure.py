@@ -22,7 +22,7 @@ from shapes import Case, route
 from timing import capture, clock_for, interleave, paired_ratio, spread, synchronize
 from torch import Tensor, nn
 
-from tiedmoe_kernels import autograd as kernels
+from tiedmoe_kernels import backends
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 CHECKED_TOKENS = 64  # of a forward, anywhere in the batch
@@ -321,7 +321,7 @@ ELEMENTWISE = ("aten::add", "aten::add_", "aten::copy_", "aten::fill_", "aten::z
 @contextlib.contextmanager
 def own_weight_gradients(device_type: str) -> Iterator[list[int]]:
     """How often each weight gradient of our kernels made meanwhile passes over the pool: written 1, added to 2."""
-    backend = kernels._backend(device_type)
+    backend = backends.backend_of(device_type)
     passes, original = [], backend.backward_weight
 
     def counted(segments, spec, out_dtype, needs, into=(None,) * 4):

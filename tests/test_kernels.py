@@ -20,7 +20,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from tiedmoe_kernels import (
-    autograd,
+    backends,
     deferred_weight_gradients,
     experts_forward,
     experts_forward_reference,
@@ -159,7 +159,7 @@ def backend(request, monkeypatch):
     device = request.getfixturevalue("device")
     if device == "cpu":
         blocks = dict.fromkeys(tuning.KERNELS, tuning.Config(16, 16, 16, group_m=2, num_warps=4, num_stages=2))
-        monkeypatch.setattr(autograd, "_backend", lambda device_type: triton_backend)
+        monkeypatch.setattr(backends, "backend_of", lambda device_type: triton_backend)
         monkeypatch.setattr(tuning, "choose", lambda kernel, *_: blocks[kernel])
         return blocks
     return None

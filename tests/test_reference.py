@@ -174,6 +174,7 @@ def test_dtype_of_the_input_is_kept_and_the_error_is_that_dtype_s(dtype):
         ({"activation": "tanh"}, "unknown activation 'tanh'; choose one of silu"),
         ({"down_proj": torch.zeros(E, I, H)}, r"down_proj of \(5, 12, 10\); found down_proj \(5, 10, 12\)"),
         ({"down_proj": torch.zeros(H, I)}, "must be 3-D"),
+        ({"gate_up_proj_bias": torch.zeros(E, I)}, r"gate_up_proj_bias must be \(5, 20\) to fit the pool"),
         ({"hidden_states": torch.zeros(7, H + 1)}, r"must be \[T, 12\]"),
         ({"top_k_weights": torch.zeros(7, K + 1)}, r"must both be \[T, K\] with T=7"),
         ({"top_k_index": torch.zeros(7, K, dtype=torch.int32)}, "must be int64; found torch.int32"),

@@ -4,9 +4,10 @@
 `deferred_weight_gradients()` have their weight gradient computed once. triton is imported at the first call on a GPU.
 """
 
-from .autograd import experts_forward
 from .deferred import deferred_weight_gradients
-from .reference import ACTIVATIONS, experts_forward_reference
+from .eager import experts_forward
+from .reference import experts_forward_reference
+from .spec import ACTIVATIONS
 
 __version__ = "0.1.0"
 

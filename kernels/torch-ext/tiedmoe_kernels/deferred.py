@@ -15,11 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .spec import Segment, Spec
+from .spec import Segment, Spec, Weights
 
 logger = logging.getLogger(__name__)
-
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate_up, down, gate_up_bias, down_bias
 
 Targets = tuple[torch.autograd.graph.Node | None, ...]  # where the gradient of each weight goes
 

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_indices, check_shapes
+from .spec import Spec
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-ACTIVATIONS = (*_ACTIVATIONS, "clamped_silu", "clamped_swiglu")  # every name that `activation` may have
 
 
 def experts_forward_reference(
@@ -65,7 +67,10 @@ def experts_forward_reference(
         ValueError: shapes that do not fit together, an index that is not int64 or out of range, an unknown activation.
     """
     num_experts = gate_up_proj.size(0)
-    _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, is_transposed, slot_map, activation)
+    spec = Spec(activation, swiglu_alpha, swiglu_limit, is_transposed, is_concatenated)
+    weights = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias)
+    check_shapes(hidden_states, top_k_index, top_k_weights, weights, slot_map, spec)
+    check_indices(top_k_index, slot_map, num_experts)
     pool_index_TK = top_k_index
     if slot_map is not None:
         inactive = slot_map.new_full((1,), num_experts)
@@ -99,50 +104,3 @@ def experts_forward_reference(
         out_NH = F.linear(h_NI, down_w, down_bias)
         y_TH = y_TH.index_add(0, token_N, out_NH.to(dtype) * top_k_weights[token_N, k_N, None].to(dtype))
     return y_TH.to(hidden_states.dtype)
-
-
-def _check(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    is_transposed: bool,
-    slot_map: Tensor | None,
-    activation: str,
-) -> None:
-    """Raise ValueError for what a caller can get wrong; reads the indices, so it waits for the device."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
-        raise ValueError(
-            f"gate_up_proj and down_proj must be 3-D, one matrix per expert; found {tuple(gate_up_proj.shape)} "
-            f"and {tuple(down_proj.shape)}"
-        )
-    E, two_I, H = gate_up_proj.transpose(1, 2).shape if is_transposed else gate_up_proj.shape
-    expected = (E, two_I // 2, H) if is_transposed else (E, H, two_I // 2)
-    if two_I % 2 or tuple(down_proj.shape) != expected:
-        raise ValueError(
-            f"gate_up_proj {tuple(gate_up_proj.shape)} with is_transposed={is_transposed} needs an even 2I and "
-            f"a down_proj of {expected}; found down_proj {tuple(down_proj.shape)}"
-        )
-    if hidden_states.dim() != 2 or hidden_states.size(1) != H:
-        raise ValueError(f"hidden_states must be [T, {H}] to fit the pool; found {tuple(hidden_states.shape)}")
-    if top_k_index.shape != top_k_weights.shape or top_k_index.dim() != 2 or len(top_k_index) != len(hidden_states):
-        raise ValueError(
-            f"top_k_index and top_k_weights must both be [T, K] with T={len(hidden_states)}; found "
-            f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}"
-        )
-    if top_k_index.dtype != torch.int64 or (slot_map is not None and slot_map.dtype != torch.int64):
-        found = top_k_index.dtype if slot_map is None else f"{top_k_index.dtype} and {slot_map.dtype}"
-        raise ValueError(f"top_k_index and slot_map must be int64; found {found}")
-    num_slots = E if slot_map is None else len(slot_map)
-    _check_range("top_k_index", top_k_index, num_slots, f" ({num_slots} marks an inactive slot)")
-    if slot_map is not None:
-        _check_range("slot_map", slot_map, E - 1)
-
-
-def _check_range(name: str, index: Tensor, last: int, remark: str = "") -> None:
-    if index.numel() and not (index.min() >= 0 and index.max() <= last):
-        found = f"{index.min().item()} to {index.max().item()}"
-        raise ValueError(f"{name} must lie in [0, {last}]{remark}; found {found}")

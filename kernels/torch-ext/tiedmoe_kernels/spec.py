@@ -1,4 +1,4 @@
-"""What the backends (`torch_backend`, `triton_backend`) and autograd hand to each other. Imports torch only.
+"""What the backends (`torch_backend`, `triton_backend`) and their callers hand to each other. Imports torch only.
 
 A backend is a module with three functions, `forward`, `backward_data` and `backward_weight`, all in terms of `Spec` and
 `Segment`; `torch_backend.py` documents them. Rows are slots (token, k) sorted by expert, N = T*K of them.
@@ -10,11 +10,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate_up, down, gate_up_bias, down_bias
+
+# Every name that `activation` may have; reference.py says what they compute.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "clamped_silu", "clamped_swiglu")
+
 
 class Spec(NamedTuple):
     """What does not change from call to call: the activation and the layout of the weights."""
 
-    activation: str  # one of reference.ACTIVATIONS
+    activation: str  # one of ACTIVATIONS
     swiglu_alpha: float  # alpha of "clamped_swiglu"
     swiglu_limit: float  # limit of "clamped_swiglu" and "clamped_silu"
     is_transposed: bool  # projections are stored [E, in, out]

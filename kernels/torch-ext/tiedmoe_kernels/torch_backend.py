@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_indices
 from .spec import Segment, Spec
 
 _SUM = 0  # torch.embedding_bag's mode
@@ -250,23 +251,13 @@ class _Rows(NamedTuple):
 
 def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tensor]:
     """Slots by pool row: order `[N]` int32 (stable, inactive last) and offsets `[E + 1]` int32."""
-    R = E if slot_map is None else slot_map.numel()
-    _check_range("top_k_index", index, R, f" ({R} marks an inactive slot)")
+    check_indices(index, slot_map, E)
     row = index.flatten()
     if slot_map is not None:
-        _check_range("slot_map", slot_map, E - 1)
         row = torch.cat([slot_map, slot_map.new_full((1,), E)])[row]
     offsets = torch.zeros(E + 1, dtype=torch.int32, device=index.device)
     torch.cumsum(torch.bincount(row, minlength=E + 1)[:E], 0, out=offsets[1:])
     return row.argsort(stable=True).int(), offsets
-
-
-def _check_range(name: str, index: Tensor, last: int, remark: str = "") -> None:
-    if not index.numel():
-        return
-    low, high = (bound.item() for bound in index.aminmax())
-    if low < 0 or high > last:
-        raise ValueError(f"{name} must lie in [0, {last}]{remark}; found {low} to {high}")
 
 
 def _pre_activation(x: Tensor, gate_up: Tensor, bias: Tensor | None, rows: _Rows, spec: Spec) -> Tensor:
