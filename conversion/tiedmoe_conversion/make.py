@@ -167,7 +167,7 @@ class TensorMaker:
         return make_pool(plan.recipe, plan.source, plan.groups[index], plan.pool_num_experts[index], self.calibration)
 
     def _stored(self, index: int) -> MadePool:
-        """The pool from the working folder, where an earlier run that was killed has left it."""
+        """Load a pool that an earlier run, which was killed, left in the working folder."""
         assert self.work is not None
         name = f"pool-{index}.safetensors"
         found = self.work.load(name)

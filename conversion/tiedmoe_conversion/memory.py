@@ -75,7 +75,7 @@ def _peak(
 
 
 def _scratch_bytes(recipe: ConversionRecipe, group: list[int], source: SourceModel, config: TiedMoeConfig) -> int:
-    """What the recipe's methods hold beside the experts themselves, at most."""
+    """Return the bytes that the recipe's methods hold beside the experts themselves, at most."""
     down = source.tensors.meta[f"{source.experts[group[0]]}.down_proj"]
     sizes = Sizes(
         num_layers=len(group),

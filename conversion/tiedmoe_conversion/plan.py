@@ -176,8 +176,9 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
 
 
 def _promise_no_dropped_layers(config: TiedMoeConfig, source: SourceModel) -> None:
-    """Count no multi-token-prediction layers if the source's are dropped: llama.cpp and vLLM look for as many as
-    promised.
+    """Set the count of multi-token-prediction layers to 0 if the source's are dropped.
+
+    llama.cpp and vLLM look for as many as the config promises.
     """
     for name in source.tensors.dropped:
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
@@ -189,7 +190,7 @@ def _promise_no_dropped_layers(config: TiedMoeConfig, source: SourceModel) -> No
 
 
 def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[list[int]]:
-    """The recipe's groups for this family; checks everything that needs the config and not the weights."""
+    """Return the recipe's groups for this family; check all that needs the config and no weights."""
     config = TiedMoeConfig.from_family(
         family_config,
         group_size=recipe.group_size,

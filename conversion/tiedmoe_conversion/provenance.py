@@ -106,7 +106,7 @@ def _sizes(plan: "Plan") -> dict[str, Any]:
 
 
 def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> dict[str, Any]:
-    """What the template shows of `measure`'s report: sums over layers and pools."""
+    """Return what the card's template shows of `measure`'s report: sums over layers and pools."""
     slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
     return {
         "tokens": measured["tokens"],

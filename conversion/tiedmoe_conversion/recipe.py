@@ -211,8 +211,9 @@ class ConversionRecipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ConversionRecipe":
-        """Return the recipe in a YAML file, or the shipped one of that name; `overrides` replace fields before the
-        checks.
+        """Return the recipe in a YAML file, or the shipped one of that name.
+
+        `overrides` replace fields before the checks.
         """
         from transformers_tiedmoe.errors import TiedMoeError
         from transformers_tiedmoe.yaml_input import read_yaml

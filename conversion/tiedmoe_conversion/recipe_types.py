@@ -33,7 +33,7 @@ class Expected(str):
 
 
 def _as_text(value: Any) -> Any:
-    """A path or a hub id as text, with the home folder in place of `~`."""
+    """Return a path or a hub id as text, with the home folder in place of `~`."""
     return os.path.expanduser(value) if isinstance(value, (str, Path)) else value
 
 
@@ -72,7 +72,7 @@ def _as_steps(then: Any) -> Any:
 
 
 def _as_pool_size(size: Any) -> Any:
-    """A number, or a multiple of the source's as text such as "1.5x"; anything else as it came."""
+    """Return a number, or a multiple of the source's as text such as "1.5x"; anything else unchanged."""
     if isinstance(size, (list, tuple)) and size:
         return tuple(_as_pool_size(each) for each in size)
     text = size.strip().lower() if isinstance(size, str) else ""

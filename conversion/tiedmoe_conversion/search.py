@@ -219,9 +219,7 @@ class Search:
         return found
 
     def curve(self, candidates: Sequence[Candidate]) -> list[Point]:
-        """Return the choices of disjoint groups that none beats in both bytes and the sum of losses, the fewest bytes
-        first.
-        """
+        """Return the choices of disjoint groups that none beats in both bytes and losses, the fewest bytes first."""
         starting: dict[int, list[Candidate]] = {}
         for candidate in candidates:
             starting.setdefault(candidate.layers[0], []).append(candidate)
@@ -258,8 +256,9 @@ class Search:
                         yield length, width, groups
 
     def _bytes_saved(self, length: int, width: int) -> int:
-        """What a group of `length` layers and a pool of `width` experts saves; a slot is an int64, a residual two
-        factors.
+        """Return the bytes that a group of `length` layers saves with a pool of `width` experts.
+
+        A slot map has an int64 per slot, a residual two factors.
         """
         experts = sum(tensor.nbytes for tensor in self.parameters) // self.num_experts
         factors = sum(sum(t.shape[1:]) * t.dtype.itemsize for t in self.parameters if t.dim() == 3)
@@ -268,7 +267,7 @@ class Search:
         return (length * self.num_experts - width) * experts - length * per_layer
 
     def _losses(self, groups: Sequence[tuple[int, ...]], width: int) -> list[float]:
-        """What each of the groups adds to the loss, tied alone into a pool of `width` experts."""
+        """Return what each group adds to the loss when it alone is tied, into a pool of `width` experts."""
         losses = []
         for group in groups:
             key = f"scan {self.recipe.method} {sorted(self.recipe.method_options.items())} {list(group)} {width}"
@@ -277,7 +276,7 @@ class Search:
         return losses
 
     def _loss(self, tied: Sequence[tuple[Sequence[int], int]]) -> float:
-        """The loss with these groups tied, each into a pool of so many experts, and no other."""
+        """Return the loss with these groups tied, each into a pool of so many experts, and no others."""
         made: dict[int, tuple[Pool, Residuals]] = {}
         for group, width in tied:
             pool = make_pool(self._scanned, self.source, group, width, self.calibration).pool
@@ -286,7 +285,7 @@ class Search:
         return self.calibration.loss(TiedTensors(self.source, made, parameters))
 
     def _measure(self, curve: Sequence[Point], place: int, measured: dict[int, float]) -> float:
-        """The loss that the curve's point at `place` really adds."""
+        """Measure the loss that the curve's point at `place` really adds."""
         if place not in measured:
             if self.progress:
                 self.progress(len(measured), len(measured) + 1, f"measuring {curve[place].fraction:.0%} of the bytes")
@@ -297,7 +296,7 @@ class Search:
         return measured[place]
 
     def _least_bytes(self, curve: Sequence[Point], measured: dict[int, float]) -> int:
-        """The place of the fewest bytes whose measured loss is at most `max_loss`, by bisection."""
+        """Find the place of the fewest bytes whose measured loss is at most `max_loss`, by bisection."""
         most = self.recipe.max_loss
         assert most is not None
         low, high = 0, len(curve) - 1
@@ -321,7 +320,7 @@ def _keep(front: dict[int, tuple[float, tuple[Candidate, ...]]], saved: int, los
 
 
 def _undominated(front: dict[int, tuple[float, tuple[Candidate, ...]]]) -> dict[int, Any]:
-    """The entries that save more than every entry of less loss."""
+    """Return the entries that save more than every entry of less loss."""
     kept, least = {}, float("inf")
     for saved in sorted(front, reverse=True):
         if front[saved][0] < least:

@@ -123,9 +123,7 @@ class _Maker:
 
 
 def save_family_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write a family's config.json for every reader: transformers 5's names of the fields, and the older ones beside
-    them.
-    """
+    """Write a family's config.json for every reader: with transformers 5's names of the fields and the older ones."""
     config.save_pretrained(folder)
     path = folder / CONFIG_NAME
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +160,7 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
-    """The family's own config; its number of experts is the width that every layer's router has."""
+    """Return the family's own config; its number of experts is the width of every layer's router."""
     family_config, field = config.to_family(), config.num_experts_field
     widths = {layer: getattr(config, field) for layer in expert_layers(family_model(family_config))}
     pools = zip(config.groups, config.pool_num_experts, config.slot_maps)  # type: ignore[arg-type]  # resolved to lists

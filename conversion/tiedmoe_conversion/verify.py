@@ -1,9 +1,8 @@
-"""Checks a checkpoint that a conversion wrote: headers, the Auto class, real numbers from sample layers, the source's
-logits.
+"""Checks a checkpoint that a conversion wrote: headers, the Auto class, numbers of sample layers, the logits.
 
-The last is for methods that promise to lose nothing. A model too large to load twice is compared on its first and last
-tied layers instead, expert by expert, and the report says which of the two was done. `verify_folder` checks a folder
-that has been lying about, or was healed since, and says what it could not check.
+Logits are compared with the source's for methods that promise to lose nothing. A model too large to load twice is
+compared on its first and last tied layers instead, expert by expert, and the report says which of the two was done.
+`verify_folder` checks a folder that was written earlier, or healed since, and says what it could not check.
 """
 
 import contextlib
@@ -115,9 +114,7 @@ def verify_sample(
 
 
 def compare_layers(source: SourceModel, output: LayerTensors, layers: Iterable[int]) -> dict[str, Any]:
-    """Return the relative error of what the output's middle expert computes in each of `layers`, by the family's own
-    code.
-    """
+    """Return the relative error of the output's middle expert in each of `layers`, by the family's own code."""
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for layer in layers:
@@ -158,8 +155,9 @@ def _sample_layers(groups: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _expert_output(source: SourceModel, layer: int, expert: int, read) -> torch.Tensor:
-    """What one expert computes of `SAMPLE_TOKENS` tokens, in float32 `[T, H]`; `read(name, first, last)` gives its
-    weights.
+    """Compute an expert's output on `SAMPLE_TOKENS` tokens, float32 `[T, H]`.
+
+    `read(name, first, last)` gives its weights.
     """
     path = source.experts[layer]
     module = copy.deepcopy(source.model.get_submodule(path))
@@ -350,7 +348,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _loading_problems(folder: Path) -> dict[str, list[str]]:
-    """What the Auto class finds missing, unexpected or of another shape when it loads `folder` without memory."""
+    """Return what the Auto class finds missing, unexpected or misshapen when it loads `folder` on the meta device."""
     with _quietly():
         try:
             _, loading = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)

@@ -64,7 +64,7 @@ def _cells(report: dict, name: str) -> list[str]:
 
 
 def _caption(report: dict) -> str:
-    """What tying saved and what it cost, in one sentence."""
+    """Say what tying saved and what it cost, in one sentence."""
     source, tied, healed, control = (report[name] for name in MODELS)
     saved = 1 - healed["parameters"] / source["parameters"]
     return (

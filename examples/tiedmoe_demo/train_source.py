@@ -134,9 +134,7 @@ def source_config(config: DemoConfig, tokenizer: PreTrainedTokenizerBase) -> Olm
 
 
 def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of at most `vocab_size` tokens, trained on all of the text but the part that is held
-    out.
-    """
+    """Train a byte-level BPE of at most `vocab_size` tokens on all of the text but the held-out part."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         _training_text(data), vocab_size, special_tokens=[PAD, BOS, EOS], show_progress=False
@@ -145,7 +143,7 @@ def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def _training_text(data: str | Path) -> Iterator[str]:
-    """The text but its last part, a page at a time: paragraph breaks are to be seen, too."""
+    """Yield the text without its held-out end, a page at a time, so that paragraph breaks are seen too."""
     rows, _ = _load_texts(data, "text")
     num_characters = sum(len(row) for row in rows["text"])
     seen, page = 0, []

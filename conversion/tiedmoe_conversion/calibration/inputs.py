@@ -186,8 +186,7 @@ class Calibration:
 
 
 class TiedTensors(Mapping[str, torch.Tensor]):
-    """What tied layers' experts would be in an untied model, made when asked for: the rows of their pool, by
-    state-dict name.
+    """The experts of tied layers as untied tensors by state-dict name: rows of their pool, made when read.
 
     Args:
         source: whose layers they are.

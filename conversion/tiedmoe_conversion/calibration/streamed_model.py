@@ -97,7 +97,7 @@ class StreamedModel:
             self._unload(paths)
 
     def _hidden_states(self, tokens: torch.Tensor, capture: Capture | None) -> Any:
-        """The base model's output on all of `tokens`."""
+        """Run the base model on all of `tokens`."""
         self._capture, self._rows = capture, max(1, TOKENS_AT_A_TIME // tokens.shape[1])
         try:
             return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False, output_router_logits=False)
@@ -105,7 +105,7 @@ class StreamedModel:
             self._capture = None
 
     def _find_layers(self) -> list[str]:
-        """The paths of the decoder layers: all of the list that the layers with experts are in."""
+        """Return the paths of all decoder layers: of the list that holds the layers with experts."""
         first = next(iter(self.experts.values()))
         match = re.match(r"(.*?)\.\d+\.", first)
         assert match, f"no layer index in {first}"
@@ -169,8 +169,9 @@ class StreamedModel:
 
 
 def held_bytes(num_bytes: int, at_a_time: int) -> int:
-    """Return the bytes of weights in memory while a model of `num_bytes` runs: all of it where it fits, else those of
-    `at_a_time`.
+    """Return the bytes of weights in memory while a model of `num_bytes` runs.
+
+    They are all of it where it fits, else those of `at_a_time`.
     """
     return IN_FLOAT32 * (num_bytes if _fits(num_bytes) else at_a_time)
 
@@ -180,7 +181,7 @@ def _fits(num_bytes: int) -> bool:
 
 
 def _returns(outputs: Any, rows: slice) -> Callable[..., Any]:
-    """A forward of the base model that hands out some sequences of what it has computed before."""
+    """Make a forward of the base model that returns some sequences of outputs computed before."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(outputs)(last_hidden_state=outputs.last_hidden_state[rows])

@@ -37,8 +37,7 @@ class CalibrationText:
     seed: int
 
     def tokens(self, source: Source) -> tuple[torch.Tensor, int]:
-        """Return all sequences, int64 `[N, block_size]`, in the source's own tokens, and how many of them are to fit
-        on.
+        """Return all sequences, int64 `[N, block_size]` in the source's tokens, and how many of them are to fit on.
 
         Raises:
             ConversionError: no such text, less of it than asked for, or a source without a tokenizer.

@@ -84,10 +84,10 @@ def read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
 
 
 def tensors_from_header(header: Mapping[str, Any], file: str, where: str) -> dict[str, TensorInfo]:
-    """Check a parsed header, in which every tensor has `dtype`, `shape` and `data_offsets`; `where` names it in
-    errors.
+    """Return the tensors of a parsed safetensors header, after checking it; `where` names it in errors.
 
-    The offsets must tile the data without gap or overlap, as safetensors requires.
+    Every tensor must have `dtype`, `shape` and `data_offsets`, and the offsets must tile the data without gap or
+    overlap, as safetensors requires.
     """
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():

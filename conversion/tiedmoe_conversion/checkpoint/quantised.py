@@ -34,8 +34,9 @@ class BlockScaled(TensorInfo):
 
     @property
     def is_even(self) -> bool:
-        """Whether all blocks are of one size. transformers 5.23 takes the block's size to be the weight's by the
-        number of blocks.
+        """Whether all blocks are of one size.
+
+        If not, transformers 5.23 scales wrongly: it takes a block to be the weight's size by the number of blocks.
         """
         return all(size % part == 0 for size, part in zip(self.shape[-2:], self.block))
 
@@ -49,8 +50,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, info: BlockScaled) -> 
 
 
 def fold_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
-    """Return `tensors` with every fp8 weight and its scales as one `BlockScaled`; `where` names the checkpoint in
-    errors.
+    """Return `tensors` with each fp8 weight and its scales folded into one `BlockScaled`; `where` is for errors.
 
     Raises:
         ConversionError: a quantisation of another kind, a weight without scales, scales without a weight, or scales

@@ -157,7 +157,7 @@ class Source:
             settle_tokenizer(self._tokenizer(), folder)
 
     def _tokenizer(self) -> Any:
-        """The source's tokenizer, None if transformers cannot load it without the source's code, or makes one up."""
+        """Load the source's tokenizer; None if transformers would need the source's code, or would make one up."""
         try:
             tokenizer = load_tokenizer(self.folder, self.name)
             return tokenizer if tokenizer("Some text.").input_ids else None  # a made-up one knows no text

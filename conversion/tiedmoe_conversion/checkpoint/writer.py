@@ -49,8 +49,9 @@ PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 def check_space(output: Path, num_bytes: int) -> None:
-    """Raise `ConversionError` where the disk of `output` has less than `num_bytes` free, or held by unfinished work on
-    it.
+    """Raise `ConversionError` if the disk of `output` has room for less than `num_bytes`.
+
+    What unfinished work on `output` holds counts as free.
     """
     free = shutil.disk_usage(next(p for p in output.parents if p.exists())).free
     free += sum(path.stat().st_size for path in partial_folder(output).rglob("*") if path.is_file())
@@ -62,8 +63,9 @@ def check_space(output: Path, num_bytes: int) -> None:
 
 
 def into_files(planned: Sequence[PlannedT], max_shard_size: int) -> tuple[PlannedT, ...]:
-    """Return `planned` with their files, those of one file together and wide dtypes first, so that all of them are
-    aligned.
+    """Assign `planned` to files of at most `max_shard_size` bytes, and sort them by file.
+
+    Wide dtypes come first in each file, so that every tensor is aligned.
     """
     by_name = {tensor.target: tensor for tensor in planned}
     split = split_state_dict_into_shards_factory(
@@ -132,8 +134,9 @@ def write_weights(
 def write_file(
     path: Path, planned: Sequence[PlannedT], make: Callable[[PlannedT], Iterable[torch.Tensor]]
 ) -> dict[str, Any]:
-    """Write one safetensors file; returns its size and hash as `file_digest` gives them. It may not be on the disk
-    yet.
+    """Write one safetensors file; return its size and hash as `file_digest` does.
+
+    The file may not be on the disk yet.
     """
     with open(path, "wb", buffering=0) as file, _Writer(file) as writer:
         writer.put(_header(planned))

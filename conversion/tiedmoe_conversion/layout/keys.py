@@ -74,12 +74,11 @@ class Unit:
         return outputs
 
     def places(self, infos: Mapping[str, TensorInfo]) -> list[tuple[str, int, int, int]] | None:
-        """Return where the inputs stand in the output, if the rule only stacks experts and joins them along their
-        first dimension.
+        """Return the place of every input in the output, if the rule only stacks experts and joins their rows.
 
         Returns:
-            Per input its key, the expert, and its first and last (not included) row there, so that it can be read into
-            its place; None for any other rule.
+            Per input its key, its expert, and its first and last (not included) row in that expert, so that it can be
+            read into its place; None for any other rule.
         """
         operations = self.converter.operations if self.converter is not None else []
         if [(type(each), getattr(each, "dim", None)) for each in operations] not in (
@@ -134,8 +133,7 @@ class FamilyTensors:
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Return one state-dict tensor, read and fused, or its rows `first` to `last` (not included) along dimension
-        0.
+        """Return one state-dict tensor, read and fused, or its rows `first` to `last` (not included).
 
         Every tensor that is read is checked to be finite.
         """
@@ -152,9 +150,7 @@ class FamilyTensors:
         return tensor if last is None and not first else tensor[first:last].clone()
 
     def rows(self, name: str) -> list[tuple[int, int]]:
-        """Consecutive first and last (not included) rows of a state-dict tensor that can be read without reading the
-        others.
-        """
+        """Return the first and last (not included) rows of the blocks that a state-dict tensor can be read in."""
         unit, length = self.units[name], len(self.meta[name])
         if unit.converter is None or unit.places(self.source.tensors) is not None:
             return [(row, row + 1) for row in range(length)]
@@ -163,7 +159,7 @@ class FamilyTensors:
     def _read_places(
         self, name: str, places: list[tuple[str, int, int, int]], first: int, last: int | None
     ) -> torch.Tensor:
-        """Without a copy: every input is read into its place of the output."""
+        """Read every input straight into its place of the output, without a copy."""
         meta = self.meta[name]
         experts = range(len(meta))[first:last]
         tensor = self.source.buffers.empty((len(experts), *meta.shape[1:]), meta.dtype)
@@ -181,9 +177,7 @@ class FamilyTensors:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the state dict that `save_pretrained` writes: without the names that are tied to another
-    (`lm_head.weight`).
-    """
+    """Return the state dict that `save_pretrained` writes: without tied names such as `lm_head.weight`."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -224,9 +218,7 @@ def map_tensors(source: Source, model: PreTrainedModel, rules: PreTrainedModel |
 
 
 def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
-    """Return the units that turn the state-dict tensors `names` of the family's `model` into the keys of its
-    checkpoints.
-    """
+    """Return the units that turn the state-dict tensors `names` into the keys of the family's checkpoints."""
     rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)]
     rules = [rule.reverse_transform() for rule in reversed(rules)]  # the order and selection of save_pretrained
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -277,7 +269,7 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
 def _group(
     keys: Iterable[str], model: PreTrainedModel, rules: list[Any], expected: Mapping[str, torch.Tensor]
 ) -> tuple[list[Unit], dict[str, str]]:
-    """Checkpoint keys as units of `model`, in transformers' order, and the keys that it does not know, renamed."""
+    """Group checkpoint keys into units of `model`, in transformers' order; return also the unknown keys, renamed."""
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -304,7 +296,7 @@ def _group(
 
 
 def _ignored(unknown: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
-    """Those of the `unknown` keys that the family's class ignores on loading, with the reason."""
+    """Return those of the `unknown` keys that the family's class ignores on loading, with the reason."""
     info = _Unexpected(set(unknown.values()))
     model._adjust_missing_and_unexpected_keys(info)
     reason = f"{type(model).__name__} ignores it on loading"

@@ -45,7 +45,7 @@ class Experts:
         return len(self.up)
 
     def __getitem__(self, rows: "int | slice | torch.Tensor") -> "Experts":
-        """The experts `rows`, N of them again: an integer gives one."""
+        """Return the experts `rows` as `Experts`; an integer gives one expert, N = 1."""
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
         return self.map(lambda tensor: tensor[rows])
@@ -61,8 +61,9 @@ class Experts:
         return Experts(up, down, bias, self.down_bias)
 
     def flipped(self, signs: torch.Tensor) -> "Experts":
-        """Return each neuron's last input and its outgoing weights times `signs [N, I]` of 1 and -1: see
-        `ExpertFunction.can_flip`.
+        """Return the experts with some neurons' signs changed, which `ExpertFunction.can_flip` allows.
+
+        A neuron's last input and its outgoing weights are multiplied by its entry of `signs [N, I]`, 1 or -1.
         """
         up = self.up.clone()
         up[:, :, -1] *= signs[:, :, None]
@@ -160,8 +161,9 @@ class ExpertFunction:
         return {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
 
     def features(self, experts: Experts, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what each neuron hands to `down`: `hidden_states [N, n, H]` or `[n, H]` for all -> `[N, n, I]`;
-        differentiable.
+        """Return what each neuron hands to `down`, `[N, n, I]`; differentiable.
+
+        `hidden_states` is `[N, n, H]`, or `[n, H]` for all experts.
         """
         num, width, num_inputs, hidden = experts.up.shape
         if hidden_states.dim() == 2:

@@ -1,6 +1,4 @@
-"""A source as its family sees it: its config read as untrusted input, its model on the meta device, its tensors
-mapped.
-"""
+"""A source as its family sees it: a checked config, a model on the meta device, and its tensors mapped."""
 
 import contextlib
 import math
@@ -83,9 +81,7 @@ class SourceModel:
         return sum(info.num_bytes for name, info in self.opened.tensors.items() if name not in dropped)
 
     def describe_experts(self, layer: int) -> dict[str, str]:
-        """Shape and dtype of a layer's expert parameters, by the weights, such as `{"down_proj": "[8, 32, 16]
-        bfloat16"}`.
-        """
+        """Return the shape and dtype of a layer's expert parameters, e.g. `{"down_proj": "[8, 32, 16] bfloat16"}`."""
         found = {}
         for name in self.expert_names(layer):
             tensor = self.tensors.meta[name]

@@ -28,8 +28,9 @@ class LayerTensors:
                 self.pools[f"{path}."] = f"{prefix}.expert_pools.{p}."
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Return one state-dict tensor of the family, or its rows `first` to `last` (not included); no more of a pool
-        is read.
+        """Return one state-dict tensor of the family, or its rows `first` to `last` (not included).
+
+        Of a pool only the rows in use are read.
         """
         path = self._path(name)
         if path is None:

@@ -73,7 +73,7 @@ def align(
 
 
 def _inputs(layer: LayerExperts, on: str, hidden_size: int, limit: int, generator: torch.Generator) -> torch.Tensor:
-    """What to compare experts on, `[n, H]`."""
+    """Return the tokens to compare experts on, `[n, H]`."""
     if on == "weights":
         return torch.randn(limit, hidden_size, generator=generator)
     return layer.inputs().sample(limit, generator)

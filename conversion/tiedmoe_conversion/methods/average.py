@@ -38,7 +38,7 @@ def average(group: Group, weights: Literal["uniform", "frequency"] = "uniform") 
 
 
 def _block(group: Group, name: str, first: int, last: int, shares: torch.Tensor | None) -> torch.Tensor:
-    """The mean of the experts `first` to `last` (not included)."""
+    """Return the mean of the experts `first` to `last` (not included)."""
     layers = [layer.read(name, first, last) for layer in group.layers]  # ours to change: every read is new memory
     for expert, rows in zip(range(first, last), zip(*layers)):
         _mean(rows, None if shares is None else shares[:, expert].tolist())

@@ -41,8 +41,9 @@ class RoutedInputs:
         return self.hidden_states[tokens][token].float(), self.top_k_weights[tokens][token, place].float()
 
     def sample_of_slot(self, slot: int, limit: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same as `of_slot`, at most `limit` tokens drawn at random; their weights are raised so that sums
-        of squares keep their size.
+        """Return what `of_slot` does, of at most `limit` tokens drawn at random.
+
+        Their weights are raised so that sums of squares keep their size.
         """
         hidden_states, weights = self.of_slot(slot)
         if len(weights) <= limit:
@@ -69,16 +70,13 @@ class LayerExperts(Protocol):
         """The layer's index in the model."""
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Return the experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype and in new
-        memory.
+        """Return the experts' parameter `name` (such as `gate_up_proj`), `[E, ...]` in the source's dtype, as a copy.
 
         With `first` and `last` (not included) only those experts of it.
         """
 
     def rows(self, name: str) -> list[tuple[int, int]]:
-        """Return `first` and `last` for reading the parameter `name` a block at a time: an expert each, wherever the
-        family allows it.
-        """
+        """Return the blocks to read parameter `name` in, as `first` and `last`: single experts where possible."""
 
     def inputs(self) -> RoutedInputs:
         """Return the layer's inputs on the calibration text; only if the method was registered to need it."""
@@ -156,7 +154,7 @@ class Group:
         return {name: layer.read(name) for name in self.parameters}
 
     def pool(self, experts: Experts, slot_maps: Mapping[int, torch.Tensor]) -> Pool:
-        """`experts [P, ...]` as a pool in the source's dtype; `slot_maps` by layer index."""
+        """Make a pool of `experts [P, ...]`, in the source's dtype; `slot_maps` by layer index."""
         dtype = self.layers[0].read("down_proj").dtype
         tensors = self.family_function.tensors(experts, dtype)
 
@@ -200,7 +198,9 @@ class Sizes:
 
 
 def _default_scratch(sizes: Sizes, **options: Any) -> int:
-    """One expert's inputs, activations and outputs on all of the text, twice over, and two square matrices of its
+    """Return an estimate of scratch memory for a method that gives none.
+
+    It counts one expert's inputs, activations and outputs on all of the text, twice, and two square matrices of its
     neurons.
     """
     return 8 * sizes.num_tokens * (2 * sizes.hidden_size + 3 * sizes.width) + 16 * sizes.width**2
@@ -274,7 +274,7 @@ class Method:
                 raise ConversionError(f"method {self.name!r} got {name}={value!r}; expected at least {least}")
 
     def _choices(self, name: str) -> tuple[Any, ...]:
-        """The values of an option that its annotation lists as a `Literal`; empty where it lists none."""
+        """Return the values that an option's `Literal` annotation lists; empty without one."""
         hint = get_type_hints(self.build)[name]
         return get_args(hint) if get_origin(hint) is Literal else ()
 

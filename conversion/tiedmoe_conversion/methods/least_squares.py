@@ -14,8 +14,9 @@ ROUNDS = 16  # of leaving neurons out; more gave nothing
 
 
 def _scratch_bytes(sizes: Sizes, up: str, candidates: int, tokens_per_expert: int, **options) -> int:
-    """A row's tokens; their features; and four Gram matrices in float64: of the neurons to choose from, or of one
-    expert's.
+    """Return the scratch memory: a row's tokens and their features, and four Gram matrices in float64.
+
+    The matrices are of the neurons to choose from, or of one expert's.
     """
     side = sizes.width * min(candidates, sizes.num_readers) if up == "neurons" else max(sizes.width, sizes.hidden_size)
     num_tokens = min(tokens_per_expert, sizes.num_tokens)
@@ -42,16 +43,16 @@ def least_squares(
 ) -> Pool:
     """Return each pool row's gate and up by choosing neurons or by RegMean, then its down by least squares.
 
-    With f(x) what the row's neurons hand to down, y(x) the reader's own expert's output and w its routing weight, sums
-    over the tokens of all slots that read the row:
+    A slot that reads the row is a reader. f(x) is what the row's neurons hand to down, y(x) the output of a reader's
+    own expert, w its routing weight; sums run over the tokens of all readers:
 
-        up="regmean"  W = (sum W_l G_l)(sum G_l)^-1 for neurons matched to the start's row, G_l = sum w^2 x x^T with
-        the
-                      entries off the diagonal times `shrink` (RegMean, arXiv 2212.09849, Section 3)
-        up="neurons"  the I of all the readers' neurons without which sum w^2 |y - D f|^2 grows most, left out step by
-        step up="keep"     the start's own
-        down          D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1, lambda = ridge * mean of the
-        diagonal
+        up="regmean"  W = (sum W_l G_l)(sum G_l)^-1 for neurons matched to the start's row, G_l = sum w^2 x x^T
+                      with entries off the diagonal times `shrink` (RegMean, arXiv 2212.09849, Section 3)
+        up="neurons"  the I of all readers' neurons that fit best: those whose loss raises sum w^2 |y - D f|^2 least
+                      are left out, step by step
+        up="keep"     the start's own
+        down          D = D_0 + (sum w^2 (y - D_0 f) f^T)(sum w^2 f f^T + lambda I)^-1,
+                      lambda = ridge * the mean of the diagonal
 
     A row whose fit is not better on held-out tokens stays as it was, and so does the pool if the model's loss is not
     less.
@@ -102,7 +103,7 @@ def _fit_row(
     shrink: float,
     candidates: int,
 ) -> Experts:
-    """The row that fits its `readers` better, or `old` itself."""
+    """Return the row that fits its `readers` better, or `old` itself."""
     if len(readers) == 1:
         return readers[0].expert  # nothing to share
     readers = [reader for reader in readers if len(reader.weights)]
@@ -158,7 +159,7 @@ def _regmean(function: ExpertFunction, old: Experts, readers: list[Reader], shri
 def _chosen_neurons(
     function: ExpertFunction, old: Experts, readers: list[Reader], ridge: float, candidates: int
 ) -> Experts:
-    """The I of the row's and the readers' neurons that together fit best, with the outgoing weights of that fit.
+    """Return the I of all readers' neurons that together fit best, with the outgoing weights of that fit.
 
     Backward elimination: leaving neuron k out costs |D_k|^2 / (A^-1)_kk, where A = sum w^2 f f^T + lambda I and D the
     fit on the neurons that are left (as Optimal Brain Surgeon).
@@ -184,7 +185,7 @@ def _chosen_neurons(
 
 
 def _strongest(function: ExpertFunction, readers: list[Reader], limit: int) -> Experts:
-    """The at most `limit` neurons of all the readers that add most, sum w^2 f^2 |d|^2, as one wide expert."""
+    """Return the at most `limit` neurons of all readers that add most, sum w^2 f^2 |d|^2, as one wide expert."""
     strength = torch.cat(
         [
             (function.features(reader.expert, reader.hidden_states)[0] * reader.weights[:, None]).square().sum(0)

@@ -15,9 +15,7 @@ TOKENS_AT_A_TIME = 128  # of all experts at once
 
 
 def matching_bytes(sizes: Sizes, num_tokens: int) -> int:
-    """Return the bytes that `match_experts` and `match_neurons` on that many tokens hold, scipy's copy of the matrix
-    included.
-    """
+    """Return the bytes that matching holds on that many tokens, scipy's copy of the matrix included."""
     of_experts = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 24 * sizes.hidden_size)
     return max(of_experts, 24 * sizes.width**2 + num_tokens * (24 * sizes.width + 4 * sizes.hidden_size))
 
@@ -30,8 +28,7 @@ def match_experts(
     sizes: torch.Tensor,
     reference_sizes: torch.Tensor,
 ) -> torch.Tensor:
-    """For each of `experts [E]` the expert of `reference [E]` that it is to be merged with: int64 `[E]`, a
-    permutation.
+    """Match each of `experts [E]` with the one of `reference [E]` to merge it with: int64 `[E]`, a permutation.
 
     The least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the mean,
     weighted by the `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are kept apart where
@@ -52,8 +49,9 @@ def match_neurons(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
 ) -> Experts:
-    """Return one `expert` with its neurons in the order of `reference`'s that they resemble; what it computes stays
-    the same.
+    """Return `expert` with its neurons in the order of those of `reference` that they resemble.
+
+    What it computes stays the same.
 
     Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x)
     f_j(x) * d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its

@@ -13,7 +13,7 @@ UNROUTED_WEIGHT = 1e-3  # routing weight of theirs: too little to decide which e
 
 
 def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
-    """The slots' tokens and outputs, what all experts of a layer make of some of them, and the costs."""
+    """Return the scratch memory: the slots' tokens and outputs, a batch of all experts' outputs, and the costs."""
     slots = sizes.num_layers * sizes.num_experts
     at_a_time = TOKENS_AT_A_TIME * sizes.num_experts * (16 * sizes.width + 12 * sizes.hidden_size)
     tokens = max(min(tokens_per_expert, sizes.num_tokens), UNROUTED_TOKENS)
@@ -28,7 +28,7 @@ def _scratch_bytes(sizes: Sizes, tokens_per_expert: int) -> int:
     calibration=True,
 )
 def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:
-    """P of the group's g*E experts, bit for bit; every slot reads the one of them that is nearest to its own expert.
+    """Keep P of the group's g*E experts, bit for bit; every slot reads the one that is nearest to its own expert.
 
     Slot p that reads expert k costs C[p, k] = sum over the tokens x that chose p of w^2 |E_k(x) - E_p(x)|^2. The P
     experts with the least sum_p min_k C[p, k] are sought by leaving out, one by one, the expert that is missed least,
@@ -86,8 +86,10 @@ def replacement_costs(group: Group, tokens_per_expert: int) -> torch.Tensor:
 
 
 def choose(costs: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Return the columns, ascending, to keep of `costs [N, N]`, so that the sum of each row's least is small: int64
-    `[num_kept]`.
+    """Choose the columns to keep of `costs [N, N]`, so that the sum of each row's least is small.
+
+    Returns:
+        int64 `[num_kept]`, ascending.
     """
     kept = torch.arange(len(costs))
     while len(kept) > num_kept:
@@ -100,7 +102,7 @@ def choose(costs: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 def _best_swap(costs: torch.Tensor, kept: torch.Tensor) -> tuple[int, int] | None:
-    """The place in `kept` and the column to put there that lower the sum most; None where none does."""
+    """Find the place in `kept` and the new column for it that lower the sum most; None if no swap lowers it."""
     padded = torch.cat([costs[:, kept], torch.full((len(costs), 1), torch.inf, dtype=costs.dtype)], 1)
     least, nearest = padded.topk(2, dim=1, largest=False)
     bound, best = least[:, 0].sum().item() * (1 - 1e-6), None

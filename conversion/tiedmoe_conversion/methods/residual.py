@@ -59,9 +59,7 @@ def residuals(group: Group, pool: Pool, rank: int) -> dict[int, dict[str, tuple[
 
 
 def scratch_bytes(sizes: Sizes) -> int:
-    """Return the bytes held beside the experts, at most: one expert's tokens, and four matrices in float64 of neurons
-    or of inputs.
-    """
+    """Return the scratch memory, at most: one expert's tokens, and four float64 matrices of neurons or of inputs."""
     num_tokens = min(TOKENS_PER_EXPERT, sizes.num_tokens)
     tokens = num_tokens * (32 * sizes.width + 40 * sizes.hidden_size)
     low_rank = 4 * 8 * min(2 * sizes.width, sizes.hidden_size) ** 2 + 4 * 8 * 2 * sizes.width * sizes.hidden_size
@@ -104,7 +102,10 @@ def _fit_down(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
-    """The factors of down for what the neurons of `row` give, its ridge pulling to `near`; and sum w^2 |error|^2."""
+    """Fit the factors of down to what the neurons of `row` give; return them and sum w^2 |error|^2.
+
+    The ridge pulls down towards `near`.
+    """
     change = near - row.down[0]
     features = function.features(row, hidden_states)[0] * weights[:, None]
     targets = function.outputs(own, hidden_states)[0] - (0 if row.down_bias is None else row.down_bias)
@@ -125,8 +126,9 @@ def _gram(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`change [out, in]` as `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`; exactly zero where it
-    is zero.
+    """Factor `change [out, in]` into `b [out, r] @ a [r, in]` with the least error on `inputs [n, in]`.
+
+    The product is exactly zero where `change` is zero.
     """
     change, gram = change.double(), _gram(inputs)
     if len(change) <= len(gram):
@@ -142,8 +144,9 @@ def _low_rank(change: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[to
 
 
 def _zeros(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """No change of `weight [out, in]`: b = 0, and a random a, without which healing would have no gradient (arXiv
-    2106.09685).
+    """Return factors that leave `weight [out, in]` as it is: b = 0, and a random a.
+
+    With a = 0 as well, healing would have no gradient (arXiv 2106.09685).
     """
     size = weight.square().mean().sqrt()
     return torch.zeros(weight.shape[0], rank), torch.randn(rank, weight.shape[1], generator=generator) * size

@@ -29,8 +29,10 @@ def read_recipe(name: str) -> str:
 
 
 def shipped_recipes() -> list[dict[str, str]]:
-    """Return of every recipe its `name`, `method` (with what refines it), `parameters` before and after, and a
-    `summary`.
+    """Describe every shipped recipe.
+
+    Returns:
+        Per recipe its `name`, `method` (with what refines it), `parameters` before and after, and a `summary`.
     """
     return [_described(name) for name in recipe_names()]
 
