@@ -1,0 +1,6 @@
+"""Soft routing: how many experts a token uses, under one budget. Imports nothing of training or conversion."""
+
+from .budget import layer_budgets
+from .lapsum import soft_top_k
+
+__all__ = ["layer_budgets", "soft_top_k"]
