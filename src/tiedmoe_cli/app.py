@@ -81,7 +81,7 @@ class Command:
 
     @property
     def name(self) -> str:
-        """The word that calls it."""
+        """The command's name in the shell."""
         return self.run.__name__
 
     def add_to(self, app: typer.Typer, callback: Callable) -> None:
@@ -115,7 +115,7 @@ class Command:
 
 
 class Commands(TyperGroup):
-    """The group of all commands, which makes a command's flags when it is called: some take torch to be known."""
+    """The group of all commands; a command's flags are made when it is called, as some need torch to be imported."""
 
     def resolve_command(self, ctx, args):
         name, _, rest = super().resolve_command(ctx, args)
@@ -168,7 +168,7 @@ def _parsed(command: Command) -> Callable:
 
 
 def _commands() -> dict[str, Command]:
-    """Every command by name, in the order of the help."""
+    """Return every command by name, in the order of the help."""
     recipe = "tiedmoe_conversion.recipe:ConversionRecipe"
     recipe_option = FileOption("recipe", "A recipe that ships with the package, by name, or a YAML file with these "
                                "fields; what is given here wins.", "NAME_OR_FILE")  # fmt: skip

@@ -66,7 +66,7 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 
 def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: bool) -> inspect.Parameter:
-    """One argument or flag: simple types as typer has them, lists, mappings and unions as YAML."""
+    """Make one argument or flag: simple types as typer has them, lists, mappings and unions as YAML."""
     options: dict[str, Any] = {"help": field.metadata.get("help")}
     default = None if field.default is dataclasses.MISSING else field.default
     hint = _without_none(hint)
@@ -86,7 +86,7 @@ def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: b
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`; Any, which is read as YAML, of a union of more."""
+    """Return `X` for `X | None`, and Any, which is read as YAML, for a larger union."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         left = [each for each in typing.get_args(hint) if each is not types.NoneType]
         return left[0] if len(left) == 1 else Any

@@ -108,7 +108,7 @@ def _lines(seconds: float = QUIET_SECONDS) -> Iterator[ProgressCall]:
 
 
 class _Lines:
-    """A line when a stage begins, and one at the latest `seconds` after the last."""
+    """Prints a line when a stage begins, and again when `seconds` have passed without one."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds

@@ -1,6 +1,6 @@
-"""LoRA files beside a model's weights: Auto classes load them on top, what reads the weights alone does not.
+"""LoRA adapters beside a model's weights: Auto classes apply them, code that reads the weights alone does not.
 
-One rule for every command: refuse, and say how to merge; or merge, if asked to.
+Every command therefore refuses such a checkpoint and says how to merge the adapter, or merges it if asked to.
 """
 
 import json

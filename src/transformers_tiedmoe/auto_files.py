@@ -1,12 +1,13 @@
-"""What transformers decides by `model_type` besides the model, brought to the source's answer.
+"""Makes Auto classes decide for a tied checkpoint as they do for its source, above all which tokenizer to load.
 
 `AutoTokenizer` picks its class by `model_type` and by the class that tokenizer_config.json names, which it overrules
 for some types only. A tied checkpoint's type is "tiedmoe", and an untied one of a multimodal source has the type of
-the source's text model: the same files may load as another class, which splits text otherwise. Two things prevent it:
+the source's text model: the same files may load as another class, which splits text differently. Two things prevent
+it:
 
 - `settle_tokenizer` writes the class that the source's files load as into tokenizer_config.json, so that the folder is
   right wherever it is read, and compares what it loads as with the source's tokenizer;
-- `TiedMoeTokenizer` asks the family for a folder written without that, wherever this package is imported.
+- `TiedMoeTokenizer` takes the family's class for a folder without that entry, wherever this package is imported.
 
 What else goes by `model_type` is listed in docs/conversion.md and tested in tests/test_auto_files.py.
 """
@@ -29,14 +30,13 @@ FALLBACK = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 class TiedMoeTokenizer:
-    """Stands for the tokenizer class of every tied checkpoint in `AutoTokenizer`'s tables: its family's."""
+    """Stands in `AutoTokenizer`'s tables for the tokenizer class of tied checkpoints, and loads their family's."""
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *inputs: Any, **kwargs: Any) -> Any:
         """Load what `AutoTokenizer` gives for the same files beside a config of the family.
 
-        The class that `settle_tokenizer` wrote is taken at its word, and so is any class in a folder without a
-        config.json.
+        The class that `settle_tokenizer` wrote is used as it is, and so is any class in a folder without config.json.
         """
         fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs) if _has_config(name, kwargs) else ({}, None)
         family = fields.get("family")
@@ -53,8 +53,7 @@ def _has_config(name: str | Path, kwargs: dict[str, Any]) -> bool:
 def register_tokenizer() -> None:
     """Make `AutoTokenizer` ask the family of a tied checkpoint which class its tokenizer files load as.
 
-    The two tables are transformers' own for a type whose checkpoints name the wrong class: the registered one is
-    taken.
+    transformers has these tables for types whose checkpoints name the wrong class: it then takes the registered one.
     """
     tokenization_auto.REGISTERED_TOKENIZER_CLASSES[TiedMoeTokenizer.__name__] = TiedMoeTokenizer
     tokenization_auto.TOKENIZER_MAPPING_NAMES["tiedmoe"] = TiedMoeTokenizer.__name__
@@ -84,10 +83,11 @@ def load_tokenizer(folder: str | Path, name: str | None = None) -> PreTrainedTok
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Make the tokenizer files in a checkpoint's `folder` load as `tokenizer`, and check that they do.
 
-    Only tokenizer_config.json is written, and only if it must be: the class that `tokenizer` has, and neither code nor
-    a processor that is not beside it. Where transformers overrules every class, as in an untied folder of another type
-    than the source's, the tokenizer is saved as that class works. The class that the source named is kept under
-    `source_tokenizer_class`, and comes back when the checkpoint is untied, if it then gives the same tokenizer.
+    Only tokenizer_config.json is written, and only if needed: it gets the class of `tokenizer`, and loses entries for
+    code and processors that are not in the folder. Where transformers overrules every class, as in an untied folder of
+    another type than the source's, the tokenizer is saved as the class that is loaded there. The class that the source
+    named is kept under `source_tokenizer_class`, and comes back when the checkpoint is untied, if it then gives the
+    same tokenizer.
 
     Args:
         tokenizer: the source's, as `load_tokenizer` gives it; None if it cannot be loaded without running its code.
@@ -167,7 +167,7 @@ def _loads_as(folder: Path) -> list[PreTrainedTokenizerBase]:
 
 
 def _is_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, of_any_class: bool = False) -> bool:
-    """Whether both give the same tokens for every text: one class, and one and the same pipeline inside."""
+    """Tell whether both give the same tokens for every text: the same class, and the same pipeline inside."""
     if one.is_fast != other.is_fast or one.special_tokens_map != other.special_tokens_map:
         return False
     if type(one) is not type(other) and not (one.is_fast and of_any_class):
@@ -181,6 +181,6 @@ def _pipeline(tokenizer: Any) -> dict[str, Any]:
 
 
 def _is_local_code(auto_map: Any) -> bool:
-    """Whether a tokenizer's `auto_map` names a file of its own folder, rather than one of another repository."""
+    """Tell whether a tokenizer's `auto_map` names a file of its own folder, and not one of another repository."""
     named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     return any(isinstance(each, str) and "--" not in each for each in (named if isinstance(named, list) else [named]))

@@ -1,9 +1,9 @@
 """`TiedMoeConfig`: a family's own config, flat, plus which layers read which pool.
 
 `TiedMoeConfig(family="olmoe", ...)` returns an instance of a subclass of `OlmoeConfig` (made once per family), so the
-family's layers are built with it directly and a field that transformers adds tomorrow is there. A config.json may be
-anybody's: `_check_claims` holds every claim to its type and range before anything is built or counted by it, and every
-check that involves more than one field is in `_resolve_pools`.
+family's layers are built with it directly, and fields that transformers adds later are inherited. A config.json is
+untrusted input: `_check_claims` checks the type and range of the fields before anything is built from them; checks
+across fields are in `_resolve_pools`.
 """
 
 import math
@@ -19,10 +19,10 @@ from .families import canonical_family, config_class, expert_layers, family_skel
 from .hub import write_stub
 from .pools import check_groups, tie_groups
 
-# What families call the number of experts of a layer, and the experts active per token; most alias them already.
+# The families' names for the number of experts of a layer, and for the experts active per token.
 NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_router_topk")
-# Above any model that there is, and still a model that can be built on the meta device within seconds.
+# Above any known model; a model of this size is still built on the meta device within seconds.
 MAX_LAYERS, MAX_EXPERTS, MAX_LABELS = 1024, 2**16, 2**20
 TYING_FIELDS = (
     "family",
@@ -101,7 +101,7 @@ class TiedMoeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Do as transformers' own; whatever a field of a config.json makes it raise becomes a `TiedMoeError`."""
+        """Build the config as transformers does; raise `TiedMoeError` for a field that it cannot use."""
         try:
             return super().from_dict(config_dict, **kwargs)
         except TiedMoeError:
@@ -143,10 +143,10 @@ class TiedMoeConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Nothing to do: checkpoints carry a stub that imports this package, never a copy of its source."""
+        """Do nothing: checkpoints carry a stub that imports this package, never a copy of its source."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Do as transformers' own, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
+        """Save as transformers does, plus the stub `tiedmoe_remote.py` that `trust_remote_code=True` imports."""
         write_stub(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -157,15 +157,15 @@ class TiedMoeConfig(PreTrainedConfig):
 
     @property
     def experts_per_token(self) -> int:
-        """Experts active per token, K, under whatever name the family has for it."""
+        """Experts active per token, K, whatever the family calls it."""
         return getattr(self, _first_field(self, TOP_K_FIELDS, "active experts per token"))
 
     def group_of(self, layer: int) -> int | None:
-        """Return the pool that `layer` reads, or None where it is untied."""
+        """Return the pool that `layer` reads, or None if it is untied."""
         return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
 
     def _check_claims(self, fields: Mapping[str, Any]) -> None:
-        """Raise `TiedMoeError` unless every claim has its type and is in range; what follows loops by them."""
+        """Raise `TiedMoeError` unless every field has its type and range; later code loops over these numbers."""
         for name, value in fields.items():
             most = MAX_LAYERS if "layer" in name else MAX_EXPERTS if "expert" in name else MAX_LABELS
             if type(value) is int and ("layer" in name or "expert" in name or name == "num_labels") and value > most:

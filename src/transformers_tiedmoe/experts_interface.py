@@ -70,7 +70,7 @@ def activation_of(experts: nn.Module) -> Activation:
     """
     if torch.compiler.is_dynamo_compiling():
         return Activation(*_activation_while_tracing(experts))
-    if torch.compiler.is_compiling():  # torch.export traces by modes of this thread, which another one is without
+    if torch.compiler.is_compiling():  # torch.export traces by modes of this thread; another thread has none
         with ThreadPoolExecutor(1) as untraced:
             return Activation(*untraced.submit(_find_activation, experts).result())
     return Activation(*_find_activation(experts))
@@ -143,7 +143,7 @@ def _number(experts: nn.Module, *names: str) -> float | None:
 
 
 def is_default_for(experts: nn.Module) -> bool:
-    """Tell whether a model with such `experts` runs on our kernels unless told otherwise: on a GPU, where they can."""
+    """Tell whether our kernels are the default for `experts`: on a GPU that they support, if they know the formula."""
     if not (torch.cuda.is_available() and has_triton()):
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):  # older chips were never tried
@@ -156,7 +156,7 @@ def is_default_for(experts: nn.Module) -> bool:
 
 
 def has_triton() -> bool:
-    """Tell whether triton can be imported; it is not."""
+    """Tell whether triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,7 +1,7 @@
 """Makes our classes, one per family: a subclass of one of ours and of the family's own, registered and picklable.
 
-Knows transformers and neither our config nor our models: those hand their base classes in, so that imports run one
-way. A family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
+This file imports neither our config nor our models: they pass their base classes in, so that imports run one way. A
+family is the `model_type` of a transformers causal LM whose experts use `@use_experts_implementation`.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def is_experts(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def other_num_experts(config: Any, number: int) -> Iterator[None]:
-    """Give `config` itself another number of experts per layer; modules built meanwhile keep `config`."""
+    """Change `config`'s number of experts per layer within the block; modules built there refer to `config` itself."""
     own = getattr(config, config.num_experts_field)
     setattr(config, config.num_experts_field, number)
     try:
@@ -85,7 +85,7 @@ def other_num_experts(config: Any, number: int) -> Iterator[None]:
 
 
 def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
-    """Raise `ValueError` unless the layers of group `p` have experts of the same shapes and settings."""
+    """Raise `TiedMoeError` unless the layers of group `p` have experts of the same shapes and settings."""
     found = {}
     for layer, module in experts.items():
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
@@ -122,7 +122,7 @@ def heads_of(family: str) -> list[Any]:
 
 
 def config_class(base: Any, family: str) -> Any:
-    """Make the subclass of `base`, our config, and of the family's; register its heads with the Auto classes."""
+    """Make a family's config class, a subclass of `base` and of its own; register its heads with the Auto classes."""
     return _config_class(base, family)
 
 
@@ -134,7 +134,7 @@ def _config_class(base: Any, family: str) -> Any:
         "__module__": base.__module__,
         "__annotations__": {"family": str},
         "family": family,
-        # the family's own plans shard experts by the names of layers that have none here
+        # the family's own plans name the experts of every layer, which tied layers do not have
         "base_model_tp_plan": None,
         "base_model_ep_plan": None,
         "base_model_pp_plan": None,
@@ -150,7 +150,7 @@ def _config_class(base: Any, family: str) -> Any:
 
 
 def model_class(head: Any, config: Any) -> Any:
-    """Make the subclass of `head` and the family's own class, e.g. of TiedMoeForCausalLM and OlmoeForCausalLM.
+    """Make a family's model class, a subclass of `head` and of its own, e.g. TiedMoeForCausalLM and OlmoeForCausalLM.
 
     Raises:
         TiedMoeError: transformers has no such head for the family.
@@ -182,7 +182,7 @@ def _model_class(head: Any, config: Any) -> Any:
 
 @functools.cache
 def pool_class(base: Any, experts_class: Any) -> Any:
-    """Make the subclass of `base`, our pool, and of the family's experts class."""
+    """Make a family's pool class, a subclass of `base` and of the family's experts class."""
     namespace = {"__module__": base.__module__, "__doc__": f"A pool of `{experts_class.__name__}`."}
     return type(f"Pool{experts_class.__name__}", (base, experts_class), namespace)
 

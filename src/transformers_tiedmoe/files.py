@@ -29,7 +29,7 @@ def expand(path: str | Path) -> str:
 
 
 def resolved(folder: str | Path) -> Path:
-    """Return the absolute path of a folder to be written; its last part, which may be a link, is not followed."""
+    """Return the absolute path of a folder to be written; a link as its last part is not followed."""
     text = expand(folder)
     try:
         is_name = bool(text) and b"\0" not in os.fsencode(text)
@@ -42,7 +42,7 @@ def resolved(folder: str | Path) -> Path:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path without links; `Path.resolve` raises for a circle of them, which is for others to refuse."""
+    """Return the path with links resolved; unlike `Path.resolve` it does not raise for a circle of links."""
     return Path(os.path.realpath(path))
 
 
@@ -108,7 +108,7 @@ def is_digest(written: Any) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Have a file or a folder's entries on the disk."""
+    """Write a file, or a folder's entries, through to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,7 +117,7 @@ def flush(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str, draft: Path | None = None) -> None:
-    """Write a file that is there whole or not at all, whatever happens.
+    """Write a file atomically: whatever happens, it is complete or as it was before.
 
     Args:
         path: in a folder that exists.
@@ -155,12 +155,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Give every file in a folder and the folders in it, but links."""
+    """Yield every file in a folder and its subfolders, except links."""
     return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def others_in(folder: Path, owned: Collection[str]) -> list[str]:
-    """Return what is in the folder but the `owned` files and the folders of them, sorted."""
+    """Return, sorted, what a folder holds besides the `owned` files and their folders."""
     names = {PurePosixPath(name) for name in owned}
     folders = {parent for name in names for parent in name.parents}
     found = []
@@ -185,7 +185,7 @@ def remove_file(folder: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
-    """Turn what a disk can do wrong into an error that says what to do."""
+    """Turn the errors of a full or forbidden disk into one that says what to do, and what is left (`left`)."""
     try:
         yield
     except Exception as error:

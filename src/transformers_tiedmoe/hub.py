@@ -315,7 +315,7 @@ def _fence(text: str) -> str:
 
 
 def check_upload(repo_id: str) -> None:
-    """Raise `TiedMoeError` unless `repo_id` is a name that the account that is logged in could upload to.
+    """Raise `TiedMoeError` unless `repo_id` is a valid name and an account is logged in to the Hub.
 
     Called before a conversion begins, which may take hours.
     """

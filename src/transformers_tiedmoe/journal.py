@@ -1,7 +1,7 @@
-"""What a run has done so far, as lines of a file that survive a kill; `workdir.py` says what for.
+"""The journal of a run: what it has done so far, line by line in a file that survives a kill. For `workdir.py`.
 
-A line is written, and flushed to the disk, after the file it speaks of: what the journal does not call finished is
-made again. Each holds its own hash, and what it claims is checked in type and range.
+A line is flushed to the disk after the file that it names: what the journal does not call finished is made again. Each
+line holds its own hash, and its content is checked in type and range.
 """
 
 import json
@@ -19,11 +19,11 @@ CHECK = "check"  # a line's own hash
 
 
 def read_journal(journal: Path, mend: bool = False) -> list[dict[str, Any]]:
-    """Return a journal's entries, but for a last line that a kill has cut off; none if the file is missing.
+    """Return a journal's entries without a last line that a kill cut off; none if the file is missing.
 
     Args:
         journal: the file.
-        mend: remove that last line from the file; only for who holds the lock.
+        mend: remove that last line from the file; only with the lock held.
 
     Raises:
         TiedMoeError: a line is not one that `append` wrote, or claims what it cannot.
@@ -68,7 +68,7 @@ def _line_hash(entry: Mapping[str, Any]) -> str:
 
 
 def _is_entry(entry: dict[str, Any], is_first: bool) -> bool:
-    """Tell whether a journal's line has the form, and names within the range, of those that are written here."""
+    """Tell whether a journal's line has the form of those written here, and names only files inside the folder."""
     match entry:
         case {"identity": dict(aspects), "made": list(made)}:
             is_right = all(isinstance(each, dict) for each in aspects.values()) and all(

@@ -1,6 +1,6 @@
-"""What a tied checkpoint must hold before it is loaded, and what is checked and said once it is.
+"""Checks of a tied checkpoint, before its weights are loaded and after.
 
-A config.json and a header are claims of somebody else: nothing is allocated by one that the other does not bear out.
+config.json and the headers of the weight files are untrusted: memory is allocated only for what both agree on.
 """
 
 import re
@@ -32,7 +32,7 @@ Headers = Mapping[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name; 
 
 
 class MismatchedCheckpoint(TiedMoeError, RuntimeError):
-    """A header that contradicts config.json; a `RuntimeError` too, which transformers raises for another shape."""
+    """config.json contradicts the headers; also a `RuntimeError`, as transformers raises for a wrong shape."""
 
 
 def read_headers(files: Iterable[str | Path]) -> Headers:
@@ -58,13 +58,13 @@ def check_num_layers(num_hidden_layers: object, num_tensors: int, name: str) -> 
 def check_headers(
     model: PreTrainedModel, headers: Headers, name: str, is_quantised: bool = False, is_complete: bool = True
 ) -> None:
-    """Hold a tied `model`, on the meta device, against the tensors of the checkpoint `name` that it is loaded from.
+    """Check a tied `model`, on the meta device, against the headers of the checkpoint that it is loaded from.
 
     Args:
         model: of config.json, a base model or a head on it.
         headers: of all files.
         name: the folder, for errors.
-        is_quantised: the files hold quantised weights, whose shapes and dtypes are their quantiser's matter.
+        is_quantised: the files hold quantised weights, whose shapes and dtypes are not checked.
         is_complete: `headers` are of a whole checkpoint, not of a state dict that leaves weights to be initialised.
 
     Raises:
@@ -76,7 +76,7 @@ def check_headers(
     wanted = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in wanted.items():
         if key not in stored:
-            continue  # under a name of the family's older files, or reported as missing by whoever loads
+            continue  # stored under an older name of the family's, or reported as missing by transformers
         shape, dtype = stored[key]
         is_pool, is_slot_map = key.startswith("expert_pools."), key.endswith(".slot_map")
         if is_slot_map and dtype not in INDICES:
@@ -111,7 +111,7 @@ def _layers(names: Iterable[str]) -> set[int]:
 
 
 def check_dtype(dtype: torch.dtype | None, headers: Headers, name: str) -> None:
-    """Raise `TiedMoeError` if config.json claims float64, twice the memory, and no tensor of the files is."""
+    """Raise `TiedMoeError` if config.json says float64, which doubles the memory, and no tensor of the files is."""
     if dtype == torch.float64 and all(found != torch.float64 for _, found in headers.values()):
         raise MismatchedCheckpoint(
             f"{name} is of dtype float64 by config.json, and none of its tensors is; expected the files' own: use the "
@@ -120,9 +120,9 @@ def check_dtype(dtype: torch.dtype | None, headers: Headers, name: str) -> None:
 
 
 def check_folder(folder: str | Path, config: PreTrainedConfig) -> None:
-    """Hold the `config` of a tied checkpoint in a local `folder` against the headers of its safetensors files.
+    """Check the `config` of a tied checkpoint against the safetensors headers in its local `folder`.
 
-    An id of the Hub and a checkpoint that is not tied have nothing to check here.
+    A hub id or an untied checkpoint is not checked.
 
     Raises:
         TiedMoeError: see `check_headers`.
@@ -141,7 +141,7 @@ def check_folder(folder: str | Path, config: PreTrainedConfig) -> None:
 def check_slot_map(slot_map: torch.Tensor, pool_index: int, pool_size: int) -> None:
     """Raise `TiedMoeError` unless the real tensor `slot_map [E]` holds integers from 0 to `pool_size` - 1.
 
-    A slot map on a GPU is waited for.
+    Waits for the device if the slot map is on a GPU.
     """
     if slot_map.dtype not in INDICES:
         raise TiedMoeError(
@@ -157,14 +157,14 @@ def check_slot_map(slot_map: torch.Tensor, pool_index: int, pool_size: int) -> N
 
 
 def check_pool(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `TiedMoeError` if one of a pool's weights is of integers; not for quantised ones, which may be."""
+    """Raise `TiedMoeError` if a pool's weight has an integer dtype; not meant for quantised weights."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise TiedMoeError(_wrong_dtype("the checkpoint", f"{name} of a pool", tensor.dtype, FLOATS))
 
 
 def say_what_is_unquantised(model: PreTrainedModel) -> None:
-    """Warn if a quantiser left expert weights as they were: most of them know `nn.Linear` alone."""
+    """Warn if a quantiser left expert weights unquantised: most quantisers handle `nn.Linear` only."""
     experts = [module for module in model.modules() if is_experts(module)]
     # A quantised weight is of its quantiser's class, of integers or of one byte.
     left = sum(

@@ -44,7 +44,7 @@ def load_balancing_loss(
     Args:
         router_logits: per layer its `Routing`, or `[T, E_l]` logits of a router that takes the `top_k` of a softmax;
             E_l may differ.
-        top_k: experts active per token, K; not asked for where a `Routing` says which.
+        top_k: experts active per token, K; not used for a `Routing`, which holds the chosen experts.
         attention_mask: `[B, S]`, T = B * S, 0 at padding, which does not count; by default every token counts.
 
     Returns:
@@ -64,7 +64,10 @@ def load_balancing_loss(
 def router_z_loss(
     router_logits: Sequence[torch.Tensor | Routing], attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute ST-MoE's router z-loss (arXiv 2202.08906, equation 5), the mean over tokens and layers; as above."""
+    """Compute ST-MoE's router z-loss, averaged over tokens and layers (arXiv 2202.08906, equation 5).
+
+    Arguments as in `load_balancing_loss`.
+    """
     weight = None if attention_mask is None else attention_mask.reshape(-1)
     logits = [given.logits if isinstance(given, Routing) else given for given in router_logits]
     squares = [each.float().logsumexp(dim=-1, keepdim=True).square() for each in logits]
@@ -77,7 +80,7 @@ def _softmax_routing(logits: torch.Tensor, top_k: int) -> Routing:
 
 
 def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """`values [T, N]` averaged over tokens of `weight [T]` -> `[N]`."""
+    """Average `values [T, N]` over tokens, by `weight [T]` if there is one -> `[N]`."""
     if weight is None:
         return values.mean(dim=0)
     weight = weight.to(device=values.device, dtype=values.dtype)
@@ -85,7 +88,7 @@ def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 
 def watch_routers(base_model: PreTrainedModel) -> None:
-    """Let the routers that the family reports `router_logits` of report them to `add_router_losses` too, once."""
+    """Register hooks, once, on the routers of the family's `router_logits`, so that `add_router_losses` sees them."""
     if getattr(base_model, "_routers_are_watched", False):
         return
     base_model._routers_are_watched = True
@@ -100,10 +103,10 @@ def watch_routers(base_model: PreTrainedModel) -> None:
 
 
 def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function that makes a router's scores, summing to 1, of its logits.
+    """Return the function from a router's logits to its scores, which sum to 1.
 
-    Found in its class's code: a router has no field for it that all families share. `tests/test_losses.py` holds it
-    against the weights that each family's routers really give.
+    It is found in the source of the router's class, as families share no field for it. `tests/test_losses.py` checks
+    it against the weights that each family's routers give.
     """
     score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
     if score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):

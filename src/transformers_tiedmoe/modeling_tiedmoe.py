@@ -3,7 +3,7 @@
 `TiedMoeForCausalLM(config)` is an instance of the family's own `ForCausalLM`, whose tied layers' experts are replaced
 by a `TiedExperts` view without expert weights. Notable: everything is built on the meta device first, so that untied
 experts never take memory; the pools are owned once, by the base model, as `expert_pools`; a view finds its pool at
-call time through that owner, so that whatever wraps the pool by then (peft, FSDP2, accelerate) is what it calls.
+call time through that owner, and so calls whatever wraps the pool by then (peft, FSDP2, accelerate).
 """
 
 import itertools
@@ -59,7 +59,7 @@ class ExpertPool(nn.Module):
 
     @staticmethod
     def of(experts: nn.Module) -> "ExpertPool":
-        """Make a pool of the family's `experts` module, whose parameters it takes over."""
+        """Make a pool of the family's `experts` module, and take over its parameters."""
         pool = restore_pool(ExpertPool, type(experts))
         pool.__dict__.update(experts.__dict__)
         return pool
@@ -71,7 +71,7 @@ class ExpertPool(nn.Module):
         top_k_weights: torch.Tensor,
         residual: Residual | None = None,
     ) -> torch.Tensor:
-        """`hidden_states [T, H]`, `top_k_index [T, K]` int64 rows of the pool, `top_k_weights [T, K]` -> `[T, H]`."""
+        """Run the experts: `hidden_states [T, H]`, int64 rows of the pool and weights `[T, K]` each give `[T, H]`."""
         if residual is None:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # the family's, or its chosen backend
         if self.config._experts_implementation == "tiedmoe":
@@ -82,7 +82,7 @@ class ExpertPool(nn.Module):
         return experts_with_residual(self, hidden_states, top_k_index, top_k_weights, residual)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # diff with torch: weights of integers are refused instead of cast
+        # diff with torch: integer weights are refused instead of cast
         check_pool({n: t for n, t in state_dict.items() if n.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -110,7 +110,7 @@ class TiedExperts(nn.Module):
         self.register_buffer(
             "slot_map", torch.empty(self.num_slots, dtype=torch.int64) if config.slot_maps[pool_index] else None
         )
-        self._checked_slot_map: Any = None  # the very tensor whose values were last found in range
+        self._checked_slot_map: Any = None  # the tensor whose values were last checked
         self.residual_names = ("gate_up_proj" if pool.has_gate else "up_proj", "down_proj") if residual_rank else ()
         for name in self.residual_names:
             _, rows, columns = getattr(pool, name).shape
@@ -118,7 +118,7 @@ class TiedExperts(nn.Module):
             self.register_parameter(f"{name}_residual_a", _empty(self.num_slots, residual_rank, columns))
 
     def init_weights(self, std: float) -> None:
-        """Set the default slot map, and a residual of zero (b = 0, a normal) as LoRA's (arXiv 2106.09685, 4.1)."""
+        """Set the default slot map and, as LoRA does, a zero residual: b = 0, a normal (arXiv 2106.09685, 4.1)."""
         if self.slot_map is not None:
             slots = default_slot_map(self.position, self.num_slots, self.pool_size)
             init.copy_(self.slot_map, torch.tensor(slots, device=self.slot_map.device))
@@ -129,7 +129,11 @@ class TiedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Follow transformers' experts' contract: `[T, H]`, `[T, K]` int64 (E marks an inactive slot), `[T, K]`."""
+        """Look up the layer's pool, map slots to rows and run these experts, under transformers' contract.
+
+        `hidden_states [T, H]`, `top_k_index [T, K]` int64 slots of the layer's router (E marks an inactive one) and
+        `top_k_weights [T, K]` give `[T, H]`.
+        """
         pool = self._owner[0].expert_pools[self.pool_index]
         extra = {}
         if self.residual_names:
@@ -139,7 +143,7 @@ class TiedExperts(nn.Module):
             extra["residual"] = Residual(top_k_index, factors)
         if self.slot_map is not None:
             if not torch.compiler.is_compiling() and self.slot_map is not self._checked_slot_map:
-                self.check_slot_map()  # of whoever sets buffers one by one, such as accelerate's dispatch from disk
+                self.check_slot_map()  # buffers may be set one by one, as accelerate's dispatch from disk does
             inactive = top_k_index >= self.num_slots
             top_k_index = self.slot_map[top_k_index.clamp(max=self.num_slots - 1)]
             top_k_index = top_k_index.masked_fill(inactive, self.pool_size)
@@ -153,7 +157,7 @@ class TiedExperts(nn.Module):
             self._checked_slot_map = self.slot_map
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # diff with torch: a slot map of floats, or that leads outside the pool, is refused instead of cast
+        # diff with torch: a slot map of floats, or with rows outside the pool, is refused instead of cast
         incoming = state_dict.get(f"{prefix}slot_map")
         if self.slot_map is not None and incoming is not None and not incoming.is_meta:
             check_slot_map(incoming, self.pool_index, self.pool_size)
@@ -201,7 +205,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             for tensor in self._floating_tensors().values():
                 if not tensor.is_meta:
                     tensor.data.fill_(torch.nan)
-        self.post_init()  # once more, now that the pools and the memory are there
+        self.post_init()  # again, now that the pools and the memory exist
         unset = [
             name for name, tensor in self._floating_tensors().items() if not tensor.is_meta and tensor.isnan().any()
         ]
@@ -217,7 +221,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _family_methods(cls, parent: type[PreTrainedModel]) -> dict[str, Any]:
-        """Return the methods of `parent`, the family's class, that the class made for the family replaces."""
+        """Return the methods that the class made for a family overrides; `parent` is the family's own class."""
         return {}
 
     def _floating_tensors(self) -> dict[str, torch.Tensor]:
@@ -225,7 +229,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
         return {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # diff with custom code: a module without tensors of its own may still initialise those of its children
+        # diff with transformers: it skips custom modules without own tensors, which may initialise their children's
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -236,7 +240,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, **kwargs):
-        """Refuse all but FSDP2: a family's other plans name each layer's own experts, which pools are not."""
+        """Refuse all but FSDP2: a family's other plans name the experts of layers, which tied layers do not have."""
         fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
         for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
             if fields.get(name) not in (None, False, 1):
@@ -248,7 +252,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Do as transformers' own; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
+        """Load as transformers does; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
         if cls._family_class is not None:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._check_loaded()
@@ -263,15 +267,13 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path} holds a {found.model_type!r} model; expected 'tiedmoe'. "
                     "Convert it first: tiedmoe convert SOURCE OUTPUT --calibration TEXT"
                 )
-        elif (
-            pretrained_model_name_or_path is None
-        ):  # a state dict without a folder: nothing says the family but config
+        elif pretrained_model_name_or_path is None:  # a state dict without a folder: only `config` names the family
             return model_class(cls, type(config)).from_pretrained(None, *model_args, config=config, **kwargs)
         return cls._auto_model.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        # diff with transformers: the model, on meta still, is held against the files before it takes memory
+        # diff with transformers: the model, still on meta, is checked against the files before it takes memory
         files = [] if state_dict is not None else checkpoint_files or []
         headers = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in (state_dict or {}).items()}
         if all(str(file).endswith(".safetensors") for file in files):
@@ -295,12 +297,12 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             say_what_is_unquantised(self)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """Do as transformers' own, but the names on disk are the model's own: fused experts, every pool once."""
+        """Save as transformers does, but under the model's own names: fused experts, and every pool once."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to do: checkpoints carry a stub that imports this package, never a copy of its source."""
+        """Do nothing: checkpoints carry a stub that imports this package, never a copy of its source."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -412,9 +414,9 @@ def _empty(*shape: int) -> nn.Parameter:
 
 
 def _devices_of_new_tensors() -> tuple[torch.device, torch.device]:
-    """Return where a parameter and a buffer registered now live.
+    """Return the devices that a new parameter and a new buffer are put on here and now.
 
-    By `torch.device(...)` the same; accelerate's `init_empty_weights` leaves buffers real.
+    `torch.device(...)` decides for both; accelerate's `init_empty_weights` puts parameters alone on meta.
     """
     probe = nn.Module()
     probe.register_parameter("weight", nn.Parameter(torch.empty(0)))

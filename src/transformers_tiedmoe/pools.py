@@ -25,13 +25,13 @@ def tie_groups(
     """Cut a model's MoE layers into groups of consecutive layers that read one pool (arXiv 2606.16825, Section 4).
 
     Args:
-        moe_layers: indices of the layers that have experts, ascending. Dense layers are simply not in it: layers are
+        moe_layers: indices of the layers that have experts, ascending. Dense layers are left out: layers are
             consecutive when they are neighbours in this sequence.
         group_size: layers per group, the paper's g. The last group is shorter where the layers do not divide evenly.
         skip_first, skip_last: MoE layers left untied at either end.
 
     Returns:
-        One list of layer indices per group; group p reads pool p. Empty where nothing is left to tie.
+        One list of layer indices per group; group p reads pool p. Empty if no layer is left to tie.
 
     Example:
         >>> tie_groups(range(9), group_size=2, skip_first=2, skip_last=2)
@@ -82,7 +82,7 @@ def check_groups(groups: Sequence[Sequence[int]], moe_layers: Sequence[int], num
 
 
 def default_slot_map(position: int, num_slots: int, pool_size: int) -> list[int]:
-    """Return the slot map of a group's layer before any conversion has chosen a better one.
+    """Return the initial slot map of a layer in its group; a conversion may choose another.
 
     Args:
         position: the layer's place in its group, from 0.

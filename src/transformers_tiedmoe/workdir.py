@@ -7,8 +7,8 @@ Two kinds, with the same lock, identity, journal and atomic writes:
 
 The state is a `journal.jsonl` (what is being made of what, then a line for everything that was written, with its
 hash), `lock` and `pid` (one process at a time), `draft/` (files before they are complete), `work/` (results that took
-long) and `scratch/` (whatever a run likes). Nothing is ever deleted, or goes into an output, that the journal does not
-name.
+long to compute) and `scratch/` (free for the run's use). Only files that the journal names are ever deleted or put
+into an output.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ STATE = ".tiedmoe"
 
 
 def partial_folder(output: Path) -> Path:
-    """Return where the work on `output` is."""
+    """Return the folder in which `output` is made."""
     return output.parent / f".{output.name}.partial"
 
 
@@ -133,7 +133,7 @@ class Folder:
 
     @property
     def scratch(self) -> Path:
-        """A folder for whatever the run needs meanwhile, Trainer's checkpoints say; all of it is the run's own."""
+        """A folder for the run's temporary files, such as Trainer's checkpoints; all of it is the run's own."""
         path = self._state / SCRATCH
         path.mkdir(exist_ok=True)
         return path
@@ -200,7 +200,7 @@ class Folder:
     def own(self, name: str) -> None:
         """Note that the files in the folder `name`, which a command has just made for this run, are ours.
 
-        Does nothing if some are ours already: what has come to them since is not.
+        Does nothing if some are ours already: files added since are not.
         """
         found = sorted(path.relative_to(self.folder).as_posix() for path in files_in(self.folder / name))
         if found and not any(each.startswith(f"{name}/") for each in self.owned):
@@ -225,7 +225,7 @@ class Folder:
             self._note({"deleted": sorted(gone)})
 
     def store(self, name: str, write: Callable[[Path], Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Keep a result that took long, for a run after a kill; it goes with the state.
+        """Keep a result that took long to compute, for the next run after a kill; it is deleted with the state.
 
         Args:
             name: a plain file name.
@@ -315,7 +315,7 @@ class Work(Folder):
         self.report = report
 
     def _resume(self) -> None:
-        """Go on with what an earlier run has finished and not what was damaged since; refuse what it did not write."""
+        """Keep what an earlier run finished, drop what was damaged since, and refuse files that it did not write."""
         for name in [name for name in self.files if not self.is_sound(name)]:
             del self.files[name]  # it is made again
             self.report = None
@@ -330,7 +330,7 @@ class Work(Folder):
 
 
 class _Refused(TiedMoeError):
-    """Something in the way that is not ours to touch; what was done so far stays."""
+    """A file that is not ours is in the way; what was done so far is kept."""
 
 
 @contextlib.contextmanager
@@ -342,10 +342,10 @@ def open_work(
     keep: bool = False,
     is_main: bool = True,
 ) -> Iterator[Work]:
-    """Give the working folder of `output`, which becomes it when the block ends well.
+    """Open the working folder of `output`, which takes its name when the block ends without an error.
 
     An error removes the folder, unless `keep`; a kill or Ctrl-C leaves it, and the next run with the same `identity`
-    goes on.
+    continues it.
 
     Example:
         >>> output = check_output("healed", {"model": "tied", "data": "text.txt"})
@@ -361,8 +361,8 @@ def open_work(
         identity: what decides the output's bytes, JSON-able, one mapping per aspect: recipe, source, versions, ...
         owned: as in `check_output`: an output of these files is replaced at the end, and unfinished work of another
             identity now. None replaces nothing.
-        keep: what was done is worth more than a clean disk: an error leaves it for the next run, too, if there is a
-            file, a stored result, or something in `scratch`.
+        keep: leave the working folder for the next run after an error too, if it holds a file, a stored result, or
+            something in `scratch`.
         is_main: whether this process, of several that run the same, holds the lock and finishes. The others enter
             after it, and may read; what they write goes into `scratch`.
 
@@ -430,17 +430,17 @@ def open_folder(
     temporary: bool = False,
     is_main: bool = True,
 ) -> Iterator[Folder]:
-    """Give a folder that stays and is continued in place by later runs with the same `identity`.
+    """Open a folder that stays, and that later runs with the same `identity` continue in place.
 
     What `open_work` publishes inside it during the block is the folder's own, too.
 
     Args:
         folder: new, empty, or one that this function has given before.
         identity: as in `open_work`.
-        what: the folder holds, for the errors: "a demo".
+        what: what the folder holds, for errors: "a demo".
         advice: what to do if it holds something else.
         overwrite: delete what earlier runs have written, and begin anew.
-        temporary: delete all of it at the end of the block, but for Ctrl-C.
+        temporary: delete all of it at the end of the block, except after Ctrl-C.
         is_main: as in `open_work`.
 
     Raises:
@@ -487,7 +487,7 @@ _open_folders: list[Folder] = []  # of this process
 
 @contextlib.contextmanager
 def _registered(folder: Folder) -> Iterator[Folder]:
-    """Have outputs that are published in `folder` meanwhile noted as its own."""
+    """Note outputs that are published inside `folder` within the block as its own."""
     _open_folders.append(folder)
     try:
         yield folder
@@ -631,7 +631,7 @@ def _refuse(begin: str, difference: tuple[str, str], advice: str) -> NoReturn:
 
 
 def _tell_folders(output: Path, names: Collection[str]) -> None:
-    """Note in the folders around `output` that this process has open that what is published there is theirs."""
+    """Note in every open folder of this process around `output` that the published files are its own."""
     for each in _open_folders:
         if each.folder in output.parents:
             inside = output.relative_to(each.folder)
@@ -660,7 +660,7 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
 
 
 def _discard(work: Folder, output: Path) -> None:
-    """Delete every file that runs of ours wrote into a folder, then it if nothing else is left."""
+    """Delete every file that runs of ours wrote into a folder, then the folder if nothing else is left."""
     replaced = work._state / REPLACED
     if replaced.is_dir() and not output.exists():  # killed between the two renames
         replaced.rename(output)
@@ -672,7 +672,7 @@ def _discard(work: Folder, output: Path) -> None:
 
 
 def _remove_state(state: Path, but: Collection[str] = (), last: str = JOURNAL) -> None:
-    """Delete a state's files, and its folder if nothing else is left; until `last` is gone, the next run can tell."""
+    """Delete a state's files, `last` last for the next run to see, then its folder if nothing else is left."""
     for name in sorted((DRAFT, SCRATCH, STORED, REPLACED, PID, LOCK, JOURNAL), key=lambda each: each == last):
         path = state / name
         if name in but:

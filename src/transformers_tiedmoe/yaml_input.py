@@ -48,7 +48,7 @@ def load_yaml(text: str, name: str) -> Any:
         raise TiedMoeError(f"{name} has more than {MAX_BYTES} bytes; expected a few lines of YAML")
     try:
         return yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date or number that there is not
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: an impossible date or number
         raise TiedMoeError(f"{name} is no YAML of plain values: {error}; mend it there") from error
 
 

@@ -12,7 +12,7 @@ from .metrics import expert_counts, load_shares
 
 
 def layer_experts(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Find what each MoE layer calls for its experts, its own or its view of a pool; by layer index, in order."""
+    """Find the experts module that each MoE layer calls, its own or its view of a pool; by layer index, in order."""
     experts = {layer: model.get_submodule(path) for layer, path in expert_layers(model).items()}
     for module in model.modules():
         if isinstance(module, TiedExperts):
@@ -21,7 +21,7 @@ def layer_experts(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 class RoutingCounts:
-    """Count, while it is entered, which experts the routers of a model choose.
+    """Counts which experts the routers of a model choose while it is entered.
 
     It hooks the call of each layer's experts, `(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])`, the
     same in every family. A tied layer's choices are counted by row of its pool, so that layers of a group compare.

@@ -24,7 +24,7 @@ from .parameter_groups import LR_DIVISORS
 
 OTHER_NAMES = {"output": "output_dir", "batch_size": "per_device_train_batch_size", "warmup_fraction": "warmup_steps"}
 PATHS = ("model", "teacher", "data", "output_dir")
-# What may differ between a killed run and the one that continues it: nothing of it changes what is computed.
+# What may differ in a run that continues a killed one, because it does not change what is computed.
 FREE = (
     *(
         "output_dir",
@@ -136,7 +136,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "TiedMoeTrainingArguments":
-        """Make the arguments of a mapping of fields, under Trainer's names or the shorter ones.
+        """Make the arguments from a mapping of fields, under Trainer's names or the shorter ones.
 
         Raises:
             TiedMoeError: an unknown field, or one given under both names.
@@ -160,7 +160,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the outcome, JSON-able: a killed run is continued by one that has the same."""
+        """What decides the result, JSON-able: only a run with the same identity continues a killed one."""
         everything = self.to_dict()
         return {each.name: everything[each.name] for each in fields(self) if each.init and each.name not in FREE}
 
@@ -215,7 +215,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(arguments: Sequence[str]) -> TiedMoeTrainingArguments:
-    """Make the arguments of a command line: `MODEL --data TEXT --output FOLDER [--config FILE] [any flag of Trainer]`.
+    """Parse a command line: `MODEL --data TEXT --output FOLDER [--config FILE] [any flag of Trainer]`.
 
     Prints help for `--help` (healing's own flags) and `--help-all` (Trainer's too) and exits. A flag that does not
     exist exits with status 2, as argparse does.
@@ -265,7 +265,7 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser whose defaults are left out, so that what the user gave is known."""
 
     def print_short_help(self) -> None:
-        """Print healing's own flags; Trainer's are named."""
+        """Print the help of healing's own flags; it only mentions Trainer's."""
         own = set(TiedMoeTrainingArguments.__annotations__)
         short = argparse.ArgumentParser(
             prog=self.prog, description=self.description, epilog=self.epilog, usage=self.usage, add_help=False
@@ -284,9 +284,8 @@ def _parser() -> _Parser:
         description="Train a tied model for a short while, and measure held-out perplexity before and after. Start "
         "the same command again to continue a run that was killed. For several devices put `accelerate launch -m "
         "transformers_tiedmoe.cli` in the place of `tiedmoe`.",
-        epilog="Every flag of transformers' TrainingArguments is known, too: --help-all lists them. Example: "
-        "tiedmoe heal tied "
-        "--data text.txt --output healed --max-steps 500",
+        epilog="Every flag of transformers' TrainingArguments is known, too: --help-all lists them. Example: tiedmoe "
+        "heal tied --data text.txt --output healed --max-steps 500",
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
@@ -323,7 +322,7 @@ def _parser() -> _Parser:
 
 
 def _without(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without what `given` names, under whichever of its names."""
+    """Return `config` without what `given` sets, under either of its names."""
     names = {OTHER_NAMES.get(name, name) for name in given}
     return {name: value for name, value in config.items() if OTHER_NAMES.get(name, name) not in names}
 

@@ -1,7 +1,7 @@
 """Trainer's checkpoints, with a record of what is in each: a run goes on from the last one that is whole.
 
-Trainer itself takes a checkpoint without optimizer, scheduler or random state, silently, and one whose file was cut
-off ends it with a traceback.
+Trainer itself silently continues from a checkpoint without optimizer, scheduler or random state, and fails with a
+traceback on a file that was cut off.
 """
 
 import json

@@ -72,7 +72,7 @@ def load_blocks(
 def sequence_losses(
     model, input_ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token cross-entropy of each sequence, without the auxiliary losses that a MoE adds to `outputs.loss`.
+    """Compute the next-token cross-entropy of each sequence, without the auxiliary losses in `outputs.loss`.
 
     Args:
         model: a causal language model, called without labels.
@@ -92,7 +92,7 @@ def sequence_losses(
 
 @torch.no_grad()  # not inference_mode: what a model caches in its forward must stay usable in training
 def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[str, float | int]:
-    """Token-weighted mean cross-entropy of `model` on `dataset`, and its exponential.
+    """Compute the token-weighted mean cross-entropy of `model` on `dataset`, and its exponential.
 
     Args:
         model: a causal language model; evaluated on its own device, its train or eval mode is restored.
@@ -173,7 +173,7 @@ def _local_files(path: Path) -> tuple[str, list[Path]]:
 
 
 def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
-    """All tokens of `texts`, int32 `[num_tokens]`; rows that are lines are joined before they are tokenized."""
+    """Tokenize `texts` into one int32 array `[num_tokens]`; rows that are lines are joined first."""
     end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(batch):

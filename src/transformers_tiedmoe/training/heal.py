@@ -3,7 +3,7 @@
 `heal(TiedMoeTrainingArguments(model=..., data=..., output_dir=...))` measures held-out loss, trains, measures again,
 and leaves in `output_dir` a model that the Auto classes load, its card and manifest, and `heal.json`, the report.
 Works on any causal language model: without pools it is plain fine-tuning. The folder appears complete, in one rename.
-Kill it and call it again: it goes on from the last checkpoint.
+A killed run goes on from its last checkpoint when it is called again.
 """
 
 import contextlib
@@ -161,7 +161,7 @@ class _Run:
         self.trainer = self._make_trainer()
 
     def report(self) -> dict[str, Any]:
-        """Train what is left to train, save, look at what was saved, and tell."""
+        """Train the steps that are left, save, check what was saved, and return the report."""
         args, trainer = self.args, self.trainer
         start = time.perf_counter()
         if step_of(self.checkpoint) < args.max_steps:
@@ -231,13 +231,12 @@ class _Run:
     def _load_model(self) -> PreTrainedModel:
         """Load the model ready to train."""
         args = self.args
-        # Trainer's own resuming matches the names in the file with those of the modules and skips what differs, but
-        # save_pretrained writes a family's old names (an untied OLMoE's experts, one by one): read it as Auto classes
-        # do.
+        # Not by Trainer's own resuming: it skips names in the file that no module has, and save_pretrained writes a
+        # family's old names (an untied OLMoE's experts, one by one). Auto classes read them.
         load = load_merged if args.merge_adapter else load_model
         model = load(args.model, args.trust_remote_code)
         self.dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
-        # Of a checkpoint with several dtypes: what Auto classes round to the config's.
+        # Of a checkpoint with several dtypes: the tensors that Auto classes round to the config's.
         self.rounded = {} if args.merge_adapter else read_rounded(args.model, model)
         if self.checkpoint and not args.lora:
             model = load_model(str(self.checkpoint), args.trust_remote_code)
@@ -279,7 +278,7 @@ class _Run:
         return trainer
 
     def _take_over(self, checkpoint: Path | None) -> None:
-        """Put the state of the last step's checkpoint, whose weights are loaded, in the place of training."""
+        """Restore the state of the last step's checkpoint instead of training; its weights are loaded already."""
         assert checkpoint is not None
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.lora:
@@ -289,7 +288,7 @@ class _Run:
         self.model.to(self.args.device)
 
     def _final_model(self) -> PreTrainedModel:
-        """Return the model as it is to be saved: merged, in the dtypes of its files; it is evaluated from now on."""
+        """Return the model to evaluate and save: adapters merged, every tensor in the dtype of its file."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if hasattr(model, "merge_and_unload"):
             if self.is_main:
@@ -305,7 +304,7 @@ class _Run:
         return model
 
     def _judge(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Raise if the model knows nothing any more; warn if it is worse than it was."""
+        """Raise if the model is no better than guessing; warn if it is worse than before."""
         uniform = math.log(self.config.get_text_config().vocab_size)
         is_uniform = abs(after["loss"] - uniform) < 1e-3 and before["loss"] < uniform - 1e-2
         if not math.isfinite(after["loss"]) or is_uniform:
@@ -320,7 +319,7 @@ class _Run:
             )
 
     def _save(self, model: PreTrainedModel, report: dict[str, Any]) -> None:
-        """Write the model and all that goes with it; raise if what the disk then holds is another model."""
+        """Write the model and all that goes with it; raise if the saved model differs from the one in memory."""
         with self.work.draft() as draft:
             with replaced(model, self.rounded):
                 model.save_pretrained(draft)
@@ -340,7 +339,7 @@ class _Run:
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load a config; nothing that comes with the checkpoint is run, and no kernel is loaded on its word.
+    """Load a config; without `trust_remote_code` no code or kernel that the checkpoint names is loaded.
 
     Raises:
         TiedMoeError: it names kernels of the Hub.
@@ -379,7 +378,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> None:
-    """Load what was saved as anybody will, and raise unless it is the model in memory, whose loss was reported.
+    """Load the saved model with the Auto class; raise unless it is the model in memory, whose loss was reported.
 
     Every weight is compared, and the loss of one batch, which the config decides too. An adapter beside the weights, a
     name that no longer fits or a dtype that was lost would show here.

@@ -1,4 +1,4 @@
-"""Checkpoints of several dtypes: `dtype="auto"` rounds every weight to the config's, and saving would keep it so.
+"""Checkpoints of several dtypes: `dtype="auto"` rounds every weight to the config's, and saving would keep that.
 
 A bfloat16 model whose routers are float32 is loaded in bfloat16 by everybody; healing trains the routers from their
 float32 values and saves them in float32.
@@ -18,8 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 def read_rounded(checkpoint: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """Read those tensors of `model` that the checkpoint's files hold in a wider dtype than they were loaded in.
 
-    Only tensors that the files have under the model's own names are found: fused experts of a family's old layout are
-    not.
+    Only tensors stored under the model's own names are found: experts in a family's old layout are not.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     found = {}
@@ -35,7 +34,7 @@ def read_rounded(checkpoint: str, model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give `model` these tensors, in their dtypes, within the block: to be saved, not to be run."""
+    """Put these tensors, in their dtypes, into `model` within the block: for saving, not for running."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     own = {name: tensors[name].data for name in values}
     try:

@@ -1,4 +1,4 @@
-"""Optimizer parameter groups in which a pool's learning rate may be divided by what its group size asks for.
+"""Optimizer parameter groups that can lower a pool's learning rate by the number of layers that read it.
 
 A pool's gradient is the sum over the layers that read it. "Tying the Loop" (arXiv 2606.16825) divides the learning
 rate of the pools by sqrt(group_size) when it trains a tied model from scratch.

@@ -1,7 +1,7 @@
 """Read `.txt`, `.json`, `.jsonl` and `.parquet` files, compressed or not, row by row, as text and nothing but text.
 
-Not by the builders of `datasets`: those take `null` for a segmentation fault and dates for timestamps, and expand
-whatever an archive holds onto the disk. Here a compressed file is read in a stream, and no further than text goes.
+The builders of `datasets` are not used: they crash on `null`, turn dates into timestamps, and unpack an archive of any
+size onto the disk. Here a compressed file is read as a stream, and only so far as text could expand.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ PARQUET_ROWS = 64  # read at a time: a page may repeat one long value for very m
 
 
 def kind_of(path: Path) -> str | None:
-    """Return what the name says that a file holds: "text", "json" or "parquet"; None for no text."""
+    """Return the kind of content that a file's name tells: "text", "json" or "parquet"; None for any other."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

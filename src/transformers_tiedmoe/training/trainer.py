@@ -15,7 +15,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Diverged(TiedMoeError):
-    """Tell that a loss is no longer a number, or worse than none: nothing of the run is worth keeping."""
+    """The loss is no longer a number, or no better than guessing: nothing of the run is worth keeping."""
 
 
 class HealTrainer(Trainer):
@@ -48,18 +48,18 @@ class HealTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run one forward and backward, and remember whether the loss was a number; the device is not waited for."""
+        """Run one forward and backward, and note whether the loss was finite, without waiting for the device."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._is_finite &= loss.detach().isfinite()
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Log, unless a loss since the last time was no number."""
+        """Log; raise `Diverged` if a loss since the last call was not finite."""
         self._refuse_to_go_on()
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        self._refuse_to_go_on()  # such a checkpoint would only lead on into the same
+        self._refuse_to_go_on()  # continuing from such a checkpoint would diverge again
         super()._save_checkpoint(*args, **kwargs)
 
     def _refuse_to_go_on(self) -> None:
@@ -78,8 +78,7 @@ class HealTrainer(Trainer):
             teacher_logits = self.teacher(**_model_inputs(inputs), use_cache=False).logits
         labels = inputs["labels"][:, 1:]
         divergence = distillation_loss(outputs.logits[:, :-1], teacher_logits[:, :-1], labels, self.temperature)
-        # Normalised as Trainer normalises the model's own loss: over the tokens of all processes and accumulation
-        # steps.
+        # Normalised as Trainer normalises the model's own loss: over all processes' tokens and accumulation steps.
         if num_items_in_batch is None:
             divergence = divergence / (labels != -100).sum()
         else:
