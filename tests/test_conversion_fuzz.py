@@ -21,8 +21,10 @@ from conversions import save_source
 from fuzzing import EXTRA_FIELDS, Limits, anything, cases, numbers, spliced, tree, words, write_json
 from hypothesis import given
 from hypothesis import strategies as st
+from test_conversion_mxfp4 import save_mxfp4
 
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+from tiedmoe_conversion.checkpoint.quantised import SUFFIXES
 from tiedmoe_conversion.plan import Plan
 from transformers_tiedmoe import hub
 from transformers_tiedmoe.errors import TiedMoeError
@@ -32,14 +34,16 @@ from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.workdir import open_work
 
 FAMILIES = ("olmoe", "mixtral", "deepseek_v3", "qwen2_moe")
+QUANTISED = "gpt_oss"
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """By family a tiny source in shards; do not change them."""
+    """By family a tiny source in shards, and one in mxfp4 in a single file; do not change them."""
     folder = tmp_path_factory.mktemp("fuzz")
     for family in FAMILIES:
         save_source(folder / family, family, num_hidden_layers=4, max_shard_size="60KB")
+    save_mxfp4(folder / QUANTISED, num_hidden_layers=4)
     return folder
 
 
@@ -75,7 +79,7 @@ def attempt(sources, family, edit, run=False):
 @cases(0.4)
 @given(data=st.data())
 def test_config(sources, data):
-    family = data.draw(st.sampled_from(FAMILIES))
+    family = data.draw(st.sampled_from([*FAMILIES, QUANTISED]))
 
     def edit(source):
         path = source / "config.json"
@@ -96,7 +100,7 @@ def test_config(sources, data):
 @cases(0.3)
 @given(data=st.data())
 def test_header(sources, data):
-    family = data.draw(st.sampled_from(FAMILIES))
+    family = data.draw(st.sampled_from([*FAMILIES, QUANTISED]))
 
     def edit(source):
         path = data.draw(st.sampled_from(sorted(source.glob("*.safetensors"))))
@@ -113,7 +117,8 @@ def test_header(sources, data):
         elif kind == "field":
             header[name][data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"]))] = data.draw(anything)
         elif kind == "name":
-            header[data.draw(st.one_of(words, st.just(name + "_scale_inv"), st.just("x." + name)))] = header.pop(name)
+            others = ["x." + name, *(name.removesuffix("_blocks") + suffix for suffix in ("", *SUFFIXES))]
+            header[data.draw(st.one_of(words, st.sampled_from(others)))] = header.pop(name)
         elif kind == "swap":
             other = data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
             header[name], header[other] = header[other], header[name]

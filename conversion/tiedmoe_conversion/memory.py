@@ -7,6 +7,7 @@ from transformers_tiedmoe import TiedMoeConfig
 
 from .calibration.streamed_model import held_bytes
 from .calibration.text import HELD_OUT_SHARE
+from .checkpoint.quantised import Quantised
 from .layout.source_model import SourceModel
 from .methods import Sizes
 from .methods.residual import scratch_bytes as residual_scratch_bytes
@@ -27,9 +28,11 @@ def peak_memory_bytes(
     """Estimate the most bytes of tensors that a conversion holds at a time, without Python and torch themselves."""
     peaks = [_peak(operation, groups, source, recipe, config) for operation in operations]
     peaks += [2 * source.tensors.meta[name].nbytes for name in source.tensors.copies]  # the two are compared
-    if recipe.is_lossless and source.num_bytes <= MAX_BYTES_FOR_LOGITS:
+    if recipe.is_lossless and source.bytes_as_read <= MAX_BYTES_FOR_LOGITS:
         peaks.append(sum(operation.num_bytes for operation in operations))  # the verification loads the output
-    return max(peaks) + max(map(_block_bytes, operations)) + _streamed_bytes(recipe, source)
+    reading = [info.scratch_bytes for info in source.opened.tensors.values() if isinstance(info, Quantised)]
+    held = max(peaks) + max(map(_block_bytes, operations)) + _streamed_bytes(recipe, source)
+    return held + max(reading, default=0)
 
 
 def statistics_bytes(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> int:
@@ -113,5 +116,5 @@ def _streamed_bytes(recipe: ConversionRecipe, source: SourceModel) -> int:
     if recipe.calibration is None:
         return 0
     layers = [sum(source.tensors.meta[name].nbytes for name in source.expert_names(layer)) for layer in source.experts]
-    one = held_bytes(source.num_bytes, source.num_bytes - sum(layers) + max(layers))
+    one = held_bytes(source.bytes_as_read, source.bytes_as_read - sum(layers) + max(layers))
     return one * (2 if recipe.measure else 1)

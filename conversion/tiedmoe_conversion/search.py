@@ -234,7 +234,7 @@ class Search:
                     _keep(fronts[i + len(c.layers)], saved + c.saved, loss + c.loss, (*chosen, c))
         last = _undominated(fronts[-1])
         points = [
-            Point(chosen, size := self.source.num_bytes - saved, size / self.source.num_bytes, loss)
+            Point(chosen, size := self.source.bytes_as_read - saved, size / self.source.bytes_as_read, loss)
             for saved, (loss, chosen) in last.items()
             if chosen
         ]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.utils import logging
 
 from transformers_tiedmoe import TiedMoeConfig
@@ -33,6 +33,7 @@ from .layout.tied_view import LayerTensors
 
 MAX_BYTES_FOR_LOGITS = 2 * 10**9  # of a model that is loaded to compare its logits; the two are loaded one by one
 SAMPLE_LENGTH = 32  # tokens of the compared input
+DEQUANTISING = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 
 SAMPLE_TOKENS = 4  # that each of them is given
 _PIECE = 1 << 14
@@ -375,7 +376,7 @@ def verify_lossless(source: SourceModel, output: LayerTensors, groups: Sequence[
         because = f"transformers reads an fp8 weight wrongly whose size its blocks do not divide, such as {uneven[0]}"
     elif size <= MAX_BYTES_FOR_LOGITS:
         try:
-            expected = _logits(opened.folder, opened.is_quantised)
+            expected = _logits(opened.folder, opened.quantisation)
         except Exception as error:  # the family's own code, before ours has been run
             because = f"the source's own forward pass fails here: {type(error).__name__}: {error}"
         else:
@@ -388,9 +389,9 @@ def verify_lossless(source: SourceModel, output: LayerTensors, groups: Sequence[
     return {"compared": "experts", "layers": layers, "equal": True, "because": because}
 
 
-def _logits(folder: Path, is_quantised: bool = False) -> torch.Tensor:
+def _logits(folder: Path, quantisation: str | None = None) -> torch.Tensor:
     """Logits `[1, SAMPLE_LENGTH, vocab]` on fixed random tokens, with transformers' plain loops over experts."""
-    extra = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_quantised else {}
+    extra = {} if quantisation is None else {"quantization_config": DEQUANTISING[quantisation](dequantize=True)}
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", experts_implementation="eager", dtype="auto", **extra

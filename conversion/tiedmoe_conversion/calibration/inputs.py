@@ -116,8 +116,8 @@ class Calibration:
     @cached_property
     def model(self) -> StreamedModel:
         """The source's model."""
-        num_bytes = sum(tensor.nbytes for tensor in self.source.tensors.meta.values())
-        return StreamedModel(family_model(self.source.model.config), self.source.tensors.read, num_bytes)
+        source = self.source
+        return StreamedModel(family_model(source.model.config), source.tensors.read, source.bytes_as_read)
 
     def gather(self, layers: Iterable[int], progress: Progress | None = None) -> None:
         """See that the inputs of `layers` are in the folder; one run of the source over the text if they are not."""

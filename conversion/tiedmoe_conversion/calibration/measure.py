@@ -35,7 +35,7 @@ def measure_conversion(
     groups: Any = config.groups
     widths: Any = config.pool_num_experts
     before, source_routing = _run(calibration.model, calibration.held_out)
-    model = StreamedModel(family_model(source.model.config), output.read, source.num_bytes)
+    model = StreamedModel(family_model(source.model.config), output.read, source.bytes_as_read)
     after, tied_routing = _run(model, calibration.held_out)
     agreement = {
         layer: routing_agreement(source_routing[layer], tied_routing[layer]) for layer in sorted(source_routing)

@@ -23,7 +23,7 @@ from transformers_tiedmoe.auto_files import load_tokenizer, settle_tokenizer
 from ..errors import ConversionError
 from .buffers import Buffers
 from .headers import TensorInfo, read_header, tensors_from_header
-from .quantised import SUFFIX, BlockScaled, dequantise, fold_scales
+from .quantised import MXFP4_BLOCKS, SUFFIXES, Quantised, fold_scales
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -45,9 +45,8 @@ class Source:
         name: the folder or hub id as it was given.
         folder: a local folder with the checkpoint's small files (config, tokenizer, ...).
         commit: the commit of a hub source, None for a local folder.
-        tensors: every tensor by name, from the headers; an fp8 weight and its scales are one, in the dtype it is read
-            in.
-        is_quantised: whether there are such.
+        tensors: every tensor by name, from the headers; a quantised weight and its scales are one, in the dtype and
+            shape it is read in.
         buffers: where the memory of what is read comes from.
     """
 
@@ -63,18 +62,22 @@ class Source:
                     regular_file(folder, path.name)
         refuse_adapter(folder)
         self.tensors = self._read_headers()
-        self.is_quantised = False
-        if any(name.endswith(SUFFIX) for name in self.tensors):
+        if any(name.endswith(SUFFIXES) for name in self.tensors):
             config = self.read_json("config.json")
             if config.get("quantization_config"):
-                self.tensors, self.is_quantised = fold_scales(self.tensors, config, name), True
-        if left := [each for each in self.tensors.values() if not self.is_quantised and each.dtype.itemsize == 1
-                    and each.dtype.is_floating_point]:  # fmt: skip
+                self.tensors = fold_scales(self.tensors, config, name)
+        kinds = {each.name: _quantised_kind(each) for each in self.tensors.values()}
+        if left := [each for each, kind in kinds.items() if kind]:
             raise ConversionError(
-                f"{name} holds {len(left)} fp8 tensors, such as {left[0].name!r}, and its config.json has no "
+                f"{name} holds {len(left)} {kinds[left[0]]} tensors, such as {left[0]!r}, and its config.json has no "
                 "quantization_config that says how they are scaled; expected one, or plain weights: use the "
                 "config.json that belongs to the weights"
             )
+
+    @property
+    def quantisation(self) -> str | None:
+        """Name what some of the tensors are dequantised from, "fp8" or "mxfp4"; None where all are plain."""
+        return next((info.method for info in self.tensors.values() if isinstance(info, Quantised)), None)
 
     def read(
         self, name: str, first: int = 0, last: int | None = None, into: torch.Tensor | None = None
@@ -88,8 +91,8 @@ class Source:
             ConversionError: the file ends early or is no longer the one whose header was read.
         """
         info = self.tensors[name]
-        if isinstance(info, BlockScaled):
-            tensor = dequantise(self._read(info.weight), self._read(info.scale), info)[first:last]
+        if isinstance(info, Quantised):
+            tensor = info.read(self._read, first, last)
         elif info.offset is None:
             tensor = self._read_pickle(info.file)[name]
             tensor = tensor.clone() if tensor.dim() == 0 else tensor[first:last].clone()
@@ -330,6 +333,13 @@ def _ask_hub(source: str, call, *args, **kwargs) -> Any:
             f"{source!r} is not a folder here, and the Hub cannot serve it: {error}. Check the name, the revision, "
             "your network and, for a gated repository, your login (hf auth login)"
         ) from error
+
+
+def _quantised_kind(info: TensorInfo) -> str:
+    """Name what an unfolded tensor must be quantised as, "fp8" or "mxfp4"; "" for a plain one."""
+    if info.dtype.itemsize == 1 and info.dtype.is_floating_point:
+        return "fp8"
+    return "mxfp4" if info.dtype == torch.uint8 and info.name.endswith(MXFP4_BLOCKS) else ""
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ..checkpoint.headers import TensorInfo
-from ..checkpoint.quantised import BlockScaled
+from ..checkpoint.quantised import Quantised
 from ..checkpoint.reader import Source
 from ..errors import ConversionError
 
@@ -238,8 +238,8 @@ def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
 def describe_dtype(info: TensorInfo) -> str:
     """Return a tensor's dtype for people, and the one on the disk where that is another."""
     name = str(info.dtype).removeprefix("torch.")
-    if isinstance(info, BlockScaled):
-        name += f" (from {str(info.weight.dtype).removeprefix('torch.')} in blocks of {list(info.block)})"
+    if isinstance(info, Quantised):
+        name += f" (from {info.stored_as})"
     return name
 
 

@@ -15,7 +15,7 @@ from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.families import canonical_family, expert_layers
 from transformers_tiedmoe.loading import check_dtype, check_headers, check_num_layers
 
-from ..checkpoint.quantised import block_size
+from ..checkpoint.quantised import quantisation
 from ..checkpoint.reader import Source, open_source
 from ..errors import ConversionError, did_you_mean
 from .keys import FamilyTensors, describe_dtype, map_tensors
@@ -76,9 +76,14 @@ class SourceModel:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights, without those that the family ignores."""
+        """Bytes of the weights on the disk, without those that the family ignores."""
         dropped = self.tensors.dropped
         return sum(info.num_bytes for name, info in self.opened.tensors.items() if name not in dropped)
+
+    @property
+    def bytes_as_read(self) -> int:
+        """Bytes of the weights in memory, the quantised ones dequantised."""
+        return sum(tensor.nbytes for name, tensor in self.tensors.meta.items() if name not in self.tensors.copies)
 
     def describe_experts(self, layer: int) -> dict[str, str]:
         """Return the shape and dtype of a layer's expert parameters, e.g. `{"down_proj": "[8, 32, 16] bfloat16"}`."""
@@ -115,11 +120,12 @@ def read_config(source: Source) -> PreTrainedConfig:
         )
     _check_numbers(fields, source.name)
     if fields.get("quantization_config"):
-        block_size(fields, source.name)  # refuses what is not read here
-        if not source.is_quantised:
+        method = quantisation(fields, source.name)  # refuses what is not read here
+        if source.quantisation is None:
             raise ConversionError(
-                f"{source.name} is quantised by its config.json, and none of its weights has scales; expected "
-                "X.weight_scale_inv beside X.weight: remove quantization_config if the weights are plain"
+                f"{source.name} is quantised ({method}) by its config.json, and none of its weights has scales; "
+                "expected X.weight_scale_inv beside X.weight, or X_scales beside X_blocks: remove quantization_config "
+                "if the weights are plain"
             )
     try:
         canonical_family(family)
