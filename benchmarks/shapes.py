@@ -31,20 +31,16 @@ class Shape(NamedTuple):
         return self.E * self.expert_numbers * itemsize
 
 
-def _widths(name: str, E: int, H: int, I: int, K: int) -> tuple[Shape, ...]:
-    """The pool as published and with 2 and 4 times its experts, as wide as a tied group's pool may be made."""
-    return tuple(Shape(name if n == 1 else f"{name} {n}x", n * E, H, I, K) for n in (1, 2, 4))
-
-
 OLMOE = Shape("OLMoE", 64, 2048, 1024, 8)
 QWEN3 = Shape("Qwen3-30B", 128, 2048, 768, 8)
-SHAPES = (
+SHAPES = (  # "2x", "4x": with that many times the experts, as wide as a tied group's pool may be made
     OLMOE,
-    *_widths("Qwen", 60, 1536, 768, 4),
-    *_widths("DeepSeek", 64, 2048, 1024, 6),
+    *(Shape(f"Qwen{wide}", n * 60, 1536, 768, 4) for n, wide in ((1, ""), (2, " 2x"), (4, " 4x"))),
+    *(Shape(f"DeepSeek{wide}", n * 64, 2048, 1024, 6) for n, wide in ((1, ""), (2, " 2x"), (4, " 4x"))),
     QWEN3,
     Shape("Mixtral", 8, 4096, 14336, 2),
 )
+TINY = Shape("tiny", 8, 32, 16, 2)  # to try a script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Case:
         return (active_experts * self.shape.expert_numbers + 2 * self.T * self.shape.H) * self.dtype.itemsize
 
     def weight_copies_bytes(self) -> int:
-        """Bytes of `batched_mm`'s copies of the weights, one per slot; a backward keeps them and makes their gradients."""
+        """Bytes of `batched_mm`'s copies of the weights, one per slot; a backward keeps them and makes gradients."""
         copies = self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
         return copies * (self.g + 1) if self.kind == "step" else copies
 
@@ -86,7 +82,7 @@ class Case:
 
 
 def route(T: int, shape: Shape, routing: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return `top_k_index [T, K]` int64 with K different experts a token and `top_k_weights [T, K]` float32, on the CPU.
+    """Return `top_k_index [T, K]` int64, K different experts a token, and `top_k_weights [T, K]` float32, on the CPU.
 
     "uniform": every expert equally likely. "zipf": the r-th most popular expert has a probability proportional to 1/r,
     drawn without replacement (Gumbel top-k); which expert is popular is drawn too.

@@ -1,19 +1,21 @@
-"""Clocks, spreads and the machine's own limits. Everything runs on a CPU too; only `DeviceClock` and graphs need a GPU.
+"""Clocks, spreads and the machine's own limits.
 
 Variants are timed in turn, round by round: a ratio is taken inside a round and its median reported, so that a machine
 that slows down slows both.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 Call = Callable[[int], object]  # the number of the round chooses the inputs
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "kernels", "llama-cpp-python")
 
 
 def spread(values: list[float]) -> dict:
@@ -30,7 +32,7 @@ def paired_ratio(values: list[float], base: list[float]) -> dict:
 
 
 class WallClock:
-    """Seconds of a call by the host's clock; for a CPU."""
+    """Seconds of one call by the host's clock, on a CPU, where `torch.utils.benchmark` would warm up before each."""
 
     def time(self, call: Call, number: int) -> float:
         start = time.perf_counter()
@@ -39,30 +41,21 @@ class WallClock:
 
 
 class DeviceClock:
-    """Seconds of a call by device events, its inputs not in the L2 cache: a large buffer is written before each."""
+    """Seconds of a call by triton: many of those `in_graph` in one CUDA graph, others with the L2 cache cleared before."""
 
-    def __init__(self, device: torch.device):
-        self.flushed = torch.empty(flush_bytes(device) // 4, dtype=torch.int32, device=device)
+    def __init__(self, in_graph: Collection[Call] = ()):
+        self.in_graph = in_graph
 
     def time(self, call: Call, number: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flushed.zero_()
-        start.record()
-        call(number)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        if call in self.in_graph:
+            return do_bench_cudagraph(lambda: call(number), rep=20, return_mode="median") / 1e3
+        return do_bench(lambda: call(number), warmup=10, rep=50, return_mode="median") / 1e3
 
 
-def clock_for(device: torch.device) -> WallClock | DeviceClock:
-    return WallClock() if device.type == "cpu" else DeviceClock(device)
-
-
-def flush_bytes(device: torch.device) -> int:
-    """More than the last cache holds. An AMD accelerator's memory-side cache is not in the properties: 1 GiB there."""
-    if torch.version.hip:
-        return 1 << 30
-    return max(256 << 20, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+def clock_for(device: torch.device, in_graph: Collection[Call] = ()) -> WallClock | DeviceClock:
+    return WallClock() if device.type == "cpu" else DeviceClock(in_graph)
 
 
 def synchronize(device: torch.device) -> None:
@@ -92,58 +85,25 @@ def interleave(calls: dict[str, Call], clock, *, seconds: float, least: int, mos
     return times
 
 
-def capture(body: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Return a replay of `body` as one CUDA graph; on a CPU `body` itself. The graph's outputs live in `replay.outputs`."""
-    if device.type == "cpu":
-        return body
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            body()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = body()
-    return _Replay(graph, outputs)
-
-
-class _Replay:
-    """Keeps a graph's outputs: their memory belongs to the graph."""
-
-    def __init__(self, graph, outputs):
-        self.graph, self.outputs = graph, outputs
-
-    def __call__(self):
-        self.graph.replay()
-        return self.outputs
-
-
 def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 << 30) -> dict:
-    """What this machine does at best: a `size`^3 bf16 matrix product in TFLOP/s, a copy in TB/s (bytes read and written)."""
-    clock = clock_for(device)
+    """What this machine does at best: `size`^3 bf16 matrix product in TFLOP/s, copy in TB/s (bytes read and written)."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(a)
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    calls = {"matmul": lambda _: torch.mm(a, b, out=product), "copy": lambda _: target.copy_(source)}
-    for call in calls.values():
-        call(0)
-    synchronize(device)
-    times = interleave(calls, clock, seconds=1.0, least=5, most=30)
-    matmul, copy = (statistics.median(times[name]) for name in ("matmul", "copy"))
+    clock = clock_for(device)
+    matmul, copy = (
+        min(clock.time(call, number) for number in range(5))
+        for call in (lambda _: a @ b, lambda _: target.copy_(source))
+    )
     return {"matmul_tflops": 2 * size**3 / matmul / 1e12, "copy_tb_per_s": 2 * copy_bytes / copy / 1e12}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part, and of the peers that are installed."""
-    peers = ("liger-kernel", "sonic-moe", "quack-kernels", "sgl-deep-gemm", "deep-gemm")
+    """Versions of what takes part."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", *peers):
-        try:
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     if torch.version.cuda or torch.version.hip:
         found["cuda" if torch.version.cuda else "hip"] = torch.version.cuda or torch.version.hip
     return found
