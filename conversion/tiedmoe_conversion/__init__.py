@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Not before somebody asks: the command line reads `recipe.py` for its flags, and torch takes seconds to import. A
-    # submodule is found by whoever imports it.
+    # Imported when first asked for: the command line reads `recipe.py` for its flags, and torch takes seconds to
+    # import. Submodules are left to Python's own import.
     if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
         api = importlib.import_module(".api", __name__)
         globals().update({each: getattr(api, each) for each in api.__all__})

@@ -1,4 +1,4 @@
-"""The public names of `tiedmoe_conversion`, which hands them out when they are first asked for."""
+"""The public names of `tiedmoe_conversion`, which imports them when one is first asked for."""
 
 from .errors import ConversionError
 from .methods import METHODS

@@ -7,11 +7,11 @@ from transformers_tiedmoe.errors import TiedMoeError
 
 
 class ConversionError(TiedMoeError):
-    """Raised for whatever a source, a recipe or a full disk can do wrong; the disk is then unchanged."""
+    """Raised for what is wrong with a source, a recipe or a disk; no output is left then."""
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` where one of the `known` words is close to `word`, else the list of them."""
+    """Suggest the one of the `known` words that is close to `word`, or list them."""
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1)
     if close:

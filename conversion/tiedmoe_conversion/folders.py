@@ -1,4 +1,4 @@
-"""Where a conversion writes: its output and its statistics, neither of them in, or around, what it reads."""
+"""Where a conversion writes: its output and its statistics, neither of which may be in, or around, what it reads."""
 
 import contextlib
 from pathlib import Path
@@ -29,7 +29,7 @@ def output_folder(recipe: ConversionRecipe) -> Path:
 
 
 def _remove_leftover(recipe: ConversionRecipe) -> None:
-    """Delete the hidden statistics of a run that was killed when all was done but their removal."""
+    """Delete the hidden statistics of a run that was killed just before it removed them."""
     output = Path(expand(recipe.output)).absolute()
     if output.is_dir() and any(output.iterdir()) and not partial_folder(output).exists():
         with contextlib.suppress(TiedMoeError):  # in use
@@ -42,6 +42,6 @@ def statistics_folder(recipe: ConversionRecipe) -> Path:
 
 
 def hidden_statistics(output: str | Path) -> Path:
-    """Return the folder beside `output` whose statistics go with the conversion."""
+    """Return the folder beside `output` for statistics that are deleted with the conversion's end."""
     path = Path(expand(output)).absolute()
     return path.parent / f".{path.name}.statistics"

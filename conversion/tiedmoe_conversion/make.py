@@ -1,4 +1,4 @@
-"""Makes the tensors that a plan's operations name; holds one pool, and no other, at a time."""
+"""Makes the tensors that a plan's operations name, holding one pool at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ def make_pool(
     The pool is in the source's dtype; the same recipe gives the same bits.
 
     Args:
-        recipe: whose methods; its groups and sizes are not looked at.
+        recipe: names the methods; its groups and sizes are not used.
         source: whose layers are tied.
         layers: of the group, by index.
         width: P, experts of the pool.
@@ -100,10 +100,10 @@ def make_pool(
 
 
 class TensorMaker:
-    """Makes the tensor of an operation; keeps the pool that is being written, and no other.
+    """Makes the tensor of an operation; keeps only the pool that is being written.
 
     Attributes:
-        notes: what the methods had to say, by pool.
+        notes: of the methods, by pool.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TensorMaker:
 
     @property
     def all_notes(self) -> list[str]:
-        """What the methods had to say, with the pool it is about; of pools that an earlier run has made, too."""
+        """The methods' notes, each with its pool; also those of pools that an earlier run made."""
         if not self._streams:
             for p in range(len(self.plan.groups)):
                 if p not in self.notes and self.work and (found := self.work.load(f"pool-{p}")):
@@ -136,7 +136,7 @@ class TensorMaker:
             return
         made = self._pool(operation.pool)
         if operation.kind == "slot_map":
-            identity = torch.arange(operation.shape[0])  # a method that maps none, in a recipe of which another does
+            identity = torch.arange(operation.shape[0])  # of a method without slot maps, in a recipe with others
             yield made.pool.slot_maps.get(operation.layer, identity)
         elif operation.kind == "residual":
             name, factor = operation.parameter.rsplit("_residual_", 1)
@@ -146,7 +146,7 @@ class TensorMaker:
         else:
             is_copy = self._streams and not any(method.memory.float32_layers for method, _ in self.plan.recipe.steps)
             for block in made.pool.blocks(operation.parameter):
-                if not is_copy:  # what was read was checked
+                if not is_copy:  # copies were checked when they were read
                     check_finite(block, operation.target, f"method {self.plan.recipe.method!r}")
                 yield block
                 del block  # as the writer does

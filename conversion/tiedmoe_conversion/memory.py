@@ -52,7 +52,7 @@ def _peak(
     recipe: ConversionRecipe,
     config: TiedMoeConfig,
 ) -> int:
-    """Bytes of tensors in memory while the operation runs, beside the block that is being written."""
+    """Return the bytes of tensors in memory while the operation runs, beside the block that is being written."""
     if operation.pool < 0:
         return operation.num_bytes if len(operation.shape) <= 2 else _read_bytes(operation.target, source)
     group = groups[operation.pool]
@@ -98,7 +98,7 @@ def _scratch_bytes(recipe: ConversionRecipe, group: list[int], source: SourceMod
 
 
 def _read_bytes(name: str, source: SourceModel) -> int:
-    """Bytes in memory while a block of a source tensor is read; a rule that rearranges holds all of it twice."""
+    """Return the bytes in memory while a block is read; a rule that rearranges a tensor holds all of it twice."""
     first, last = source.tensors.rows(name)[0]
     tensor = source.tensors.meta[name]
     return tensor[first:last].nbytes * (
@@ -107,12 +107,12 @@ def _read_bytes(name: str, source: SourceModel) -> int:
 
 
 def _block_bytes(operation: TensorOperation) -> int:
-    """Bytes that are written while the next block is made: of an expert, or of a whole matrix."""
+    """Return the bytes that are written while the next block is made: of an expert, or of a whole matrix."""
     return operation.num_bytes // operation.shape[0] if len(operation.shape) > 2 else operation.num_bytes
 
 
 def _streamed_bytes(recipe: ConversionRecipe, source: SourceModel) -> int:
-    """Weights that running the source on text holds, and the tied model beside it where the two are compared."""
+    """Return the weights held while the source runs on text, with the tied model's where the two are compared."""
     if recipe.calibration is None:
         return 0
     layers = [sum(source.tensors.meta[name].nbytes for name in source.expert_names(layer)) for layer in source.experts]

@@ -1,4 +1,4 @@
-"""Every tensor of the output, and what it is made from: the flat list that a plan decides and a run goes through."""
+"""Every tensor of the output and what it is made from: the flat list that a plan decides and a run works through."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def plan_operations(
 
 
 def replaced_experts(recipe: ConversionRecipe, groups: list[list[int]], source: SourceModel) -> dict[str, str]:
-    """Name the source's tensors that a pool stands for and that its method does not read, each with the reason."""
+    """Name the tensors of the source that a pool replaces and no method reads, each with the reason."""
     reasons = {}
     for p, group in enumerate(groups):
         for layer in set(group) - set(layers_read(recipe, group)):
@@ -81,7 +81,7 @@ def replaced_experts(recipe: ConversionRecipe, groups: list[list[int]], source: 
 
 
 def check_coverage(operations: Sequence[TensorOperation], replaced: Mapping[str, str], source: SourceModel) -> None:
-    """Assert that every tensor of the source is used, or named as dropped: nothing is lost without a word."""
+    """Assert that every tensor of the source is used, or named as dropped: nothing is lost silently."""
     used = {key for operation in operations for key in operation.sources}
     lost = source.opened.tensors.keys() - used - replaced.keys() - source.tensors.dropped.keys()
     assert not lost, f"tensors of the source that nothing reads: {sorted(lost)[:5]}"

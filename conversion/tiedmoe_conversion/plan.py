@@ -37,7 +37,7 @@ class Plan:
         groups, pool_num_experts: the layers that read each pool, and its width.
         operations: every tensor of the output, in the order of writing.
         dropped: source tensors that the output does not hold, with the reason.
-        files: the small files that travel along.
+        files: the small files that are copied.
         peak_memory_bytes: an estimate of the tensors held at a time, without Python and torch themselves.
         statistics_bytes: what the calibration text leaves on the disk while converting, or in the statistics folder.
     """
@@ -114,7 +114,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         source: the recipe's source where it has been opened already.
 
     Raises:
-        ValueError: whatever is wrong with the recipe, the source or the two together, and what to do about it.
+        TiedMoeError: what is wrong with the recipe, the source or the two together, and what to do about it.
     """
     if recipe.chooses_groups:
         raise ConversionError(
@@ -125,7 +125,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
     if source is None:
         opened = open_source(recipe.source, recipe.revision, recipe.allow_pickle)
         family_config = read_config(opened)
-        groups = _groups(recipe, family_config)  # before the headers are matched: what it refuses costs less
+        groups = _groups(recipe, family_config)  # before the headers are matched, so that it refuses early
         source = SourceModel.map(opened, family_config)
     else:
         opened, family_config = source.opened, source.model.config
@@ -233,7 +233,7 @@ def _check_shapes(source: SourceModel) -> None:
 
 
 def _check_rank(recipe: ConversionRecipe, source: SourceModel) -> None:
-    """Raise where a residual would have a higher rank than a projection can have."""
+    """Raise if `residual_rank` is higher than the rank that a projection can have."""
     shapes = [
         tuple(source.tensors.meta[name].shape) for layer in source.experts for name in source.expert_names(layer)
     ]

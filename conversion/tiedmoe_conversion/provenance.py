@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def identity(
     command: str, recipe: Mapping[str, Any], source: Source, operations: "Sequence[Planned]"
 ) -> dict[str, Any]:
-    """Say what decides an output's bytes: a run goes on with the work of another one if all of it is the same."""
+    """Return what decides an output's bytes: a run continues the work of a killed one if all of it is the same."""
     digest = hashlib.sha256()
     for each in operations:
         digest.update(f"{each.target} {each.dtype} {each.shape} {each.file}\n".encode())
@@ -36,7 +36,7 @@ def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verifica
 
     Args:
         plan: what was done.
-        folder: where.
+        folder: of the checkpoint.
         files: by relative path `{"bytes": …, "xxh3_128": …}` of every file of the checkpoint, as `Work.files`.
         verification: what was found when the output was read again.
     """
@@ -60,7 +60,7 @@ def save_card(plan: "Plan", folder: Path, measured: Mapping[str, Any] | None = N
 
     Args:
         plan: what was done.
-        folder: where.
+        folder: of the checkpoint.
         measured: what `measure` returned, None if nothing was measured.
         text_digest: of the calibration text's tokens.
     """

@@ -1,7 +1,7 @@
 """`ConversionRecipe`: everything that decides a conversion, as a dataclass or as YAML, checked in one place.
 
 Types and ranges are pydantic's to check, from the fields' annotations; what needs the source to be checked (which
-layers have experts, how many) is checked by `make_plan`. Importing this file takes no torch: see
+layers have experts, how many) is checked by `make_plan`. Importing this file does not import torch: see
 `methods/__init__.py`.
 """
 
@@ -117,7 +117,7 @@ class ConversionRecipe:
     def _check_together(self) -> None:
         if self.budget is not None and self.max_loss is not None:
             raise refusal(f"budget={self.budget} and max_loss={self.max_loss} are both given; expected one of them")
-        if self.chooses:
+        if self.chooses_groups:
             given = [name for name in ("groups", "pool_experts") if getattr(self, name) is not None]
             if given:
                 raise refusal(
@@ -147,11 +147,6 @@ class ConversionRecipe:
         return steps
 
     @property
-    def chooses(self) -> bool:
-        """Whether groups and pool sizes are left to `budget` or `max_loss`."""
-        return self.budget is not None or self.max_loss is not None
-
-    @property
     def chooses_groups(self) -> bool:
         """Whether groups and pool sizes are left to `budget` or `max_loss`."""
         return self.budget is not None or self.max_loss is not None
@@ -163,10 +158,10 @@ class ConversionRecipe:
 
     def needs_calibration(self) -> bool:
         """Tell whether any step runs the source on text."""
-        return self.chooses or any(method.calibration(**options) for method, options in self.steps)
+        return self.chooses_groups or any(method.calibration(**options) for method, options in self.steps)
 
     def pool_num_experts(self, pool: int, num_pools: int, num_experts: int, group_size: int) -> int:
-        """P of a pool of `group_size` layers of `num_experts` experts each.
+        """Return P for a pool of `group_size` layers with `num_experts` experts each.
 
         Raises:
             ConversionError: there is not one size per pool, or a pool would be wider than all its layers' experts.
@@ -180,7 +175,7 @@ class ConversionRecipe:
             return own
         most = num_experts * group_size
         factor = float(size[:-1]) if isinstance(size, str) else 0.0
-        # More than all are too many, however many: no number that has no integer.
+        # Bounded, as any larger factor is refused alike and an infinite one has no integer.
         wanted: int = math.ceil(min(factor, group_size + 1) * num_experts - 1e-9) if factor else size
         if not 1 <= wanted <= most or (method.lossless and wanted != own):
             expected = f"{own}, all of its layers' experts" if method.lossless else f"from 1 to {most}"

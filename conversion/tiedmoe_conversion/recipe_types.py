@@ -1,6 +1,6 @@
 """The types of a recipe's fields, as pydantic checks them, and how an error about one reads.
 
-Importing this file takes no torch: the command line makes its flags from a recipe's fields.
+Importing this file does not import torch: the command line makes its flags from a recipe's fields.
 """
 
 import math
@@ -23,7 +23,7 @@ STRICT = ConfigDict(strict=True)  # "2" is not 2, and True is not 1
 
 def refusal(message: str) -> "ConversionError":
     """Return the error with this message."""
-    from .errors import ConversionError  # here, as it takes the seconds that torch takes
+    from .errors import ConversionError  # here, as it imports torch, which takes seconds
 
     return ConversionError(message)
 
@@ -58,7 +58,7 @@ def _in_one_group(groups: Any) -> Any:
 
 
 def _as_steps(then: Any) -> Any:
-    """Every further step as `{method: options}`, however short it was written."""
+    """Return every further step as `{method: options}`, with the short forms written out."""
     steps = [then] if isinstance(then, (str, Mapping)) else then
     if not isinstance(steps, (list, tuple)):
         return then
@@ -145,7 +145,7 @@ Loss = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Expe
 
 
 def adapters(fields_class: type) -> dict[str, tuple[TypeAdapter, str]]:
-    """By field of a dataclass what checks it, and what an error says was expected."""
+    """Return, for each field of a dataclass, what checks it and what an error says was expected."""
     hints = typing.get_type_hints(fields_class, include_extras=True)
     return {
         name: (
@@ -157,7 +157,7 @@ def adapters(fields_class: type) -> dict[str, tuple[TypeAdapter, str]]:
 
 
 def checked(name: str, value: Any, adapter: TypeAdapter, expected: str) -> Any:
-    """Return the value of the field `name` as its type has it.
+    """Check the field `name`, and return its value in the type that the recipe holds.
 
     Raises:
         ConversionError: the first thing that pydantic finds, in our words.
@@ -168,5 +168,5 @@ def checked(name: str, value: Any, adapter: TypeAdapter, expected: str) -> Any:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{each}]" for each in first["loc"] if isinstance(each, int))
         found = f"{name}{place}={repr(first['input'])[:200]}; expected {expected}"
-        # A validator of ours says all itself.
+        # A validator of ours has written the whole message.
         raise refusal(str(first["ctx"]["error"]) if first["type"] == "value_error" else found) from error

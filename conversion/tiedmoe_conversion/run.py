@@ -1,6 +1,6 @@
-"""A conversion from its beginning to its end, in a line: plan -> make -> write -> measure -> verify.
+"""Runs a conversion from start to end: plan -> make -> write -> measure -> verify.
 
-A session opens the source, the calibration text and its statistics once; whatever runs, runs on these.
+A session opens the source, the calibration text and its statistics once, for all steps.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def convert(
         check_upload(recipe.push_to_hub)
     output_folder(recipe)
     source = open_source_model(recipe.source, recipe.revision, recipe.allow_pickle)
-    # Either refuses what cannot be, before text is read.
+    # Either refuses an impossible recipe before text is read.
     search = Search(recipe, source) if recipe.chooses_groups else None
     plan = None if search else make_plan(recipe, source)
     choice = {}
@@ -74,16 +74,15 @@ def convert(
 def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     """Convert as planned; the output folder appears in one rename, after everything in it has been verified.
 
-    A run that was killed, or stopped by Ctrl-C, is gone on with by the next one of the same plan.
+    A run that was killed, or stopped by Ctrl-C, is continued by the next one of the same plan.
 
     Args:
         plan: from `make_plan`.
         progress: called as `progress(done_bytes, total_bytes, what)`.
 
     Returns:
-        JSON-able: the plan's summary, `verification`, `notes` (what the methods had to say, pool by pool), with
-        calibration text `measured` (see `measure_conversion`), and `resumed_files`, how many an earlier run had
-        finished.
+        JSON-able: the plan's summary, `verification`, `notes` (of the methods, pool by pool), with calibration text
+        `measured` (see `measure_conversion`), and `resumed_files`, how many an earlier run had finished.
 
     Raises:
         TiedMoeError: the source changed or holds NaN, the output exists by now, the disk is full: nothing is left. Or
@@ -96,7 +95,7 @@ def execute(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Session:
-    """What one conversion has opened, and the run of a plan on it.
+    """What one conversion has opened, on which a plan is run.
 
     Attributes:
         source: the source's headers, mapped to its family's model.
@@ -160,7 +159,7 @@ class Session:
 
 
 def _check_copies(tensors: FamilyTensors) -> None:
-    """Raise unless tensors that the config ties, and that the source holds twice all the same, are equal."""
+    """Raise unless tensors that the config ties, but that the source holds twice, are equal."""
     for alias, name in tensors.copies.items():
         if not torch.equal(tensors.read(alias), tensors.read(name)):
             raise ConversionError(

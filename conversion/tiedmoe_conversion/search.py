@@ -31,7 +31,7 @@ WIDTH_STEP = 0.5  # of E, between two widths of a pool that are tried
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group and the width of its pool: how many bytes that saves, and what it adds to the loss alone."""
+    """A group and the width of its pool: the bytes that saves, and what it adds to the loss when tied alone."""
 
     layers: tuple[int, ...]
     width: int
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Point:
-    """A choice of groups: what share of the bytes is left, and what it adds to the loss by the sum of its groups."""
+    """A choice of groups: the share of the bytes that is left, and the sum of what its groups add to the loss."""
 
     candidates: tuple[Candidate, ...]
     bytes_after: int
@@ -49,7 +49,7 @@ class Point:
     predicted: float
 
     def describe(self) -> str:
-        """Its groups for people: "2-3 (16), 4-7 (24)"."""
+        """Describe the groups for people: "2-3 (16), 4-7 (24)"."""
         return ", ".join(f"{c.layers[0]}-{c.layers[-1]} ({c.width})" for c in self.candidates)
 
 
@@ -70,7 +70,7 @@ class Chosen:
     measured: dict[int, float]
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: the curve and what was chosen."""
+        """Return the curve and what was chosen, JSON-able."""
         points = [
             {"bytes": p.bytes_after, "fraction": p.fraction, "predicted": p.predicted,
              "measured": self.measured.get(i),
@@ -97,7 +97,7 @@ class Preview:
     candidates: int
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what is known, JSON-able."""
         return {"source": self.recipe.source, "budget": self.recipe.budget, "max_loss": self.recipe.max_loss,
                 "least_fraction": self.least_fraction, "candidates": self.candidates}  # fmt: skip
 
@@ -175,7 +175,7 @@ class Search:
 
     @cached_property
     def _scanned(self) -> ConversionRecipe:
-        """The recipe that groups are tied by while they are scanned: without what it does afterwards."""
+        """The recipe to tie groups by while scanning: without its later steps."""
         return dataclasses.replace(self.recipe, budget=None, max_loss=None, then=(), residual_rank=0)
 
     @property
@@ -241,7 +241,7 @@ class Search:
         return sorted(points, key=lambda point: point.bytes_after)
 
     def _scans(self) -> Iterator[tuple[int, int, list[tuple[int, ...]]]]:
-        """Lengths, widths and disjoint groups, so that together every run of every length comes at every width."""
+        """Yield a length, a width and disjoint groups, so that every run of layers comes at every width."""
         method, *refining = [method for method, _ in self._scanned.steps]
         for length in range(2, min(self.recipe.group_size, len(self.eligible)) + 1):
             own = method.pool_num_experts(self.num_experts, length)

@@ -1,8 +1,8 @@
 """`untie`: a tied checkpoint back into the family's own, under the names that the Hub knows (one tensor per expert).
 
-Every layer gets its own copy of its pool's rows, through its slot map, plus its residual where it has one, so the
-family, vLLM and whatever else reads the family's checkpoints loads it. Works rule by rule: one layer's projection is
-in memory at a time.
+Every layer gets its own copy of its pool's rows, through its slot map, plus its residual if it has one, so that
+transformers, vLLM and other readers of the family load it. It works rule by rule: one layer's projection is in memory
+at a time.
 """
 
 import json
@@ -44,7 +44,7 @@ def untie(
 ) -> dict[str, Any]:
     """Turn a tiedmoe checkpoint into the family's own; the output appears complete and verified or not at all.
 
-    A run that was killed, or stopped by Ctrl-C, is gone on with by the next one with the same arguments.
+    A run that was killed, or stopped by Ctrl-C, is continued by the next one with the same arguments.
 
     Args:
         source: a local folder or hub id of a tiedmoe checkpoint.
@@ -131,10 +131,10 @@ def save_family_config(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Give the fields that transformers 5 renamed under their names in transformers 4, vLLM and llama.cpp.
+    """Return the fields that transformers 5 renamed, under their names in transformers 4, vLLM and llama.cpp.
 
-    Those take a default for a field that they do not find, so a missing `rope_theta` is another model without a word.
-    Families with rotary embeddings of several kinds have no older name for them, and no older reader.
+    Those readers take a default for a field that is missing: without `rope_theta` they would silently run another
+    model. Families with rotary embeddings of several kinds have no older name for them, and no older reader.
 
     Returns:
         `rope_theta`, `rope_scaling` (None if not scaled) and `partial_rotary_factor`, of `rope_parameters`;

@@ -32,10 +32,9 @@ from .layout.source_model import SourceModel, family_model, read_config, read_ti
 from .layout.tied_view import LayerTensors
 
 MAX_BYTES_FOR_LOGITS = 2 * 10**9  # of a model that is loaded to compare its logits; the two are loaded one by one
-SAMPLE_LENGTH = 32  # tokens of the compared input
+SAMPLE_LENGTH = 32  # tokens of the input whose logits are compared
+SAMPLE_TOKENS = 4  # random tokens that a compared expert is given
 DEQUANTISING = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-
-SAMPLE_TOKENS = 4  # that each of them is given
 _PIECE = 1 << 14
 # Files that only people read: to edit them is no damage.
 FOR_PEOPLE = ("README.md", "LICENSE*", "NOTICE*")
@@ -73,7 +72,7 @@ class VerificationError(ConversionError):
 
 
 def verify_output(folder: Path, planned: Iterable[Planned]) -> dict[str, Any]:
-    """Reopen `folder`: every planned tensor is there with its shape and dtype, and the Auto class wants just these.
+    """Reopen `folder` and check that it holds the planned tensors, and that the Auto class wants just these.
 
     Raises:
         VerificationError: with what is different.
@@ -176,7 +175,7 @@ def _expert_output(source: SourceModel, layer: int, expert: int, read) -> torch.
 
 
 def verify_folder(output: str | Path, source: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Check a converted checkpoint, wherever it has been since.
+    """Check a converted checkpoint again, whatever has happened to it since.
 
     Args:
         output: a local folder that `tiedmoe convert` made.
@@ -222,7 +221,7 @@ def verify_folder(output: str | Path, source: str | None = None, revision: str |
 
 
 def _check_hashes(output: Source, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare every file with its hash; say which cards were edited, and which files nothing vouches for."""
+    """Compare every file with its hash; report edited cards, and files without a hash."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise ConversionError(
@@ -259,7 +258,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _check_config(config: TiedMoeConfig, tensors: LayerTensors) -> dict[str, Any]:
-    """Slot maps within their pools; which experts of a pool no slot leads to."""
+    """Check that slot maps stay within their pools; report the pool experts that no slot reads."""
     reached: dict[str, set[int]] = {}
     for path, pool in tensors.pools.items():
         slots = tensors.slot_map(path)
@@ -281,7 +280,7 @@ def _check_source(
     output: LayerTensors,
     not_checked: dict[str, str],
 ) -> dict[str, Any]:
-    """Compare with the source: the same one, every tensor accounted for, copies equal, the experts' own numbers."""
+    """Compare with the source: its hash, every tensor accounted for, equal copies, and sampled experts."""
     if manifest is not None:
         expected = manifest.get("source", {}).get("headers_and_config_sha256")
         if (found := opened.fingerprint()) != expected:
@@ -390,7 +389,7 @@ def verify_lossless(source: SourceModel, output: LayerTensors, groups: Sequence[
 
 
 def _logits(folder: Path, quantisation: str | None = None) -> torch.Tensor:
-    """Logits `[1, SAMPLE_LENGTH, vocab]` on fixed random tokens, with transformers' plain loops over experts."""
+    """Compute logits `[1, SAMPLE_LENGTH, vocab]` on fixed random tokens, by transformers' plain loop over experts."""
     extra = {} if quantisation is None else {"quantization_config": DEQUANTISING[quantisation](dequantize=True)}
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(
@@ -407,7 +406,7 @@ def _logits(folder: Path, quantisation: str | None = None) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars, which would be drawn over ours."""
+    """Hide transformers' progress bars, which would be drawn over ours, within the block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -99,7 +99,7 @@ def _expanded(value: Any) -> Any:
 
 
 def _parse_yaml(text: str) -> Any:
-    # Here, as it takes the seconds that torch takes.
+    # Here, as they import torch, which takes seconds.
     from transformers_tiedmoe.errors import TiedMoeError
     from transformers_tiedmoe.yaml_input import load_yaml
 

@@ -40,10 +40,10 @@ def file_name(layer: int) -> str:
 
 @contextlib.contextmanager
 def open_calibration(recipe: ConversionRecipe, source: SourceModel) -> Iterator["Calibration | None"]:
-    """Give the calibration that the recipe asks for, None if it names no text; to be entered once in a conversion.
+    """Open the calibration that the recipe asks for, None if it names no text; once per conversion.
 
-    Its statistics are in the folder that the recipe names, which stays, or in a hidden one beside OUTPUT, which goes;
-    the hidden one stays after Ctrl-C and after a kill, so that the same command goes on with it.
+    Its statistics go into the folder that the recipe names, which stays, or into a hidden one beside OUTPUT, which is
+    deleted at the end; after Ctrl-C or a kill it stays, so that the same command continues with it.
 
     Raises:
         TiedMoeError: another process uses the folder, or it holds statistics of another source or text, or something
@@ -106,7 +106,7 @@ class Calibration:
     ):
         self.text, self.source, self.folder = text, source, folder
         self.tokens, self.num_fit, self.digest = tokens, num_fit, digest
-        self._sound: set[int] = set()  # layers whose file was found to have the bytes that were written
+        self._sound: set[int] = set()  # layers whose file was checked
 
     @property
     def held_out(self) -> torch.Tensor:
@@ -120,7 +120,7 @@ class Calibration:
         return StreamedModel(family_model(source.model.config), source.tensors.read, source.bytes_as_read)
 
     def gather(self, layers: Iterable[int], progress: Progress | None = None) -> None:
-        """See that the inputs of `layers` are in the folder; one run of the source over the text if they are not."""
+        """Make sure that the inputs of `layers` are in the folder; if not, run the source over the text once."""
         missing = [layer for layer in layers if not self._is_there(layer)]
         if not missing:
             return
@@ -156,7 +156,7 @@ class Calibration:
         return self.folder.values[key]
 
     def _is_there(self, layer: int) -> bool:
-        """Tell whether a layer's file is as it was written; its hash is taken once."""
+        """Tell whether a layer's file is as it was written; its hash is computed once."""
         if layer not in self._sound and self.folder.is_sound(file_name(layer)):
             self._sound.add(layer)
         return layer in self._sound

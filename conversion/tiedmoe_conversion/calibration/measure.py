@@ -67,7 +67,7 @@ def measure_conversion(
 
 
 def _run(model: StreamedModel, tokens: torch.Tensor) -> tuple[float, Routing]:
-    """Loss, and by layer the chosen slots `[T, K]`."""
+    """Return the loss, and by layer the chosen slots `[T, K]`."""
     parts: dict[int, list[torch.Tensor]] = {}
 
     def capture(

@@ -58,7 +58,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def loss(self, tokens: torch.Tensor, capture: Capture | None = None) -> torch.Tensor:
-        """Next-token cross-entropy of each sequence, without auxiliary losses.
+        """Compute the next-token cross-entropy of each sequence, without auxiliary losses.
 
         Args:
             tokens: int64 `[B, T]`.
@@ -86,7 +86,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Within the block `tensors`, by state-dict name, stand in the place of the model's own."""
+        """Put `tensors`, by state-dict name, in the place of the model's own within the block."""
         paths = [path for path in self._layers if any(name.startswith(f"{path}.") for name in tensors)]
         self._overrides = tensors
         try:
@@ -112,7 +112,7 @@ class StreamedModel:
         return [f"{match[1]}.{i}" for i in range(len(self.model.get_submodule(match[1])))]
 
     def _materialise_buffers(self) -> None:
-        """Give what no checkpoint holds (rotary frequencies, scales) its values, by the family's initialisation."""
+        """Compute what no checkpoint holds (rotary frequencies, scales), by the family's initialisation."""
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             self._set(name, torch.empty_like(buffer, device="cpu"))
         for module in self.model.modules():
@@ -171,7 +171,7 @@ class StreamedModel:
 def held_bytes(num_bytes: int, at_a_time: int) -> int:
     """Return the bytes of weights in memory while a model of `num_bytes` runs.
 
-    They are all of it where it fits, else those of `at_a_time`.
+    All of them if they fit, else `at_a_time`.
     """
     return IN_FLOAT32 * (num_bytes if _fits(num_bytes) else at_a_time)
 
@@ -190,7 +190,7 @@ def _returns(outputs: Any, rows: slice) -> Callable[..., Any]:
 
 
 def _in_parts(forward: Callable, rows: int, args: tuple, kwargs: dict) -> Any:
-    """`forward(*args, **kwargs)`, `rows` sequences at a time; what has no dimension of sequences goes along whole."""
+    """Run `forward(*args, **kwargs)` on `rows` sequences at a time; values without a sequence dimension stay whole."""
     num_rows = args[0].shape[0] if args else kwargs["hidden_states"].shape[0]
     if num_rows <= rows:
         return forward(*args, **kwargs)

@@ -66,7 +66,7 @@ class CalibrationText:
 def _tokenizer(source: Source) -> Any:
     try:
         tokenizer = load_tokenizer(source.folder, source.name)
-        # Where there is no file, transformers makes one up that gives no token for any text.
+        # Without files transformers makes one up, which gives no tokens for any text.
         problem = None if tokenizer("Some text.").input_ids else "the one that transformers finds knows no text"
     except Exception as error:  # whatever a missing or broken tokenizer makes transformers raise
         problem = f"{type(error).__name__}: {error}"

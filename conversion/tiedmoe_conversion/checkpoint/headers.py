@@ -1,4 +1,4 @@
-"""Reads a safetensors file's header, and nothing more, as input that nobody has checked.
+"""Reads a safetensors file's header, and nothing more, as untrusted input.
 
 Format: 8 bytes of little-endian header length, a JSON header, then the tensors' bytes, back to back
 (https://huggingface.co/docs/safetensors).

@@ -47,7 +47,7 @@ class Source:
         commit: the commit of a hub source, None for a local folder.
         tensors: every tensor by name, from the headers; a quantised weight and its scales are one, in the dtype and
             shape it is read in.
-        buffers: where the memory of what is read comes from.
+        buffers: gives the memory to read into.
     """
 
     def __init__(self, name: str, folder: Path, commit: str | None = None, allow_pickle: bool = False):
@@ -85,7 +85,7 @@ class Source:
         """Read one tensor, or its rows `first` to `last` (not included) along dimension 0.
 
         Args:
-            into: where to, contiguous and of the same shape and dtype; new memory by default.
+            into: a contiguous tensor of the same shape and dtype to read into; a new one by default.
 
         Raises:
             ConversionError: the file ends early or is no longer the one whose header was read.
@@ -127,7 +127,7 @@ class Source:
         return tensor
 
     def travelling_files(self) -> list[str]:
-        """Tokenizer, chat template and the like, as paths relative to `folder`, sorted."""
+        """List the files to copy along, such as tokenizer and chat template: paths relative to `folder`, sorted."""
         found = [path for pattern in TRAVELLING_FILES for path in self.folder.glob(pattern) if not path.is_dir()]
         names = {str(path.relative_to(self.folder)) for path in found}
         return sorted(
@@ -137,7 +137,7 @@ class Source:
         )
 
     def fingerprint(self) -> str:
-        """sha256 over the config and every tensor's name, dtype, shape and place: what the headers say, no weight."""
+        """Return the sha256 of the config and of every tensor's name, dtype, shape and place, but of no weight."""
         digest = hashlib.sha256(json.dumps(self.read_json("config.json"), sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"\n{name} {info.dtype} {info.shape} {info.file} {info.offset} {info.num_bytes}".encode())
@@ -148,9 +148,10 @@ class Source:
         return {} if self.commit is not None else {file: list(stamp) for file, stamp in sorted(self._stamps.items())}
 
     def copy_travelling_files(self, folder: Path) -> None:
-        """Copy `travelling_files` into `folder`; their contents, if they are links into the Hub's cache.
+        """Copy `travelling_files` into `folder`, as files where they are links into the Hub's cache.
 
-        The tokenizer's are made to load as the source's do beside the config.json that is in `folder` already.
+        The tokenizer's files are made to load there, beside the config.json that is in `folder` already, as the
+        source's.
         """
         names = self.travelling_files()
         for name in names:
@@ -325,7 +326,7 @@ def open_source(source: str, revision: str | None = None, allow_pickle: bool = F
 
 
 def _ask_hub(source: str, call, *args, **kwargs) -> Any:
-    """Call a function of huggingface_hub; what goes wrong on the way is the user's to know, not a traceback."""
+    """Call a function of huggingface_hub; turn whatever goes wrong into a `ConversionError`."""
     try:
         return call(*args, **kwargs)
     except Exception as error:  # HTTP, connection, authentication, a bad name: all have their own classes

@@ -25,8 +25,8 @@ from .headers import DTYPE_NAMES
 from .reader import WEIGHTS, WEIGHTS_INDEX
 
 Progress = Callable[[int, int, str], None]
-# In one write: Linux 6.18 takes seven times as long for the pages of 16 MiB in its cache (ext4, a virtual machine; 1
-# GB of writes costs 2.3 s of CPU time, and 0.35 s so), and what has just been hashed is still in the processor's.
+# In one write. What was just hashed is then still in the processor's cache, and Linux 6.18 needs 0.35 s of CPU time
+# per GB; with writes of 16 MiB it needs 2.3 s, to find pages for its own cache (ext4, a virtual machine).
 WRITE_BYTES = 128 << 10
 
 
@@ -171,14 +171,14 @@ class _Writer:
         self._thread.shutdown()
 
     def put(self, data: bytes | memoryview) -> int:
-        """Have `data` written once what was put before is; the caller may make the next block meanwhile."""
+        """Write `data` in the thread, after what was put before; the caller may make the next block meanwhile."""
         self._wait()
         self._size += len(data)
         self._pending = self._thread.submit(self._write, data)
         return len(data)
 
     def finish(self) -> dict[str, Any]:
-        """Wait until everything is written."""
+        """Wait until everything is written; return the size and the hash."""
         self._wait()
         return {"bytes": self._size, HASH: self._digest.hexdigest()}
 

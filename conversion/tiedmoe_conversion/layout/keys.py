@@ -37,13 +37,13 @@ _CHUNK = 1 << 18  # elements of a tensor that fit into a cache
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that one rule of transformers turns into others together.
+    """One use of a transformers rule: the tensors that go in together, and those that come out.
 
     Attributes:
         name: the first target, under transformers' name; with the rule's pattern still in it when reversed.
         parts: the rule's pattern and the input's key, in the order the rule wants.
         converter: the rule, None where a tensor only changes its name.
-        model: what rules look configuration and shapes up in; never its values.
+        model: rules look up its configuration and shapes, never its values.
         renamings: what is applied to the outputs' names afterwards.
     """
 
@@ -122,7 +122,7 @@ class FamilyTensors:
         units: the unit that makes each state-dict tensor.
         meta: each state-dict tensor's shape and dtype, as a meta tensor.
         dropped: checkpoint tensors that have no place in the state dict, and why that is right.
-        copies: state-dict names that are tied to another and in the checkpoint all the same, with that other.
+        copies: state-dict names that are tied to another but also stored in the checkpoint, with that other.
     """
 
     source: Source
@@ -236,7 +236,7 @@ def hub_units(model: PreTrainedModel, names: Iterable[str]) -> list[Unit]:
 
 
 def describe_dtype(info: TensorInfo) -> str:
-    """Return a tensor's dtype for people, and the one on the disk where that is another."""
+    """Return a tensor's dtype for people, and its dtype on the disk if that differs."""
     name = str(info.dtype).removeprefix("torch.")
     if isinstance(info, Quantised):
         name += f" (from {info.stored_as})"
@@ -248,9 +248,9 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float32)  # its infinity is not where that of the others is
-    # NaN and infinity have all bits of the exponent: as integers without their sign they are the greatest. Not with
-    # torch, whose threads would wait for each other while another one writes.
+        tensor = tensor.to(torch.float32)  # fp8 encodes infinity differently
+    # NaN and infinity have all bits of the exponent set: as integers without their sign they are the greatest. By
+    # numpy, as torch's threads would wait for each other while another thread writes.
     bits = tensor.contiguous().reshape(-1).view(_BITS[tensor.dtype.itemsize]).numpy()
     infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(_BITS[tensor.dtype.itemsize]).item()
     without_sign = np.empty(min(len(bits), _CHUNK), bits.dtype)
@@ -305,7 +305,7 @@ def _ignored(unknown: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
 
 @dataclass
 class _Unexpected:
-    """What transformers' own filter of unexpected keys works on."""
+    """Stands for the loading info whose unexpected keys transformers' own filter reduces."""
 
     unexpected_keys: set[str]
     missing_keys: set[str] = field(default_factory=set)

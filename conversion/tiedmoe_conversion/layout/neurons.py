@@ -92,7 +92,7 @@ class Experts:
         )
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Experts":
-        """Return `change` of every tensor."""
+        """Return the experts with `change` applied to every tensor."""
         up, down, up_bias, down_bias = (None if tensor is None else change(tensor) for tensor in self.tensors)
         assert up is not None
         assert down is not None
@@ -184,7 +184,7 @@ class ExpertFunction:
         return out if experts.down_bias is None else out + experts.down_bias[:, None]
 
     def _by_neuron(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[N, U * I, ...]` as the family has it -> `[N, I, U, ...]`."""
+        """Reshape `[N, U * I, ...]` as the family has it into `[N, I, U, ...]`."""
         num_inputs = 2 if self.module.has_gate else 1
         if self.module.is_concatenated:
             return rows.unflatten(1, (num_inputs, -1)).transpose(1, 2)

@@ -25,7 +25,7 @@ POSITIVE = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layernorm_epsilon",
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source as its family sees it: the model on the meta device, where its experts are, and what tensor is what."""
+    """A source as its family sees it: the model on the meta device, its experts, and the place of every tensor."""
 
     opened: Source
     model: PreTrainedModel
@@ -156,7 +156,7 @@ def read_config(source: Source) -> PreTrainedConfig:
         )
     try:
         family_model(text_config)
-        with contextlib.suppress(ValueError):  # of groups that nobody asked for
+        with contextlib.suppress(ValueError):  # the default groups need not fit
             TiedMoeConfig.from_family(text_config, skip_first=0, skip_last=0)
     except Exception as error:  # whatever a field of an impossible value makes a family's modules raise
         raise ConversionError(
@@ -167,7 +167,7 @@ def read_config(source: Source) -> PreTrainedConfig:
 
 
 def _check_numbers(fields: Any, where: str, path: str = "config.json") -> None:
-    """Raise `ConversionError` for a number that is none, or one that no model can be run with."""
+    """Raise `ConversionError` for a NaN, or for a number that no model can run with."""
     for name, value in fields.items() if isinstance(fields, dict) else enumerate(fields):
         place = f"{path}: {name}"
         if isinstance(value, (dict, list)):

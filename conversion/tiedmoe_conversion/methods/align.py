@@ -88,7 +88,7 @@ def _matched(
     on: str,
     limit: int,
 ) -> Experts:
-    """`own [E]`, in the reference's order of experts, with the reference's order of neurons in each."""
+    """Return `own [E]` in the reference's order of experts, and of neurons in each."""
     generator, matched = group.generator(), []
     for row, slot in enumerate(torch.argsort(rows).tolist()):
         if on == "weights":
@@ -101,7 +101,7 @@ def _matched(
 
 
 def _routed(layer: LayerExperts, num_experts: int) -> torch.Tensor:
-    """Sum of w^2 per slot, never quite zero: experts that no layer routes to have a uniform mean."""
+    """Return the sum of w^2 per slot, never quite zero: experts that no layer routes to have a uniform mean."""
     inputs = layer.inputs()
     index, weights = inputs.top_k_index[: inputs.num_fit].flatten(), inputs.top_k_weights[: inputs.num_fit].flatten()
     sizes = torch.zeros(num_experts + 1).index_add_(0, index, weights.float().square())[:num_experts]

@@ -1,4 +1,4 @@
-"""`average`: the control. Experts with the same number in neighbouring layers are nearly orthogonal, so it costs."""
+"""`average`: the control. Experts of the same number in neighbouring layers are nearly orthogonal: it costs much."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ import torch
 
 from .base import Group, Memory, Pool, register_method
 
-PIECE = 1 << 15  # elements; torch works on more of them with several threads, which wait for each other
+PIECE = 1 << 15  # elements; on larger pieces torch uses several threads, which wait for each other
 
 
 @register_method(
@@ -48,8 +48,7 @@ def _block(group: Group, name: str, first: int, last: int, shares: torch.Tensor 
 def _mean(rows: Sequence[torch.Tensor], shares: Sequence[float] | None) -> None:
     """Put the mean of one expert's `rows`, by `shares` or uniform, into the first of them.
 
-    In pieces that stay in the processor's cache: a float32 copy of the whole would be memory that is touched for the
-    first time.
+    It works in pieces that stay in the processor's cache; a float32 copy of the whole would touch new memory.
     """
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     for pieces in zip(*(row.view(-1).split(PIECE) for row in rows)):

@@ -26,7 +26,7 @@ class RoutedInputs:
         hidden_states: `[T, H]`, in the dtype they were computed in.
         top_k_index: `[T, K]` int64 slots of the layer's own router; E marks an inactive one.
         top_k_weights: `[T, K]` float32 routing weights.
-        num_fit: tokens before this one are to fit on, the others to stop by.
+        num_fit: so many tokens are to fit on; those after them are held out.
     """
 
     hidden_states: torch.Tensor
@@ -113,7 +113,7 @@ class Group:
         seed: of this group; `generator` makes a random generator of it.
         held_out_loss: the source's loss on held-out text (nats per token) if this group alone were tied by a pool;
             None without calibration text.
-        notes: what the methods have to tell the user, in order; `note` adds one.
+        notes: of the methods for the user, in order; `note` adds one.
     """
 
     layers: tuple[LayerExperts, ...]
@@ -126,7 +126,7 @@ class Group:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Tell the user: printed, and put into the report."""
+        """Add a note for the user: printed, and put into the report."""
         self.notes.append(text)
 
     def layer(self, index: int) -> LayerExperts:
@@ -310,7 +310,7 @@ def register_method(
             the recipe; such a method may be named by `then`. The value names the method that runs before it if it is
             the recipe's first.
         streams: whether the pool is made a block at a time; any other method holds its whole group in float32.
-        memory: if the defaults of `Memory` say too little, or far too much.
+        memory: needed if the defaults of `Memory` are too low, or far too high.
     """
 
     def register(build: Callable[..., Pool]) -> Callable[..., Pool]:

@@ -121,7 +121,7 @@ def _fit_row(
 
 
 def _error(function: ExpertFunction, row: Experts, readers: list[Reader]) -> float:
-    """sum w^2 |y - row(x)|^2 on the held-out tokens, or on those to fit on where none are held out."""
+    """Return sum w^2 |y - row(x)|^2 on the held-out tokens, or on those to fit on where none are held out."""
     total = 0.0
     is_held_out = any(len(reader.held_out[1]) for reader in readers)
     for reader in readers:
@@ -132,7 +132,7 @@ def _error(function: ExpertFunction, row: Experts, readers: list[Reader]) -> flo
 
 
 def _regmean(function: ExpertFunction, old: Experts, readers: list[Reader], shrink: float) -> Experts:
-    """Incoming weights with the least sum_l |(W - W_l) x|^2; the others' mean, by the same tokens' weights."""
+    """Fit incoming weights with the least sum_l |(W - W_l) x|^2; the others are means, by the same tokens' weights."""
     total = old.map(torch.zeros_like)
     numerator = denominator = torch.zeros(())
     size = 0.0
@@ -204,7 +204,7 @@ def _strongest(function: ExpertFunction, readers: list[Reader], limit: int) -> E
 
 
 def _refit_down(function: ExpertFunction, row: Experts, readers: list[Reader], ridge: float) -> Experts:
-    """Outgoing weights and their bias by least squares, as a correction: the ridge pulls towards what they were."""
+    """Fit outgoing weights and their bias as a correction: the ridge pulls towards what they were."""
     gram, cross, width = _normal_equations(function, row, readers, row.down[0])
     change = _solve(gram, cross, ridge).float()
     bias = None if row.down_bias is None else row.down_bias + change[:, width]
@@ -214,7 +214,7 @@ def _refit_down(function: ExpertFunction, row: Experts, readers: list[Reader], r
 def _normal_equations(
     function: ExpertFunction, row: Experts, readers: list[Reader], down: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """sum w^2 f f^T and sum w^2 (y - D f) f^T in float64, with a constant last feature if down has a bias; and I."""
+    """Return sum w^2 f f^T and sum w^2 (y - D f) f^T in float64, with a constant feature for a bias of down; and I."""
     gram = cross = torch.zeros(())
     for reader in readers:
         features = function.features(row, reader.hidden_states)[0]
@@ -229,7 +229,7 @@ def _normal_equations(
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """cross (gram + lambda I)^-1 with lambda in units of the mean diagonal, and never quite zero."""
+    """Return cross (gram + lambda I)^-1, with lambda in units of the mean diagonal and never quite zero."""
     size = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     damped = gram + max(ridge, 1e-9) * size * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(damped, cross.T).T

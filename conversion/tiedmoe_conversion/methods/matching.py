@@ -1,4 +1,4 @@
-"""Which expert of one layer does what an expert of another does, and which neuron of the one is which of the other.
+"""Matches the experts of two layers, and the neurons of two experts, by what they compute.
 
 Both are assignment problems (Hungarian algorithm, as in weight matching, arXiv 2209.04836, Section 3). Experts are
 compared by what they compute, which does not depend on how their neurons are numbered; neurons by what they add to the
@@ -30,9 +30,9 @@ def match_experts(
 ) -> torch.Tensor:
     """Match each of `experts [E]` with the one of `reference [E]` to merge it with: int64 `[E]`, a permutation.
 
-    The least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the mean,
-    weighted by the `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are kept apart where
-    there are idle ones.
+    It has the least sum over pairs of a_s b_r / (a_s + b_r) * sum_x |E_s(x) - R_r(x)|^2: what it costs to put the
+    mean, weighted by the `sizes` a and b `[E]`, in place of the two (Ward 1963). Much used experts are merged with
+    idle ones rather than with each other.
     """
     distances = torch.zeros(len(experts), len(reference), dtype=torch.float64)
     for part in hidden_states.split(TOKENS_AT_A_TIME):
@@ -51,11 +51,10 @@ def match_neurons(
 ) -> Experts:
     """Return `expert` with its neurons in the order of those of `reference` that they resemble.
 
-    What it computes stays the same.
-
-    Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what they add, sum_x w^2 f_i(x)
-    f_j(x) * d_i . d_j, and by that of their weights, each in units of its own mean size. Where a neuron may change its
-    sign (`can_flip`), neither depends on it, and the sign that brings the weights nearer is taken afterwards.
+    What it computes stays the same. Neuron i adds f_i(x) d_i to the output. Two are alike by the inner product of what
+    they add, sum_x w^2 f_i(x) f_j(x) * d_i . d_j, and by that of their weights, each in units of its own mean size.
+    Where a neuron may change its sign (`can_flip`), neither depends on it, and the sign that brings the weights nearer
+    is taken afterwards.
 
     Args:
         expert, reference: `[1, ...]` each.
@@ -74,7 +73,7 @@ def match_neurons(
 
 
 def _alike(reference: Experts, expert: Experts, any_sign: bool) -> torch.Tensor:
-    """Inner products of all weights of the neurons of two experts, `[I, I]`; of those that may flip, by size."""
+    """Return inner products of all weights of two experts' neurons, `[I, I]`; by size for those that may flip."""
     *fixed, last = (reference.up[0, :, place] @ expert.up[0, :, place].T for place in range(reference.up.shape[2]))
     free = last + reference.down[0].T @ expert.down[0]
     return sum(fixed, free.abs() if any_sign else free)
@@ -85,5 +84,5 @@ def _in_units(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def _assign(similarity: torch.Tensor) -> torch.Tensor:
-    """For each row the column it is assigned to, with the greatest sum."""
+    """Assign a column to each row, with the greatest sum."""
     return torch.from_numpy(linear_sum_assignment(similarity.double().numpy(), maximize=True)[1])

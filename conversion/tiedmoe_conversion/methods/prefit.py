@@ -9,14 +9,14 @@ from ..layout.neurons import ExpertFunction, Experts
 from .base import Group, LayerExperts, Memory, Pool, RoutedInputs, Sizes, register_method
 from .readers import better_pool
 
-CHECKS = 10  # looks at the held-out tokens, at even distances
-PATIENCE = 3  # of them without progress, and it stops
+CHECKS = 10  # evaluations on held-out tokens, evenly spaced
+PATIENCE = 3  # evaluations without progress, after which it stops
 HELD_OUT_TOKENS = 4096  # of every layer, at most
 BETAS = (0.9, 0.95)  # of Adam; the second forgets early gradients within a few dozen steps
 
 
 def _scratch_bytes(sizes: Sizes, batch_tokens: int, **options) -> int:
-    """Activations of one layer's step with their gradients, and the outputs of its held-out tokens."""
+    """Return the scratch memory: one layer's activations with gradients in a step, and its held-out outputs."""
     step = batch_tokens * sizes.top_k * (40 * sizes.width + 24 * sizes.hidden_size)
     held_out = min(HELD_OUT_TOKENS, sizes.num_tokens)
     return max(step, held_out * ((sizes.top_k + 3) * 4 * sizes.hidden_size + 16 * sizes.width))
@@ -53,7 +53,7 @@ def prefit(
     rows = group.pool_experts(start)
     student = [rows[row].map(lambda tensor: tensor.clone().requires_grad_()) for row in range(len(rows))]
     layers = [_Layer.of(group, start, layer, objective) for layer in group.layers]
-    # Rows apart from each other: one that no token of a step reaches gets no gradient, and no momentum moves it.
+    # Every row has its own parameters: one that no token reaches gets no gradient, and no momentum moves it.
     parameters = [tensor for row in student for tensor in row.tensors if tensor is not None]
     optimizer = torch.optim.Adam(
         [{"params": [each], "lr": learning_rate * _size(each)} for each in parameters], betas=BETAS
@@ -100,7 +100,7 @@ class _Layer:
         return replace(found, objective=objective, size=max(size.item(), torch.finfo(torch.float32).tiny))
 
     def loss(self, function: ExpertFunction, student: list[Experts] | None, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the objective, mean over `tokens [n]`; without a student that of a pool that gives nothing."""
+        """Return the objective, mean over `tokens [n]`; without a student that of a pool whose output is zero."""
         hidden_states = self.inputs.hidden_states[tokens].float()
         index, weights = self.inputs.top_k_index[tokens], self.inputs.top_k_weights[tokens].float()
         gaps, owners = [hidden_states.new_zeros(0, hidden_states.shape[1])], [tokens.new_zeros(0)]
@@ -128,5 +128,5 @@ class _Layer:
 
 
 def _size(tensor: torch.Tensor) -> float:
-    """Root mean square; 1e-3 of a tensor that is zero, such as a bias that was never trained."""
+    """Return the root mean square; 1e-3 for a tensor of zeros, such as a bias that was never trained."""
     return tensor.detach().square().mean().sqrt().item() or 1e-3

@@ -55,7 +55,7 @@ def prototype(group: Group, tokens_per_expert: int = 256) -> Pool:
 
 
 def replacement_costs(group: Group, tokens_per_expert: int) -> torch.Tensor:
-    """C, float64 `[g*E, g*E]`: what it costs to let slot p (of layer p // E) read expert k (of layer k // E)."""
+    """Return C, float64 `[g*E, g*E]`: the cost of slot p (layer p // E) reading expert k (layer k // E)."""
     generator, num_experts = group.generator(), group.num_experts
     function, unrouted = group.family_function, 0
     states, targets, owners = [], [], []

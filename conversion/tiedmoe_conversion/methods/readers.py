@@ -1,4 +1,4 @@
-"""Who reads which row of a pool, and the choice between a pool and the one it was made from."""
+"""Which slots read a row of a pool, and the choice between a pool and a refined one."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Reader:
 
 
 def slots_of_rows(group: Group, pool: Pool, num_rows: int) -> list[list[tuple[LayerExperts, int]]]:
-    """For each row of the pool the layers and slots that read it."""
+    """Return, for each row of the pool, the layers and slots that read it."""
     slots: list[list[tuple[LayerExperts, int]]] = [[] for _ in range(num_rows)]
     for layer in group.layers:
         for slot, row in enumerate(group.slot_map(pool, layer).tolist()):
@@ -39,7 +39,7 @@ def slots_of_rows(group: Group, pool: Pool, num_rows: int) -> list[list[tuple[La
 
 
 def better_pool(group: Group, name: str, start: Pool, fitted: Pool) -> Pool:
-    """Return `fitted`, or `start` where the loss on held-out text is not less with it; a note says so."""
+    """Return `fitted`, or `start` with a note if `fitted` does not lower the loss on held-out text."""
     if group.held_out_loss is None:
         return fitted
     before, after = group.held_out_loss(start), group.held_out_loss(fitted)

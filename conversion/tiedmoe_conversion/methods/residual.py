@@ -75,7 +75,7 @@ def _factors(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """`(b, a)` of the incoming weights and of the outgoing ones, in the family's layout."""
+    """Return `(b, a)` of the incoming weights and of the outgoing ones, in the family's layout."""
     if own.equals(row):
         up, down = (_zeros(each.flatten(0, -2), rank, generator) for each in (row.up[0], row.down[0]))
     else:
@@ -118,7 +118,7 @@ def _fit_down(
 
 
 def _gram(inputs: torch.Tensor) -> torch.Tensor:
-    """sum x x^T, damped, float64; the identity where there are no inputs."""
+    """Return sum x x^T, damped, in float64; the identity where there are no inputs."""
     size = inputs.shape[1]
     gram = inputs.double().T @ inputs.double()
     mean = gram.diagonal().mean().item()

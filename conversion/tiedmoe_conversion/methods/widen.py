@@ -1,4 +1,4 @@
-"""Width reinvestment: a pool with more rows that computes the same, so that healing can let its rows part.
+"""Widens a pool by clones of its rows, which computes the same; healing can then train the clones apart.
 
 Not a method: it follows one that makes a pool of E experts when the recipe asks for a wider one.
 """
@@ -13,8 +13,8 @@ def widen(group: Group, pool: Pool, num_experts: int) -> Pool:
     """Return a pool of `num_experts` rows, clones of `pool`'s, in which every layer computes the same bit for bit.
 
     The slots that read a row are shared out over its copies, neighbouring layers together; every row is read by at
-    least one slot. One after the other, clones are made of the row with the most routed tokens per copy, where
-    calibration text counted them, else of that with the most slots per copy.
+    least one slot. Clones are made one by one, of the row with the most routed tokens per copy, or without calibration
+    text of the row with the most slots per copy.
 
     Args:
         pool: of at most `num_experts` experts; rows that no slot reads are left out.
@@ -32,9 +32,7 @@ def widen(group: Group, pool: Pool, num_experts: int) -> Pool:
     while sum(copies) < num_experts:
         free = [row for row in range(width) if 0 < copies[row] < len(slots[row])]
         copies[max(free, key=lambda row: load[row] / copies[row])] += 1
-    origin = [
-        row for row in range(width) if copies[row]
-    ]  # these first, so that they keep their numbers; then the clones
+    origin = [row for row in range(width) if copies[row]]  # then the clones, so that these keep their numbers
     slot_maps = {layer.index: torch.empty(group.num_experts, dtype=torch.int64) for layer in group.layers}
     for row, readers in enumerate(slots):
         new_rows = [origin.index(row)] if copies[row] else []

@@ -22,7 +22,7 @@ def read_recipe(name: str) -> str:
         ConversionError: there is none of that name.
     """
     if name not in recipe_names():
-        from ..errors import ConversionError, did_you_mean  # here, as it takes the seconds that torch takes
+        from ..errors import ConversionError, did_you_mean  # here, as it imports torch, which takes seconds
 
         raise ConversionError(f"no recipe {name!r} ships with tiedmoe; {did_you_mean(name, recipe_names())}")
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
