@@ -7,6 +7,7 @@ ifdef PY
 INSTALLED :=
 TRITON_OLDEST :=
 TRANSFORMERS_4 :=
+TRANSFORMERS_TESTS :=
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/kernels/torch-ext:$(CURDIR)/conversion:$(CURDIR)/examples$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
@@ -15,6 +16,8 @@ INSTALLED := $(VENV)/installed
 TRITON_OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6/installed)
 # A transformers 4 beside the one that is imported: untied checkpoints are for its readers too.
 TRANSFORMERS_4 := $(VENV)/transformers-4/installed
+# transformers' own tests, of the version that is imported: its sdist has them, its wheel has not.
+TRANSFORMERS_TESTS := $(VENV)/transformers-tests/installed
 endif
 # One thread a process: the models of the tests are too small for more, and xdist runs two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -27,7 +30,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo model-card seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check clean
+.PHONY: demo model-card seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check hf-tests clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -46,6 +49,10 @@ test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
 
 untied-check: $(INSTALLED) $(TRANSFORMERS_4)  ## untied checkpoints of 17 families in transformers 4.57.6 against the tied models
 	$(ONE_THREAD) $(PY) -m pytest -q -m slow tests/test_conversion_untie.py
+
+hf-tests: $(INSTALLED) $(TRANSFORMERS_TESTS)  ## transformers' own model tests on tied olmoe and mixtral; they have marks of their own
+	$(ONE_THREAD) PYTHONPATH=$(VENV)/transformers-tests$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PY) -m pytest -q -n $(WORKERS) \
+		-o addopts= -o verbosity_subtests=0 -W ignore::pytest.PytestUnknownMarkWarning $(ARGS) tests/hf_model_tests.py
 
 CASES ?= 10000
 fuzz: $(INSTALLED)  ## broken configs, headers, slot maps, journals, manifests, statistics, recipes, text: an error each
@@ -95,4 +102,14 @@ $(VENV)/triton-3.6/installed: | $(VENV)/installed
 $(VENV)/transformers-4/installed: | $(VENV)/installed
 	rm -rf $(@D)
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --target $(@D) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+	touch $@
+
+$(VENV)/transformers-tests/installed: $(VENV)/installed
+	rm -rf $(@D)
+	mkdir -p $(@D)/transformers_tests
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --target $(@D) parameterized
+	version=$$($(VENV)/bin/python -c "from importlib.metadata import version; print(version('transformers'))") && \
+	$(VENV)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-build-isolation --no-binary transformers \
+		-d $(@D) transformers==$$version && \
+	tar -xzf $(@D)/transformers-$$version.tar.gz -C $(@D)/transformers_tests --strip-components 2 transformers-$$version/tests
 	touch $@

@@ -90,7 +90,7 @@ def test_scores_are_what_each_family_routes_by(family):
         out = model(tokens, output_router_logits=True, labels=tokens)
         from transformers_tiedmoe import losses
 
-        token = losses._recorded.set(seen)
+        token = losses._recorded.set({"routings": seen})
         try:
             weights.clear()
             model.base_model(tokens)

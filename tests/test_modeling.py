@@ -25,6 +25,8 @@ from transformers import (
     GenerationConfig,
     OlmoeForCausalLM,
 )
+from transformers.initialization import no_init_weights
+from transformers.utils.output_capturing import CompileableContextVar
 
 import transformers_tiedmoe
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel
@@ -395,6 +397,16 @@ def test_a_family_that_reports_no_router_logits(tokens):
         model(tokens, output_router_logits=True)
 
 
+def test_what_is_recorded_has_a_name_as_in_transformers(tokens, monkeypatch):
+    """Whoever watches transformers' collectors, such as its own tests, finds ours by name among them."""
+    found, original = [], CompileableContextVar.set
+    monkeypatch.setattr(
+        CompileableContextVar, "set", lambda self, value: found.append(sorted(value)) or original(self, value)
+    )
+    tiny_model()(tokens, output_router_logits=True, output_hidden_states=True)
+    assert found == [["routings"], ["hidden_states"]]
+
+
 # Generation
 
 
@@ -528,6 +540,31 @@ def test_meta_device_and_init_empty_weights():
 
 
 @pytest.mark.parametrize("slot_maps", [False, True])
+def test_without_initialisation_parameters_are_unset_and_buffers_right(slot_maps, tokens):
+    config = TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, slot_maps=slot_maps)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config).eval()
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_config(config).eval()
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+    for name, buffer in expected.named_buffers():
+        assert model.get_buffer(name).equal(buffer), name
+    torch.manual_seed(0)
+    model.init_weights()
+    assert model(tokens).logits.equal(expected(tokens).logits)
+
+
+@pytest.mark.parametrize("pool_num_experts", [4, 8])  # of 8 the tied layers are not those that the family made
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_gradient_checkpointing_by_config(auto, pool_num_experts):
+    config = TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, pool_num_experts=pool_num_experts)
+    config.gradient_checkpointing = True
+    model = auto.from_config(config)
+    assert all(layer.gradient_checkpointing for layer in model.base_model.layers)
+    assert not hasattr(model.config, "gradient_checkpointing")  # taken, as by transformers: it is not saved
+
+
+@pytest.mark.parametrize("slot_maps", [False, True])
 def test_dispatch_of_a_model_built_without_memory(slot_maps, tokens, tmp_path):
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 
@@ -566,6 +603,7 @@ def test_what_the_head_of_every_family_answers_as_transformers_own(tokens):
     assert TiedMoeForCausalLM.main_input_name == "input_ids"
     assert TiedMoeForCausalLM.generate is OlmoeForCausalLM.generate
     assert TiedMoeForCausalLM.can_generate()
+    assert TiedMoeForCausalLM._can_set_attn_implementation()
     loaded = TiedMoeForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert type(loaded) is type(model)
     assert loaded(tokens).logits.equal(model(tokens).logits)

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import CompileableContextVar, OutputRec
 
 from .errors import TiedMoeError
 
-_recorded = CompileableContextVar("tiedmoe_router_logits")
+_recorded = CompileableContextVar("tiedmoe_router_logits")  # {"routings": [...]}: by name, as transformers' collector
 
 
 class Routing(NamedTuple):
@@ -124,7 +124,7 @@ def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 def _record(
     index: int, scores: Callable[[torch.Tensor], torch.Tensor], router: nn.Module, args: tuple, output: Any
 ) -> None:
-    recorded = _recorded.get()
+    recorded = (_recorded.get() or {}).get("routings")
     if recorded is not None:
         parts = output if isinstance(output, tuple) else (output,)
         logits = parts[index].flatten(end_dim=-2)
@@ -160,7 +160,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
         if output_router_logits:
             watch_routers(self.base_model)
             kwargs["return_dict"], return_dict = True, kwargs.get("return_dict")
-        token = _recorded.set(recorded if output_router_logits else None)
+        token = _recorded.set({"routings": recorded} if output_router_logits else {})
         try:
             outputs = family_forward(self, *args, **({"output_router_logits": False} if reports else {}), **kwargs)
         finally:

@@ -191,6 +191,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
                 "use FSDP2 (accelerate's fsdp_version: 2) or ZeRO-2"
             )
         device, buffer_device = _devices_of_new_tensors()
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         with torch.device("meta"), init.meta_device_safe_creation_ops():
             super().__init__(config, *args, **kwargs)  # the family's own constructor, which takes no memory here
             self._tie()
@@ -205,15 +206,28 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             for tensor in self._floating_tensors().values():
                 if not tensor.is_meta:
                     tensor.data.fill_(torch.nan)
+        if checkpointing:  # the family's constructor has used it up, on modules that `_tie` replaced
+            config.gradient_checkpointing = True
         self.post_init()  # again, now that the pools and the memory exist
-        unset = [
-            name for name, tensor in self._floating_tensors().items() if not tensor.is_meta and tensor.isnan().any()
-        ]
+        tensors = self._floating_tensors()
+        if buffer_device.type != "meta" and not getattr(self, "_is_hf_initialized", False):
+            tensors = self._init_buffers()  # under transformers' `no_init_weights`
+        unset = [name for name, tensor in tensors.items() if not tensor.is_meta and tensor.isnan().any()]
         if unset:
             raise NotImplementedError(
                 f"family {config.family!r} gives no initial value to {unset[:5]}; expected `_init_weights` to set "
                 "them. Load such a model by from_pretrained instead of making it from its config"
             )
+
+    def _init_buffers(self) -> dict[str, torch.Tensor]:
+        """Set the buffers alone, as a family's constructor does, which ran on meta here; return the floating ones."""
+        parameters, modules = list(self.parameters()), list(self.modules())
+        for parameter in parameters:
+            parameter._is_hf_initialized = True
+        self.initialize_weights()
+        for tensor_or_module in (*parameters, *modules):
+            del tensor_or_module._is_hf_initialized
+        return {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
 
     def _tie(self) -> None:
         """Put the pools into the model that the family's constructor has made on the meta device."""
@@ -322,7 +336,7 @@ class TiedMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return cls._family_class._can_set_attn_implementation()
+        return cls._family_class is None or cls._family_class._can_set_attn_implementation()
 
     def __reduce__(self):
         return restore_model, (type(self).__mro__[1], TiedMoeConfig, self.config.family), self.__dict__
