@@ -18,6 +18,7 @@ from .errors import TiedMoeError, reading
 from .families import canonical_family, config_class, expert_layers, family_skeleton, remote_classes, restore_config
 from .hub import write_stub
 from .pools import check_groups, tie_groups
+from .routing.options import SoftMoeOptions
 
 # The families' names for the number of experts of a layer, and for the experts active per token.
 NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -35,6 +36,8 @@ TYING_FIELDS = (
     "residual_rank",
     "router_z_loss_coef",
     "recompute_experts",
+    "routing",
+    "softmoe",
 )
 
 
@@ -63,6 +66,11 @@ class TiedMoeConfig(PreTrainedConfig):
         recompute_experts (`bool`, *optional*, defaults to `False`):
             With `experts_implementation="tiedmoe"`: keep only the experts' input for the backward pass and compute
             their pre-activation `[T * K, 2I]` again there. Less memory, one more GEMM of three per layer.
+        routing (`str`, *optional*, defaults to `"top_k"`):
+            `"top_k"`, the family's own, or `"softmoe"`: the experts active per token adapt (arXiv 2606.17952).
+        softmoe (`dict`, *optional*):
+            With `routing="softmoe"` the fields of `routing.SoftMoeOptions`: `budget`, `learn_budget`, `layers`,
+            `alpha`, `threshold`, `cap`, `max_active`. Holds all of them afterwards.
         family_fields:
             Every field of the family's own config, at top level.
 
@@ -88,6 +96,8 @@ class TiedMoeConfig(PreTrainedConfig):
     residual_rank: int | list[int] = 0
     router_z_loss_coef: float = 0.0
     recompute_experts: bool = False
+    routing: str = "top_k"
+    softmoe: dict[str, Any] | None = None
 
     def __new__(cls, *args, family: str = "olmoe", **kwargs):
         return super().__new__(config_class(cls, canonical_family(family)) if cls is TiedMoeConfig else cls)
@@ -210,6 +220,7 @@ class TiedMoeConfig(PreTrainedConfig):
         self.slot_maps = self._one_per_pool("slot_maps", self.slot_maps, bool)
         self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, 0, most=self.hidden_size)
 
+        self._resolve_routing(len(moe_layers))
         if self.router_z_loss_coef and not getattr(self, "output_router_logits", False):
             raise TiedMoeError(
                 f"router_z_loss_coef={self.router_z_loss_coef} has no effect without router logits; "
@@ -229,6 +240,20 @@ class TiedMoeConfig(PreTrainedConfig):
                     f"pool {p} has {pool_size} experts, which n_group={num_expert_groups} does not divide; "
                     "choose a multiple of n_group"
                 )
+
+    def _resolve_routing(self, num_layers: int) -> None:
+        if self.routing not in ("top_k", "softmoe"):
+            raise TiedMoeError(f"routing={short_repr(self.routing)}; expected 'top_k' or 'softmoe'")
+        if self.routing == "top_k":
+            if self.softmoe is not None:
+                raise TiedMoeError("softmoe has no effect with routing='top_k'; set routing='softmoe' too")
+            return
+        # The narrowest router decides what a layer can have: an untied layer's, or that of a pool without slot maps.
+        pools: Any = zip(self.pool_num_experts, self.slot_maps)  # type: ignore[arg-type]
+        widths = [size for size, is_mapped in pools if not is_mapped]
+        num_experts = min([getattr(self, self.num_experts_field), *widths])
+        options = SoftMoeOptions.of(self.softmoe or {}, num_layers, num_experts, self.experts_per_token)
+        self.softmoe = options.to_dict()
 
     def _one_per_pool(self, name: str, value: Any, kind: type, least: int = 0, most: int = 0) -> list:
         num_pools = len(self.groups or [])

@@ -181,10 +181,10 @@ def _model_class(head: Any, config: Any) -> Any:
 
 
 @functools.cache
-def pool_class(base: Any, experts_class: Any) -> Any:
-    """Make a family's pool class, a subclass of `base` and of the family's experts class."""
-    namespace = {"__module__": base.__module__, "__doc__": f"A pool of `{experts_class.__name__}`."}
-    return type(f"Pool{experts_class.__name__}", (base, experts_class), namespace)
+def module_class(base: Any, family_class: Any) -> Any:
+    """Make the subclass of `base`, our pool or router, and of the family's own class, e.g. PoolOlmoeExperts."""
+    namespace = {"__module__": base.__module__, "__doc__": f"{base.__name__} of `{family_class.__name__}`."}
+    return type(f"{base.prefix}{family_class.__name__}", (base, family_class), namespace)
 
 
 @functools.cache
@@ -208,9 +208,9 @@ def restore_model(head: Any, config_base: Any, family: str) -> Any:
     return nn.Module.__new__(model_class(head, config_class(config_base, family)))
 
 
-def restore_pool(base: Any, experts_class: Any) -> Any:
-    """Make an empty pool of the family's class, which pickle then fills."""
-    made = pool_class(base, experts_class)
+def restore_module(base: Any, family_class: Any) -> Any:
+    """Make an empty pool or router of the family's class, which pickle then fills."""
+    made = module_class(base, family_class)
     return made.__new__(made)
 
 

@@ -55,7 +55,8 @@ def load_balancing_loss(
     for given in router_logits:
         routing = given if isinstance(given, Routing) else _softmax_routing(given, top_k)
         num_experts = routing.scores.shape[-1]
-        counts = nn.functional.one_hot(routing.chosen, num_experts).sum(dim=1).float()
+        # one more for the sentinel of a slot that is not used
+        counts = nn.functional.one_hot(routing.chosen, num_experts + 1).sum(dim=1)[:, :num_experts].float()
         loss = num_experts * (_mean(counts, weight) * _mean(routing.scores, weight)).sum()
         losses.append(loss if not losses else loss.to(losses[0].device))
     return torch.stack(losses).mean()
@@ -98,8 +99,15 @@ def watch_routers(base_model: PreTrainedModel) -> None:
             recorder = OutputRecorder(recorder, index=1)
         for name, module in base_model.named_modules():
             in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-            if isinstance(module, recorder.target_class) and in_layer:
+            if isinstance(module, recorder.target_class) and in_layer and not hasattr(module, "records_itself"):
                 module.register_forward_hook(functools.partial(_record, recorder.index, scores_of(module)))
+
+
+def record_routing(logits: torch.Tensor, scores: Callable[[torch.Tensor], torch.Tensor], chosen: torch.Tensor) -> None:
+    """Report what a router decided to `add_router_losses`, if that listens; see `Routing`."""
+    recorded = (_recorded.get() or {}).get("routings")
+    if recorded is not None:
+        recorded.append((logits.flatten(end_dim=-2), scores, chosen.flatten(end_dim=-2)))
 
 
 def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -124,20 +132,20 @@ def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 def _record(
     index: int, scores: Callable[[torch.Tensor], torch.Tensor], router: nn.Module, args: tuple, output: Any
 ) -> None:
-    recorded = (_recorded.get() or {}).get("routings")
-    if recorded is not None:
+    if _recorded.get():
         parts = output if isinstance(output, tuple) else (output,)
-        logits = parts[index].flatten(end_dim=-2)
         chosen = [each for each in parts if isinstance(each, torch.Tensor) and not each.is_floating_point()]
         assert len(chosen) == 1, (
             f"{type(router).__name__} gives {len(chosen)} integer tensors; expected the chosen experts"
         )
         # The scores are made when the forward has ended: a checkpointed layer, run again, would not make them.
-        recorded.append((logits, scores, chosen[0].flatten(end_dim=-2)))
+        record_routing(parts[index], scores, chosen[0])
 
 
 def add_router_losses(family_forward: Callable) -> Callable:
     """Wrap a family's `ForCausalLM.forward`: `output_router_logits` then adds the losses above, not the family's own.
+
+    With soft routing the outputs also have `active_experts [L]`, the experts that a token used on average.
 
     Without labels there is no loss to add to. With `num_items_in_batch`, by which Trainer divides the cross-entropy of
     each micro-batch, the router losses of a micro-batch count by its share of those items, so that over a step they
@@ -185,10 +193,19 @@ def add_router_losses(family_forward: Callable) -> Callable:
             loss = loss + _share(given) * added
         logits = tuple(routing.logits for routing in routings)
         outputs = _in_family_order(outputs, loss=loss, aux_loss=aux_loss, router_logits=logits)
+        if self.config.routing == "softmoe":
+            outputs["active_experts"] = _active_experts(routings, mask)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if keep_dict else outputs.to_tuple()
 
     return forward
+
+
+def _active_experts(routings: Sequence[Routing], mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean number of experts that a token of this forward uses, `[L]`."""
+    used = [(routing.chosen < routing.scores.shape[-1]).sum(-1, keepdim=True).float() for routing in routings]
+    weight = None if mask is None else mask.reshape(-1)
+    return torch.cat([_mean(each, weight).to(used[0].device) for each in used]).detach()
 
 
 def _padding_mask(mask: Any, num_tokens: int) -> torch.Tensor | None:

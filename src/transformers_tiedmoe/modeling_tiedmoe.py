@@ -41,12 +41,13 @@ from .families import (
     refuse_reentrant_fsdp2,
     register_head,
     restore_model,
-    restore_pool,
+    restore_module,
 )
 from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
 from .pools import default_slot_map
 from .residual import Residual, experts_with_residual
+from .routing.softmoe import ExpertBudget, soften
 
 logger = logging.get_logger(__name__)
 
@@ -57,10 +58,12 @@ class ExpertPool(nn.Module):
     Parameters carry the family's names, usually `gate_up_proj [P, 2I, H]` and `down_proj [P, H, I]`.
     """
 
+    prefix = "Pool"
+
     @staticmethod
     def of(experts: nn.Module) -> "ExpertPool":
         """Make a pool of the family's `experts` module, and take over its parameters."""
-        pool = restore_pool(ExpertPool, type(experts))
+        pool = restore_module(ExpertPool, type(experts))
         pool.__dict__.update(experts.__dict__)
         return pool
 
@@ -87,7 +90,7 @@ class ExpertPool(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __reduce__(self):
-        return restore_pool, (ExpertPool, type(self).__mro__[2]), self.__dict__
+        return restore_module, (ExpertPool, type(self).__mro__[2]), self.__dict__
 
 
 class TiedExperts(nn.Module):
@@ -249,6 +252,8 @@ class TiedMoePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TiedExperts):
             module.init_weights(std=getattr(self.config, "initializer_range", None) or 0.02)
+        elif isinstance(module, ExpertBudget):
+            module.init_weights()
         else:
             super()._init_weights(module)
 
@@ -373,6 +378,8 @@ class TiedMoeModel(TiedMoePreTrainedModel):
                     layer_path = re.match(r".*?\d+(?=\.)", paths[layer])[0]
                     self.set_submodule(layer_path, wide.get_submodule(layer_path))
                 self.set_submodule(paths[layer], TiedExperts(self, p, position, config.residual_rank[p]))
+        if config.routing == "softmoe":
+            soften(self, paths)
         self._no_split_modules = {
             *(self._no_split_modules or ()),
             *(type(pool).__name__ for pool in self.expert_pools),

@@ -2,5 +2,7 @@
 
 from .budget import layer_budgets
 from .lapsum import soft_top_k
+from .options import SoftMoeOptions
+from .softmoe import active_experts
 
-__all__ = ["layer_budgets", "soft_top_k"]
+__all__ = ["SoftMoeOptions", "active_experts", "layer_budgets", "soft_top_k"]

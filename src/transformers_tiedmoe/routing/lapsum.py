@@ -18,7 +18,7 @@ def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | tor
     k-th, with eps of the dtype that is computed in: float32 for bfloat16 and float16 scores.
 
     Args:
-        scores: `[..., E]` floating; finite.
+        scores: `[..., E]` floating; finite, or -inf for what is ruled out if more than k are left.
         k: how many, `0 < k < E`: a number, or a tensor that broadcasts to `[...]`.
         alpha: the temperature, above 0: a number, or a tensor that broadcasts to `[...]`. Small is sharp.
 
@@ -77,4 +77,4 @@ def _distances(scores: torch.Tensor, k: torch.Tensor, alpha: torch.Tensor) -> to
     root = left.abs() + torch.sqrt(left * left + p * q)
     b = torch.where(left > 0, p.log() - root.log(), root.log() - q.log())
     b = torch.where(left == 0, 0.5 * (p.log() - q.log()), b)
-    return (scores - reference) / alpha - b
+    return ((scores - reference) / alpha - b).clamp(min=-1e6)  # a score of -inf, an expert that is ruled out, is a 0

@@ -1,0 +1,325 @@
+"""SoftMoE (arXiv 2606.17952): a family's router whose number of experts per token is soft and has a budget.
+
+A `SoftRouter` is the family's own router. Its own code makes scores, biases, group limits and weights; only its final
+`topk` returns more experts than it asked for, and each then counts by its membership p in the soft top-k:
+`weight_i = p_i * (the family's weight)_i`, normalised where the family normalises. Experts with a small p are dropped;
+their slots hold the sentinel E. Notable: whether a family's router can be so replaced, and whether it normalises, is
+found by trying. How SoftMoE itself schedules alpha and truncates is not public to us: this is our design.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import initialization as init
+from transformers.utils import logging
+
+from ..errors import TiedMoeError
+from ..families import is_experts, restore_module
+from ..losses import record_routing, scores_of
+from .budget import layer_budgets
+from .lapsum import soft_top_k
+from .options import most_active
+
+logger = logging.get_logger(__name__)
+
+# Families whose own loop over experts knows no slot that is not used.
+EAGER_WITHOUT_SENTINEL = ("gpt_oss", "nemotron_h")
+
+
+class ExpertBudget(nn.Module):
+    """What the layers share out, k_l: the base model's `expert_budget`.
+
+    Args:
+        config: a `TiedMoeConfig` with `routing="softmoe"`. Its `softmoe` is read at every call, so that a schedule may
+            change `alpha`, `threshold` or `budget` there.
+        num_layers: the layers with experts, L.
+    """
+
+    theta: Any  # `[L]`; None unless the budget is learned
+
+    def __init__(self, config: Any, num_layers: int):
+        super().__init__()
+        self.config, self.num_layers = config, num_layers
+        learns = config.softmoe["learn_budget"]
+        self.register_parameter("theta", nn.Parameter(torch.empty(num_layers)) if learns else None)
+
+    def init_weights(self) -> None:
+        """Give every layer the same share."""
+        if self.theta is not None:
+            init.zeros_(self.theta)
+
+    def forward(self, place: int) -> float | torch.Tensor:
+        """Return k of the layer at `place` among those with experts: a number, or a float32 scalar if learned."""
+        soft = self.config.softmoe
+        if soft["layers"] is not None:
+            return soft["layers"][place]
+        if self.theta is None:
+            return soft["budget"] / self.num_layers
+        return layer_budgets(self.theta.float(), soft["budget"], soft["cap"])[place]
+
+    def most(self, place: int) -> float:
+        """Return the most that k of this layer can become."""
+        return self.config.softmoe["cap"] if self.theta is not None else float(self(place))
+
+
+class SoftRouter(nn.Module):
+    """A family's router, softened. A subclass of this and the family's class is made for each family."""
+
+    prefix = "Soft"
+    records_itself = True  # to the router losses
+    _owner: Any
+    place: int
+    num_scores: int
+    family_top_k: int
+    normalises: bool
+    active_counts: Any  # `[E + 1]` int64: tokens by their number of active experts; None before the first
+
+    @staticmethod
+    def of(router: nn.Module, owner: Any, place: int, num_experts: int) -> "SoftRouter":
+        """Make a soft router of the family's `router`, whose parameters it takes over.
+
+        Args:
+            router: of one layer.
+            owner: the base model, whose `expert_budget` is looked up at every call.
+            place: the layer's place among those with experts.
+            num_experts: how many the router scores, E.
+
+        Raises:
+            TiedMoeError: the family's router cannot be softened.
+        """
+        soft = restore_module(SoftRouter, type(router))
+        soft.__dict__.update(router.__dict__)
+        soft._owner = (owner,)  # in a tuple: a reference, not a submodule
+        soft.place, soft.num_scores, soft.family_top_k = place, num_experts, owner.config.experts_per_token
+        soft.normalises = _find_whether_it_normalises(router, owner.config, num_experts)
+        soft.active_counts = None
+        return soft
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        """Do as the family's router: `(logits [T, E], weights [T, K], index [T, K] int64, ...)`, E where not used.
+
+        K is what any token of the layer may use, `SoftMoeOptions.max_active`; on a CPU what one of these does use.
+        """
+        owner = self._owner[0]
+        soft = owner.config.softmoe
+        if soft["alpha"] == 0:
+            logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
+            record_routing(logits, scores_of(self), index)
+            return (logits, weights, index, *rest)
+        if owner.config._experts_implementation == "eager" and owner.config.family in EAGER_WITHOUT_SENTINEL:
+            raise TiedMoeError(
+                f"the loop over experts of family {owner.config.family!r} takes no slots that are not used, which "
+                'soft routing has; load with experts_implementation="grouped_mm"'
+            )
+        most = most_active(owner.expert_budget.most(self.place), soft["threshold"], self.num_scores)
+        width = min(most, soft["max_active"] or most)
+        chosen_by: list[torch.Tensor] = []
+        with Selection(chosen_by, self.num_scores, self.family_top_k, width):
+            logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
+        scores = chosen_by[-1].float()
+        watches = not torch.compiler.is_compiling()
+        if watches and scores.device.type == "cpu" and not bool((scores < torch.inf).all()):
+            raise TiedMoeError(
+                f"layer {self.place} with experts: the router's scores are not all finite; expected numbers: the "
+                "model has diverged, or its checkpoint is damaged"
+            )
+        k = owner.expert_budget(self.place)
+        p = soft_top_k(scores, k if isinstance(k, float) else k.to(scores.device), soft["alpha"])
+        weights, index = combine(p, weights, index, soft["threshold"], self.normalises)
+        record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
+        if watches:
+            self._count((index < self.num_scores).sum(-1))
+        if watches and index.device.type == "cpu":  # nothing waits: leave columns out that no token uses
+            used = int((index < self.num_scores).sum(-1).max()) if len(index) else 1
+            weights, index = weights[:, :used], index[:, :used]
+        return (logits, weights, index, *rest)
+
+    @torch.no_grad()
+    def _count(self, num_active: torch.Tensor) -> None:
+        if self.active_counts is None or self.active_counts.device != num_active.device:
+            self.active_counts = torch.zeros(self.num_scores + 1, dtype=torch.int64, device=num_active.device)
+        self.active_counts.index_add_(0, num_active, torch.ones_like(num_active))
+
+    def __reduce__(self):
+        return restore_module, (SoftRouter, type(self).__mro__[2]), self.__dict__
+
+
+class Selection(TorchFunctionMode):
+    """Within it a router's final `topk` returns the best `width` of its experts instead of `top_k`.
+
+    Args:
+        chosen_by: takes the scores `[T, E]` that the router chose by, biases and group limits included. (A list: what
+            torch.compile sees of a mode's own attributes is gone when the mode ends.)
+        num_experts: E.
+        top_k: what the router asks for.
+        width: what it gets.
+    """
+
+    def __init__(self, chosen_by: list[torch.Tensor], num_experts: int, top_k: int, width: int):
+        self.chosen_by, self.num_experts, self.top_k, self.width = chosen_by, num_experts, top_k, width
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.topk or func is torch.Tensor.topk:
+            scores, k = args[0], kwargs["k"] if "k" in kwargs else args[1]
+            # [T, E]: before it, group limits choose among groups, [T, G], and within them, [T, G, E / G]
+            if k == self.top_k and scores.dim() == 2 and scores.shape[1] == self.num_experts:
+                self.chosen_by.append(scores)
+                return torch.topk(scores, self.width, dim=-1)
+        return func(*args, **kwargs)
+
+
+def combine(
+    p: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, threshold: float, normalises: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weigh a token's experts by their membership and drop those that hardly belong.
+
+    `weight_i = p_i * w_i`, then normalised to the sum that the family's weights have. An expert with p below the
+    threshold, or that the family gives no weight, is dropped; the first one stays.
+
+    Args:
+        p: `[T, E]` memberships.
+        weights: `[T, K]`, the family's.
+        index: `[T, K]` int64, largest p first.
+        threshold: of p.
+        normalises: whether the family's weights have one sum.
+
+    Returns:
+        weights `[T, K]` in the dtype of `weights`, 0 where dropped; index `[T, K]`, E where dropped.
+    """
+    chosen = p.gather(-1, index)
+    is_first = torch.arange(index.shape[-1], device=index.device) == 0
+    keeps = ((chosen >= threshold) & (weights != 0)) | is_first
+    soft = torch.where(keeps, chosen * weights, 0.0)
+    if normalises:
+        least = torch.finfo(soft.dtype).tiny
+        soft = soft * (weights.float().sum(-1, keepdim=True) / soft.sum(-1, keepdim=True).clamp(min=least))
+    return soft.to(weights.dtype), index.masked_fill(~keeps, p.shape[-1])
+
+
+def soften(base_model: Any, expert_paths: dict[int, str]) -> None:
+    """Replace the router of every layer with experts, and give the model its `expert_budget`.
+
+    Args:
+        base_model: a tied model on the meta device, with `config.routing == "softmoe"`.
+        expert_paths: by layer, the path of its experts.
+
+    Raises:
+        TiedMoeError: the family's router cannot be softened.
+    """
+    config = base_model.config
+    base_model.expert_budget = ExpertBudget(config, len(expert_paths))
+    for experts in base_model.modules():
+        if is_experts(experts):
+            experts._is_expert_parallel = (
+                True  # so that transformers' backends look for the sentinel, which that brings
+            )
+    for place, path in enumerate(expert_paths.values()):
+        experts = base_model.get_submodule(path)
+        num_experts = getattr(experts, "num_slots", None) or experts.num_experts
+        router_path = _router_beside(base_model, path)
+        router = SoftRouter.of(base_model.get_submodule(router_path), base_model, place, num_experts)
+        base_model.set_submodule(router_path, router)
+        most = most_active(base_model.expert_budget.most(place), config.softmoe["threshold"], num_experts)
+        if (config.softmoe["max_active"] or most) < most:
+            logger.warning_once(
+                f"max_active={config.softmoe['max_active']} is below the {most} experts of a token that can pass the "
+                f"threshold {config.softmoe['threshold']}: some tokens lose experts."
+            )
+
+
+def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, float]]:
+    """Return what each soft layer has used since the last reset, over all tokens, padding included.
+
+    Args:
+        model: a tied model with `routing="softmoe"`.
+        reset: whether to start counting anew.
+
+    Returns:
+        Per layer with experts `k`, the soft mass that it may have, and of the experts that a token did use `mean`,
+        `p50`, `p95`, `p99`, and `tokens`; empty where nothing has run, or `alpha` is 0.
+    """
+    found = []
+    routers: list[Any] = [module for module in model.modules() if isinstance(module, SoftRouter)]
+    for router in routers:
+        if router.active_counts is None:
+            continue
+        counts = router.active_counts.double().cpu()
+        cumulative, tokens = counts.cumsum(0), counts.sum()
+        numbers = torch.arange(len(counts), dtype=torch.float64)
+        quantiles = {f"p{q}": float((cumulative < tokens * q / 100).sum()) for q in (50, 95, 99)}
+        mean = float((numbers * counts).sum() / tokens)
+        with torch.no_grad():
+            k = float(router._owner[0].expert_budget(router.place))
+        found.append({"k": k, "mean": mean, **quantiles, "tokens": int(tokens)})
+        if reset:
+            router.active_counts = None
+    return found
+
+
+def _router_beside(base_model: nn.Module, experts_path: str) -> str:
+    block = experts_path.rpartition(".")[0]
+    for name in ("gate", "router"):
+        if isinstance(getattr(base_model.get_submodule(block), name, None), nn.Module):
+            return f"{block}.{name}"
+    raise _cannot(base_model, "no module 'gate' or 'router' beside its experts")
+
+
+_found: dict[Any, bool] = {}  # by router class and settings
+
+
+def _find_whether_it_normalises(router: nn.Module, config: Any, num_experts: int) -> bool:
+    """Try a family's router, with weights drawn at random: its top k must be found again among all its experts.
+
+    Raises:
+        TiedMoeError: it chooses otherwise, or an expert's weight depends on the others in another way than by a sum.
+    """
+    settings = {k: v for k, v in vars(router).items() if isinstance(v, (bool, int, float, str))}
+    key = (type(router), num_experts, config.experts_per_token, *sorted(settings.items()))
+    if key not in _found:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            _found[key] = _try(router, config.hidden_size, num_experts, config.experts_per_token)
+    return _found[key]
+
+
+def _try(router: nn.Module, hidden_size: int, num_experts: int, top_k: int) -> bool:
+    trial = copy.deepcopy(router).to_empty(device="cpu").float().eval()
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        tensor.normal_(std=hidden_size**-0.5) if tensor.is_floating_point() else tensor.zero_()
+    given = []
+    for name, parameter in list(inspect.signature(type(router).forward).parameters.items())[2:]:
+        if "bias" in name:
+            given.append(0.1 * torch.randn(num_experts))
+        elif parameter.default is inspect.Parameter.empty:
+            raise _cannot(router, f"it routes by {name}, too")
+    try:
+        hidden_states = torch.randn(32, hidden_size)
+        try:
+            _, weights, index, *_ = trial(hidden_states, *given)
+        except ValueError:  # a router that wants `[B, S, H]`
+            hidden_states = hidden_states[None]
+            _, weights, index, *_ = trial(hidden_states, *given)
+        chosen_by: list[torch.Tensor] = []
+        with Selection(chosen_by, num_experts, top_k, num_experts):
+            _, all_weights, all_index, *_ = trial(hidden_states, *given)
+    except (RuntimeError, IndexError) as error:
+        raise _cannot(router, "its code takes no tokens `[T, H]`, or no other number of active experts") from error
+    if len(chosen_by) != 1 or not all_index.shape == all_weights.shape == (32, num_experts):
+        raise _cannot(router, "it does not choose by one top-k over its experts")
+    own, hard = (torch.zeros(32, num_experts) for _ in range(2))
+    own.scatter_(-1, index, weights.float())
+    hard.scatter_(-1, index, 1.0)
+    for normalises in (False, True):
+        soft, _ = combine(hard, all_weights.float(), all_index, 0.5, normalises)
+        if torch.allclose(torch.zeros_like(own).scatter_(-1, all_index, soft), own, rtol=1e-4, atol=1e-6):
+            return normalises
+    raise _cannot(router, "an expert's weight depends on the other chosen ones by more than their sum")
+
+
+def _cannot(module: nn.Module, why: str) -> TiedMoeError:
+    return TiedMoeError(f"{type(module).__name__} cannot be routed softly: {why}; use routing='top_k'")
