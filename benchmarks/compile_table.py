@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tiedmoe_kernels import triton_backend, tuning
+from tiedmoe_kernels.low_rank import Residual
 from tiedmoe_kernels.spec import Segment, Spec
 
 TARGETS = {
@@ -69,6 +70,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     tokens: int
     num_segments: int = 1
+    rank: int = 0  # of a residual
 
 
 # Every entry of configs/default.json is used by one of these at least; the test compiles these.
@@ -80,15 +82,19 @@ QUICK_CASES = (
     Case(ODD, torch.bfloat16, 8192, num_segments=0),
     Case(ODD, torch.float32, 1, num_segments=0),
     Case(ODD, torch.float32, 8192, num_segments=1),
+    Case(OLMOE, torch.bfloat16, 8192, rank=16),
 )
 CASES = (
     *QUICK_CASES,
     Case(OLMOE, torch.bfloat16, 64),
     Case(OLMOE, torch.bfloat16, 512),
+    Case(OLMOE, torch.bfloat16, 64, num_segments=0, rank=16),
+    Case(OLMOE, torch.bfloat16, 512, rank=64),
     Case(OLMOE, torch.bfloat16, 8192, num_segments=4),
     Case(GPT_OSS, torch.bfloat16, 1, num_segments=0),
     Case(GPT_OSS, torch.bfloat16, 8192),
     Case(ODD, torch.bfloat16, 8192),
+    Case(ODD, torch.float32, 8192, rank=18),
 )
 
 
@@ -119,14 +125,18 @@ def launches(case: Case) -> None:
         (empty(E, H, 2 * I), empty(E, I, H)) if spec.is_transposed else (empty(E, 2 * I, H), empty(E, H, I))
     )
     biases = (empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)
+    residual = None
+    if r := case.rank:
+        factors = ((H, r), (r, 2 * I), (I, r), (r, H))
+        residual = Residual(*(empty(E, *(size if spec.is_transposed else size[::-1])) for size in factors))
     if not case.num_segments:
-        triton_backend.forward(x, index, weights, gate_up, down, *biases, None, spec, save_pre=False)
+        triton_backend.forward(x, index, weights, gate_up, down, *biases, None, spec, False, residual)
         return
     _, pre, order, offsets = triton_backend.forward(
-        x, index, weights, gate_up, down, *biases, None, spec, save_pre=True
+        x, index, weights, gate_up, down, *biases, None, spec, True, residual
     )
-    _, _, grad_pre, hidden = triton_backend.backward_data(
-        x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, needs_hidden_grad=True, needs_segment=True
+    _, _, grad_pre, hidden, _ = triton_backend.backward_data(
+        x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, True, True, residual, residual is not None
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
     # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is written.

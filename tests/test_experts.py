@@ -3,7 +3,6 @@ family.
 """
 
 import copy
-import logging
 import pickle
 import sys
 
@@ -161,6 +160,18 @@ def test_a_default_device_does_not_matter():
         ({"hidden_states": torch.zeros(T, H).to(torch.float8_e4m3fn)}, "hidden_states must be bfloat16, float16"),
         ({"top_k_weights": torch.zeros(T, K, dtype=torch.int64)}, "top_k_weights must be .*; found torch.int64"),
         ({"down_proj": torch.zeros(E, H, I, device="meta")}, "must be on cpu, where hidden_states is; found .* meta"),
+        (
+            {"residual": (torch.zeros(E, 2, H),) * 4},
+            r"residual of gate_up_proj must be b \[5, 8, r\] and a \[5, r, 8\]",
+        ),
+        ({"residual": (torch.zeros(E, 2 * I, 1),)}, "b and a of gate_up_proj, b and a of down_proj; found 1 tensors"),
+        (
+            {
+                "residual": [torch.zeros(E, *shape) for shape in ((2 * I, 2), (2, H), (H, 2), (2, I))],
+                "slot_map": torch.full((E,), E),
+            },
+            r"slot_map must lie in \[0, 4\]; found 5 to 5",
+        ),
     ],
 )
 def test_wrong_input_is_named(change, message):
@@ -412,20 +423,102 @@ def test_a_tensor_parallel_weight_is_refused():
         )
 
 
-def test_a_residual_runs_as_a_loop_and_says_so(caplog):
-    modeling_tiedmoe.logger.warning_once.cache_clear()
-    transformers.logging.enable_propagation()
-    caplog.set_level(logging.WARNING)
-    model = TiedMoeForCausalLM(tied_config(residual_rank=2)).eval()
+def with_residual(**fields):
+    model = TiedMoeForCausalLM(tied_config(residual_rank=2, **fields)).eval()
     with torch.no_grad():
-        for experts_module in model.modules():
-            if isinstance(experts_module, modeling_tiedmoe.TiedExperts):
-                for name in experts_module.residual_names:
-                    getattr(experts_module, f"{name}_residual_b").normal_()
-    tokens = torch.randint(3, 90, (1, 5))
-    assert_same(outputs_and_gradients(model, "tiedmoe", tokens), outputs_and_gradients(model, "eager", tokens))
-    transformers.logging.disable_propagation()
-    assert len([r for r in caplog.records if "run as a loop over experts" in r.message]) == 1
+        for name, parameter in model.named_parameters():
+            if name.endswith("_residual_b"):
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"slot_maps": True, "pool_num_experts": 6}], ids=["identity", "slot maps"])
+def test_a_residual_runs_on_the_kernels(fields, calls, monkeypatch):
+    model, tokens = with_residual(**fields), torch.randint(3, 90, (1, 5))
+    want = outputs_and_gradients(model, "eager", tokens)
+    monkeypatch.setattr(modeling_tiedmoe, "experts_with_residual", None)  # nothing loops
+    assert_same(outputs_and_gradients(model, "tiedmoe", tokens), want)
+    assert sorted(calls) == [1, 1, 2, 2]  # the pools' gradients are deferred as ever
+
+
+def test_a_residual_of_experts_that_the_kernels_do_not_know():
+    config = TiedMoeConfig.from_family(tiny_config("nemotron_h"), group_size=2, residual_rank=2)
+    model = TiedMoeForCausalLM(config)
+    model.set_experts_implementation("tiedmoe")
+    with pytest.raises(ValueError, match=UNSUPPORTED["nemotron_h"]):
+        model(torch.randint(3, 90, (1, 5)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "gpt_oss"])
+@pytest.mark.parametrize("slot_map", [None, [3, 0, 0, 4, 1, 3]], ids=["identity", "slot map"])
+def test_a_residual_equals_the_reference(slot_map, layout, recompute):
+    matrices, flags = pool(layout)
+    R = E if slot_map is None else len(slot_map)
+    for routing in ROUTINGS if recompute else ["some inactive"]:
+        x, index, weights = inputs(routing)
+        index = torch.where(index == E, R, index)
+        factors = residual_factors(matrices, R)
+        leaves = [x, weights, *matrices.values(), *factors]
+        mapped = None if slot_map is None else torch.tensor(slot_map)
+        found = []
+        for function, more in ((experts_forward, {"recompute": recompute}), (experts_forward_reference, {})):
+            y = function(x, index, weights, **matrices, **flags, slot_map=mapped, residual=factors, **more)
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def residual_factors(matrices, R, rank=2):
+    shapes = [w.shape for w in (matrices["gate_up_proj"], matrices["down_proj"])]
+    return tuple(
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for _, rows, columns in shapes for shape in ((R, rows, rank), (R, rank, columns))
+    )  # fmt: skip
+
+
+def test_a_frozen_residual_and_one_of_another_dtype():
+    matrices, _ = pool(dtype=torch.float32)
+    x, index, _ = inputs(dtype=torch.float32)
+    weights = torch.rand(index.shape)
+    factors = residual_factors(matrices, E)  # float64: computed in the pool's dtype, its gradient float64
+    y = experts_forward(x, index, weights, **matrices, residual=factors)
+    grads = torch.autograd.grad(y.sum(), [x, *factors])
+    assert [g.dtype for g in grads] == [torch.float32] + [torch.float64] * 4
+    frozen = tuple(f.detach() for f in factors)
+    y_frozen = experts_forward(x, index, weights, **matrices, residual=frozen)
+    assert torch.equal(y, y_frozen)
+    assert torch.equal(torch.autograd.grad(y_frozen.sum(), x)[0], grads[0])
+
+
+@pytest.mark.parametrize("slot_map", [None, [3, 0, 0, 4, 1, 3]], ids=["identity", "slot map"])
+def test_a_residual_is_compiled(slot_map):
+    matrices, _ = pool("biased")
+    x, index, weights = inputs()
+    mapped = None if slot_map is None else torch.tensor(slot_map)
+    factors = residual_factors(matrices, E if slot_map is None else len(slot_map))
+
+    def layer(x):
+        return experts_forward(x, index, weights, **matrices, slot_map=mapped, residual=factors)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaves, found = [x, weights, *matrices.values(), *factors], []
+    for function in (compiled, layer):
+        y = function(x)
+        with torch.no_grad():
+            torch.testing.assert_close(function(x), y.detach())
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    torch.testing.assert_close(*found)
+    torch.library.opcheck(
+        torch.ops.tiedmoe_kernels.experts,
+        experts_op_arguments(x, index, weights, matrices, factors),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def experts_op_arguments(x, index, weights, matrices, factors):
+    b_up, a_up, b_down, a_down = factors
+    spec = ("silu", 1.702, 7.0, False, True)
+    return (x, index, weights, *matrices.values(), None, *spec, True, [a_up, b_up, a_down, b_down])
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

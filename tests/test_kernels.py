@@ -50,6 +50,7 @@ class Case(NamedTuple):
     flags: Mapping[str, object] = MappingProxyType({})
     has_bias: bool = False
     slot_map: list[int] | None = None
+    rank: int = 0  # of a residual
 
 
 CASES = {
@@ -79,6 +80,21 @@ CASES = {
     "gelu_pytorch_tanh": Case(T=4, flags={"activation": "gelu_pytorch_tanh"}),
     "relu": Case(T=4, flags={"activation": "relu"}),
     "clamped_silu": Case(T=4, flags={"activation": "clamped_silu", "swiglu_limit": 0.7}),
+    "residual": Case(T=20, rank=3),
+    "residual of more than a block, an expert without tokens": Case(T=5, K=1, rank=18),
+    "residual, no token": Case(T=0, rank=2),
+    "residual, slots in another order than their pool rows, two of one row": Case(
+        T=9, E=3, K=3, slot_map=[2, 0, 0, 1, 2], index="half inactive", has_bias=True, rank=2
+    ),
+    "residual of gpt-oss: transposed, interleaved, biased, clamped": Case(
+        H=40,
+        I=24,
+        E=3,
+        flags={"activation": "clamped_swiglu", "swiglu_limit": 1.0, "is_transposed": True, "is_concatenated": False},
+        has_bias=True,
+        slot_map=[1, 2, 0, 1],
+        rank=5,
+    ),
 }
 
 
@@ -108,10 +124,11 @@ class Layer(NamedTuple):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     slot_map: Tensor | None
+    residual: tuple[Tensor, ...] | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [t for t in (self.x, self.weights, *self[3:7]) if t is not None]
+        return [t for t in (self.x, self.weights, *self[3:7], *(self.residual or ())) if t is not None]
 
 
 def layer(case: Case, dtype: torch.dtype, device: str) -> Layer:
@@ -120,12 +137,17 @@ def layer(case: Case, dtype: torch.dtype, device: str) -> Layer:
     if case.flags.get("is_transposed"):
         gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
     bias = (torch.randn(E, 2 * I), torch.randn(E, H)) if case.has_bias else (None, None)
+    R, rank = E if case.slot_map is None else len(case.slot_map), case.rank
+    factors = [
+        factor for _, rows, columns in (gate_up.shape, down.shape) if rank
+        for factor in (torch.randn(R, rows, rank) * rank**-0.5, torch.randn(R, rank, columns) * columns**-0.5)
+    ]  # fmt: skip
     floats = [
         t if t is None else t.to(device, dtype).requires_grad_()
-        for t in (torch.randn(T, H), torch.rand(T, K), gate_up, down, *bias)
+        for t in (torch.randn(T, H), torch.rand(T, K), gate_up, down, *bias, *factors)
     ]
     slot_map = None if case.slot_map is None else torch.tensor(case.slot_map, device=device)
-    return Layer(floats[0], routing(case).to(device), *floats[1:], slot_map)
+    return Layer(floats[0], routing(case).to(device), *floats[1:6], slot_map, tuple(floats[6:]) or None)
 
 
 def forward(function, layer: Layer, case: Case, **more) -> Tensor:
@@ -133,18 +155,21 @@ def forward(function, layer: Layer, case: Case, **more) -> Tensor:
         "gate_up_proj_bias": layer.gate_up_bias,
         "down_proj_bias": layer.down_bias,
         "slot_map": layer.slot_map,
+        "residual": layer.residual,
     }
     return function(*layer[:5], **arguments, **case.flags, **more)
 
 
 def in_float64(layer: Layer) -> Layer:
     """The same numbers on the CPU, inactive weights NaN: the reference must not read them either."""
-    return Layer(
-        *(
-            t if t is None else t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu()
-            for t in layer
-        )
-    )
+
+    def converted(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu()
+
+    residual = None if layer.residual is None else tuple(map(converted, layer.residual))
+    return Layer(*map(converted, layer[:8]), residual)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -172,7 +197,7 @@ def backend(request, monkeypatch):
         *((name, torch.float32) for name in CASES),
         *(
             (name, dtype)
-            for name in ("biased", "slot map with inactive slots")
+            for name in ("biased", "slot map with inactive slots", "residual")
             for dtype in (torch.float16, torch.bfloat16)
         ),
     ],
@@ -269,13 +294,15 @@ def test_descriptors_read_the_same_weights(device, backend, monkeypatch):
 def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, backend, monkeypatch):
     monkeypatch.setattr(triton_backend, "_SEGMENTS_PER_LAUNCH", segments_per_launch)
     case, calls = Case(T=4, E=3, has_bias=True), []
-    top_ks = (2, 1, 2)  # layers of a group may differ
+    layers_of_group = ((2, 0), (1, 3), (2, 0))  # top-k and rank of the residual: both may differ
     real = triton_backend.backward_weight
     monkeypatch.setattr(triton_backend, "backward_weight", lambda s, *a: calls.append(len(s)) or real(s, *a))
     pool = layer(case, torch.float32, device)
     layers = [
-        layer(case._replace(K=K), torch.float32, device)._replace(**{n: getattr(pool, n) for n in Layer._fields[3:7]})
-        for K in top_ks
+        layer(case._replace(K=K, rank=rank), torch.float32, device)._replace(
+            **{n: getattr(pool, n) for n in Layer._fields[3:7]}
+        )
+        for K, rank in layers_of_group
     ]
     reference_pool = in_float64(pool)
     references = [

@@ -18,6 +18,7 @@ from tiedmoe_kernels import ACTIVATIONS, deferred_weight_gradients, experts_forw
 from tiedmoe_kernels.deferred import say_once
 
 from .errors import TiedMoeError
+from .residual import Residual
 
 
 class Activation(NamedTuple):
@@ -29,7 +30,11 @@ class Activation(NamedTuple):
 
 
 def tiedmoe_experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    residual: Residual | None = None,
 ) -> torch.Tensor:
     """Run an experts module on `tiedmoe_kernels.experts_forward`, under the contract of `grouped_mm_experts_forward`.
 
@@ -39,6 +44,7 @@ def tiedmoe_experts_forward(
         hidden_states: `[T, H]`.
         top_k_index: `[T, K]` int64; the number of experts, or more, marks an inactive slot (expert parallelism).
         top_k_weights: `[T, K]`.
+        residual: of the tied layer that calls, whose own slots `top_k_index` are then.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states`.
@@ -46,18 +52,23 @@ def tiedmoe_experts_forward(
     Raises:
         TiedMoeError: experts without a gate, with a norm after each expert, or with an unknown activation.
     """
-    has_bias = self.has_bias
+    activation = activation_of(self)  # which refuses experts without a gate
+    has_bias, slot_map, factors = self.has_bias, None, None
+    if residual is not None:
+        slot_map, factors = residual.slot_map, (*residual.factors["gate_up_proj"], *residual.factors["down_proj"])
     return experts_forward(
         hidden_states,
         top_k_index,
         top_k_weights,
-        self.gate_up_proj if self.has_gate else self.up_proj,
+        self.gate_up_proj,
         self.down_proj,
-        **activation_of(self)._asdict(),
+        **activation._asdict(),
         gate_up_proj_bias=self.gate_up_proj_bias if has_bias else None,
         down_proj_bias=self.down_proj_bias if has_bias else None,
         is_transposed=self.is_transposed,
         is_concatenated=self.is_concatenated,
+        slot_map=slot_map,
+        residual=factors,
         recompute=getattr(self.config, "recompute_experts", False),
     )
 

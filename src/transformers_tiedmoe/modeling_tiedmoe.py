@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from .configuration_tiedmoe import TiedMoeConfig
 from .errors import TiedMoeError
-from .experts_interface import defer_weight_gradients, is_default_for
+from .experts_interface import defer_weight_gradients, is_default_for, tiedmoe_experts_forward
 from .families import (
     check_alike,
     expert_layers,
@@ -78,10 +78,7 @@ class ExpertPool(nn.Module):
         if residual is None:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # the family's, or its chosen backend
         if self.config._experts_implementation == "tiedmoe":
-            logger.warning_once(
-                "experts_implementation='tiedmoe' has no kernel for the residuals of a tied layer: the pools with "
-                f"residual_rank={self.config.residual_rank} above 0 run as a loop over experts in plain torch."
-            )
+            return tiedmoe_experts_forward(self, hidden_states, residual.router_index, top_k_weights, residual)
         return experts_with_residual(self, hidden_states, top_k_index, top_k_weights, residual)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -143,7 +140,7 @@ class TiedExperts(nn.Module):
             factors = {
                 n: (getattr(self, f"{n}_residual_b"), getattr(self, f"{n}_residual_a")) for n in self.residual_names
             }
-            extra["residual"] = Residual(top_k_index, factors)
+            extra["residual"] = Residual(top_k_index, self.slot_map, factors)
         if self.slot_map is not None:
             if not torch.compiler.is_compiling() and self.slot_map is not self._checked_slot_map:
                 self.check_slot_map()  # buffers may be set one by one, as accelerate's dispatch from disk does

@@ -11,11 +11,13 @@ import torch
 class Residual(NamedTuple):
     """One layer's factors, slot by slot.
 
-    `router_index [T, K]` int64 are the layer's own slots; `factors` maps a projection's name to
-    `(b [E, rows, r], a [E, r, columns])` in the family's own layout of that projection.
+    `router_index [T, K]` int64 are the layer's own slots and `slot_map [R]` int64 their pool rows, None for the
+    identity; `factors` maps a projection's name to `(b [R, rows, r], a [R, r, columns])` in the family's own layout of
+    that projection.
     """
 
     router_index: torch.Tensor
+    slot_map: torch.Tensor | None
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -26,9 +28,9 @@ def experts_with_residual(
     top_k_weights: torch.Tensor,
     residual: Residual,
 ) -> torch.Tensor:
-    """Run a pool's experts with a layer's residual, in one loop over the slots in use.
+    """Run a pool's experts with a layer's residual in plain torch, in one loop over the slots in use.
 
-    The pool's rows are read in place, never summed with the residual.
+    The pool's rows are read in place, never summed with the residual. `experts_implementation="tiedmoe"` has kernels.
 
     Args:
         pool: an `ExpertPool`.

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .low_rank import Residual
 from .spec import Spec, Weights
 
 
@@ -54,12 +55,12 @@ def inputs_for(
 
 
 def forward_for_backward(
-    backend: ModuleType, x: Tensor, inputs: tuple, spec: Spec, save_pre: bool
+    backend: ModuleType, x: Tensor, inputs: tuple, spec: Spec, save_pre: bool, residual: Residual | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `backend.forward`'s results, whose order and offsets a backward pass will read."""
     # So few slots a backend may compute without sorting them unless asked for the pre-activation, which is small then.
     few = x.size(0) * inputs[0].size(1) <= getattr(backend, "MAX_DECODE_SLOTS", 0)
-    return backend.forward(x, *inputs, spec, save_pre or few)
+    return backend.forward(x, *inputs, spec, save_pre or few, residual)
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

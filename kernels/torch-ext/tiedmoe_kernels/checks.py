@@ -6,16 +6,22 @@ Shape suffixes as in `spec.py`.
 import torch
 from torch import Tensor
 
-from .spec import ACTIVATIONS, Spec, Weights
+from .spec import ACTIVATIONS, Factors, Spec, Weights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_arguments(
-    hidden_states: Tensor, index: Tensor, top_k_weights: Tensor, weights: Weights, slot_map: Tensor | None, spec: Spec
+    hidden_states: Tensor,
+    index: Tensor,
+    top_k_weights: Tensor,
+    weights: Weights,
+    slot_map: Tensor | None,
+    residual: Factors | None,
+    spec: Spec,
 ) -> None:
     """Check everything about a call that can be known without reading a tensor, so that no device is waited for."""
-    check_shapes(hidden_states, index, top_k_weights, weights, slot_map, spec)
+    check_shapes(hidden_states, index, top_k_weights, weights, slot_map, residual, spec)
     dtype, device = weights[0].dtype, hidden_states.device
     known = (*_DTYPES, torch.float64) if device.type == "cpu" else _DTYPES
     if dtype not in known:
@@ -34,13 +40,14 @@ def check_arguments(
             raise ValueError(
                 f"{name} must be bfloat16, float16, float32 or float64; found {found}: convert it with .to()"
             )
-    for tensor in (hidden_states, *weights):
+    factors = residual or ()
+    for tensor in (hidden_states, *weights, *factors):
         if type(tensor).__name__ == "DTensor":
             raise ValueError(
                 "a DTensor (tensor parallel) reached the experts; expected plain tensors of this device: unshard them "
                 'first, or use experts_implementation="grouped_mm"'
             )
-    for tensor in (index, top_k_weights, slot_map, *weights):
+    for tensor in (index, top_k_weights, slot_map, *weights, *factors):
         if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"every tensor must be on {device}, where hidden_states is; found one on {tensor.device}: move it there"
@@ -48,7 +55,13 @@ def check_arguments(
 
 
 def check_shapes(
-    hidden_states: Tensor, index: Tensor, top_k_weights: Tensor, weights: Weights, slot_map: Tensor | None, spec: Spec
+    hidden_states: Tensor,
+    index: Tensor,
+    top_k_weights: Tensor,
+    weights: Weights,
+    slot_map: Tensor | None,
+    residual: Factors | None,
+    spec: Spec,
 ) -> None:
     """Check that the activation is known, that all shapes fit together and that indices are int64."""
     gate_up, down, gate_up_bias, down_bias = weights
@@ -83,6 +96,27 @@ def check_shapes(
     if index.dtype != torch.int64 or (slot_map is not None and slot_map.dtype != torch.int64):
         found = index.dtype if slot_map is None else f"{index.dtype} and {slot_map.dtype}"
         raise ValueError(f"top_k_index and slot_map must be int64; found {found}: convert with .long()")
+    if residual is not None:
+        _check_residual(residual, weights, E if slot_map is None else slot_map.size(0))
+
+
+def _check_residual(residual: Factors, weights: Weights, num_slots: int) -> None:
+    if len(residual) != 4:
+        raise ValueError(
+            f"residual must be b and a of gate_up_proj, b and a of down_proj; found {len(residual)} tensors"
+        )
+    for name, weight, b, a in zip(("gate_up_proj", "down_proj"), weights[:2], residual[::2], residual[1::2]):
+        _, rows, columns = weight.shape
+        rank = b.size(2) if b.dim() == 3 else 0
+        if rank == 0 or tuple(b.shape) != (num_slots, rows, rank) or tuple(a.shape) != (num_slots, rank, columns):
+            raise ValueError(
+                f"the residual of {name} must be b [{num_slots}, {rows}, r] and a [{num_slots}, r, {columns}], one pair "
+                f"per router index; found {tuple(b.shape)} and {tuple(a.shape)}"
+            )
+        if not (b.is_floating_point() and a.is_floating_point()):
+            raise ValueError(
+                f"the residual of {name} must be of floating point; found {b.dtype} and {a.dtype}: convert it with .to()"
+            )
 
 
 def check_indices(index: Tensor, slot_map: Tensor | None, E: int) -> None:

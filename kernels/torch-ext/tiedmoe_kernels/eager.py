@@ -5,15 +5,16 @@ The weight gradient is deferred where `deferred.py` says so. A call that `torch.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, compile_ops, deferred
-from .checks import check_arguments
+from .checks import check_arguments, check_indices
 from .deferred import Ledger
-from .spec import Segment, Spec, Weights
+from .low_rank import Residual, offsets_of_pool, ordered_by_pool_row
+from .spec import Factors, Segment, Spec, Weights
 
 
 def experts_forward(
@@ -31,12 +32,13 @@ def experts_forward(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     slot_map: Tensor | None = None,
+    residual: Factors | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Return `y [T, H]`, y = sum_k w_k * down_e(act(gate_e(x)) * up_e(x)) with e = slot_map[top_k_index[t, k]].
 
     What `experts_forward_reference` computes, whose docstring says what the activations are. Differentiable once,
-    with respect to `hidden_states`, `top_k_weights`, the projections and the biases.
+    with respect to `hidden_states`, `top_k_weights`, the projections, the biases and the residual.
 
     Args:
         hidden_states: `[T, H]`, floating point.
@@ -53,6 +55,8 @@ def experts_forward(
         is_transposed: the projections are stored `[E, in, out]`.
         is_concatenated: gate and up are stored as two halves; False: interleaved, gate0, up0, gate1, up1, ...
         slot_map: `[R]` int64, the pool row that each router index reads, default the identity (R = E).
+        residual: b and a of gate_up_proj, b and a of down_proj, default none: router index s reads `W[e] + b[s] @ a[s]`,
+            b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored, floating point.
         recompute: keep only the layer's input and routing for the backward pass, and compute the pre-activation again.
 
     Returns:
@@ -66,28 +70,33 @@ def experts_forward(
     """
     spec = Spec(activation, swiglu_alpha, swiglu_limit, is_transposed, is_concatenated)
     weights: Weights = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias)
-    check_arguments(hidden_states, top_k_index, top_k_weights, weights, slot_map, spec)
+    check_arguments(hidden_states, top_k_index, top_k_weights, weights, slot_map, residual, spec)
     device, dtype = hidden_states.device.type, gate_up_proj.dtype
     backend = None if torch.compiler.is_compiling() else backends.backend_of(device)
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     is_trained = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *weights)
+        t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *weights, *(residual or ()))
     )
+    ordered = None
+    if residual is not None:
+        if device == "cpu" and backend is not None:  # of the caller's numbers: those that a backend sees are others
+            check_indices(top_k_index, slot_map, gate_up_proj.size(0))
+        ordered, slot_map = ordered_by_pool_row(residual, slot_map, gate_up_proj.size(0), is_transposed, dtype)
     if backend is None:
         x, inputs = backends.inputs_for(hidden_states, top_k_index, top_k_weights, weights, slot_map, dtype)
-        return compile_ops.traced_forward(x, inputs, spec, is_trained, recompute).to(hidden_states.dtype)
+        return compile_ops.traced_forward(x, inputs, spec, ordered, is_trained, recompute).to(hidden_states.dtype)
 
     if not is_trained:
         x, inputs = backends.inputs_for(hidden_states, top_k_index, top_k_weights, weights, slot_map, dtype)
         with backends.no_autocast(device):
-            return backend.forward(x, *inputs, spec, False)[0].to(hidden_states.dtype)
+            return backend.forward(x, *inputs, spec, False, ordered)[0].to(hidden_states.dtype)
     call = _Call(backend, spec, dtype, recompute, deferred.gradient_dtype(weights), None)
     token = None
     if (gate := deferred.gate(weights, spec, dtype, backend)) is not None:
         token, ledger, weights = gate
         call = call._replace(ledger=ledger)
-    return _Experts.apply(token, hidden_states, top_k_weights, *weights, top_k_index, slot_map, call)
+    return _Experts.apply(token, hidden_states, top_k_weights, *weights, top_k_index, slot_map, call, *(ordered or ()))
 
 
 class _Call(NamedTuple):
@@ -117,14 +126,15 @@ class _Experts(torch.autograd.Function):
         index: Tensor,
         slot_map: Tensor | None,
         call: _Call,
+        *ordered: Any,
     ) -> Tensor:
         weights = (gate_up, down, gate_up_bias, down_bias)
         x, inputs = backends.inputs_for(hidden_states, index, top_k_weights, weights, slot_map, call.dtype)
         with backends.no_autocast(x.device.type):
             y, pre, order, offsets = backends.forward_for_backward(
-                call.backend, x, inputs, call.spec, save_pre=not call.recompute
+                call.backend, x, inputs, call.spec, not call.recompute, Residual(*ordered) if ordered else None
             )
-        ctx.save_for_backward(x, *inputs[1:6], pre, order, offsets)
+        ctx.save_for_backward(x, *inputs[1:6], pre, order, offsets, *ordered)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.hidden_dtype = call, hidden_states.dtype
         ctx.is_there = [w is not None for w in weights]
@@ -134,7 +144,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor | None) -> tuple:
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             raise ValueError(
                 "create_graph=True: experts_forward is differentiable once; for second derivatives use "
@@ -149,16 +159,17 @@ class _Experts(torch.autograd.Function):
                 "The gradient of expert weights is not deferred in reentrant gradient checkpointing; "
                 'gradient_checkpointing_kwargs={"use_reentrant": False} lets tied layers share one computation.'
             )
-        x, w, gate_up, down, gate_up_bias, down_bias, pre, order, offsets = ctx.saved_tensors
+        x, w, gate_up, down, gate_up_bias, down_bias, pre, order, offsets, *ordered = ctx.saved_tensors
+        residual = Residual(*ordered) if ordered else None
         grad_y = grad_y.to(call.dtype).contiguous()
         grad_weights: tuple[Tensor | None, ...] = (None,) * 4
         with backends.no_autocast(x.device.type):
-            grad_x, grad_w, grad_pre, hidden = call.backend.backward_data(
+            grad_x, grad_w, grad_pre, hidden, grad_ordered = call.backend.backward_data(
                 grad_y, x, w, gate_up, down, gate_up_bias, down_bias, pre, order, offsets,
-                call.spec, needs_x, needs_segment,
+                call.spec, needs_x, needs_segment, residual, any(ctx.needs_input_grad[10:]),
             )  # fmt: skip
             if needs_segment:
-                segment = Segment(x, grad_y, grad_pre, hidden, order, offsets, w)
+                segment = Segment(x, grad_y, grad_pre, hidden, order, offsets_of_pool(offsets, residual), w)
                 if ledger is not None:
                     ledger.leave(segment)
                 else:
@@ -171,4 +182,5 @@ class _Experts(torch.autograd.Function):
                         deferred.targets(ctx.next_functions[2:], ctx.is_there),
                     )
         grad_hidden = grad_x.to(ctx.hidden_dtype) if needs_x else None
-        return None, grad_hidden, grad_w if needs_w else None, *grad_weights, None, None, None
+        grad_ordered = (*grad_ordered, None) if grad_ordered else (None,) * len(ordered)
+        return None, grad_hidden, grad_w if needs_w else None, *grad_weights, None, None, None, *grad_ordered

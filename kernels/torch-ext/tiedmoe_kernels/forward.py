@@ -65,16 +65,80 @@ def gate_columns(n, I, INTERLEAVED: tl.constexpr):
         return n, tl.zeros((), tl.int64) + I
 
 
+@triton.jit
+def halves(tile):
+    """The left and the right half of the columns."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def load_added(added, row, last_row, n, shift, WIDTH, EVEN_N: tl.constexpr, mask):
+    """`[rows, n]` float32 of added `[N, WIDTH]`, the last row again and again past it."""
+    pointers = added + tl.minimum(row, last_row).to(tl.int64)[:, None] * WIDTH + shift + n[None, :]
+    if EVEN_N:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish_gate_up(
+    acc_gate, acc_up, n, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Add to the columns n of gate and up what is to be added, store them and hidden."""
+    gate_n, to_up = gate_columns(n, I, INTERLEAVED)
+    mask = (row <= last_row)[:, None]
+    if not EVEN_N:
+        mask = mask & (n < I)[None, :]
+    if HAS_BIAS:
+        acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
+        acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    if HAS_ADDED:
+        acc_gate += load_added(added, row, last_row, gate_n, 0 * to_up, 2 * I, EVEN_N, mask)
+        acc_up += load_added(added, row, last_row, gate_n, to_up, 2 * I, EVEN_N, mask)
+    if SAVE_PRE:
+        pre_row = pre + row.to(tl.int64)[:, None] * (2 * I)
+        tl.store(pre_row + gate_n[None, :], acc_gate.to(pre.dtype.element_ty), mask=mask)
+        tl.store(pre_row + to_up + gate_n[None, :], acc_up.to(pre.dtype.element_ty), mask=mask)
+    if SAVE_HIDDEN:
+        h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
+        tl.store(hidden + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_rows(
+    acc, n, row, last_row, e, bias, added, weights, out, order, N_SIZE,
+    WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Add to the columns n what is to be added, weight the rows and store them."""
+    mask = (row <= last_row)[:, None]
+    if not EVEN_N:
+        mask = mask & (n < N_SIZE)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + e.to(tl.int64) * N_SIZE + n, mask=n < N_SIZE, other=0.0).to(tl.float32)[None, :]
+    if HAS_ADDED:
+        acc += load_added(added, row, last_row, n, tl.zeros((), tl.int64), N_SIZE, EVEN_N, mask)
+    if WEIGHTED:
+        acc *= tl.load(weights + tl.load(order + tl.minimum(row, last_row))).to(tl.float32)[:, None]
+    tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_tiles_m"])
 def gate_up_kernel(
-    x, w, bias, pre, hidden, order, offsets, tile_expert, tile_row,
+    x, w, bias, added, pre, hidden, order, offsets, tile_expert, tile_row,
     num_tiles_m, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """pre `[N, 2I]` = x[token] @ gate_up^T + bias, in the weights' column order; hidden `[N, I]` = act(gate) * up."""
+    """pre `[N, 2I]` = x[token] @ gate_up^T + bias + added, in the weights' column order; hidden `[N, I]` = act(gate) * up."""
     m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(I, BLOCK_N), GROUP_M)
     e = tl.load(tile_expert + m)
     if e < 0:
@@ -106,32 +170,34 @@ def gate_up_kernel(
         acc_gate = tl.dot(a, b_gate, acc_gate, input_precision=PRECISION)
         acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
 
-    if HAS_BIAS:
-        acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
-        acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
-            None, :
-        ]
-    mask = (row <= last_row)[:, None]
-    if not EVEN_N:
-        mask = mask & (n < I)[None, :]
-    if SAVE_PRE:
-        pre_row = pre + row.to(tl.int64)[:, None] * (2 * I)
-        tl.store(pre_row + gate_n[None, :], acc_gate.to(pre.dtype.element_ty), mask=mask)
-        tl.store(pre_row + to_up + gate_n[None, :], acc_up.to(pre.dtype.element_ty), mask=mask)
-    if SAVE_HIDDEN:
-        h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
-        tl.store(hidden + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
+    if HAS_ADDED:  # one half of the columns after the other: what is added to a whole tile has no room in registers
+        gate_l, gate_r = halves(acc_gate)
+        up_l, up_r = halves(acc_up)
+        l = n0 + tl.arange(0, BLOCK_N // 2)
+        finish_gate_up(
+            gate_l, up_l, l, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            ACTIVATION, INTERLEAVED, HAS_BIAS, True, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
+        )  # fmt: skip
+        finish_gate_up(
+            gate_r, up_r, l + BLOCK_N // 2, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            ACTIVATION, INTERLEAVED, HAS_BIAS, True, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
+        )  # fmt: skip
+    else:
+        finish_gate_up(
+            acc_gate, acc_up, n, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            ACTIVATION, INTERLEAVED, HAS_BIAS, False, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tiles_m"])
 def rows_kernel(
-    a, w, bias, weights, out, order, offsets, tile_expert, tile_row,
+    a, w, bias, added, weights, out, order, offsets, tile_expert, tile_row,
     num_tiles_m, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
-    K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out `[N, N_SIZE]` = (a @ expert's matrix + bias) * weight of the slot; a `[N, K_SIZE]`, or `[T, K_SIZE]` gathered."""
+    """out `[N, N_SIZE]` = (a @ expert's matrix + bias + added) * weight of the slot; a `[N, K_SIZE]`, `[T, K_SIZE]` gathered."""
     m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(N_SIZE, BLOCK_N), GROUP_M)
     e = tl.load(tile_expert + m)
     if e < 0:
@@ -159,14 +225,20 @@ def rows_kernel(
         )  # fmt: skip
         acc = tl.dot(block, b, acc, input_precision=PRECISION)
 
-    if HAS_BIAS:
-        acc += tl.load(bias + e.to(tl.int64) * N_SIZE + n, mask=n < N_SIZE, other=0.0).to(tl.float32)[None, :]
-    if WEIGHTED:
-        acc *= tl.load(weights + tl.load(order + tl.minimum(row, last_row))).to(tl.float32)[:, None]
-    mask = (row <= last_row)[:, None]
-    if not EVEN_N:
-        mask = mask & (n < N_SIZE)[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    if HAS_ADDED:  # as in gate_up_kernel
+        left, right = halves(acc)
+        l = n0 + tl.arange(0, BLOCK_N // 2)
+        finish_rows(
+            left, l, row, last_row, e, bias, added, weights, out, order, N_SIZE, WEIGHTED, HAS_BIAS, True, EVEN_N
+        )
+        finish_rows(
+            right, l + BLOCK_N // 2, row, last_row, e, bias, added, weights, out, order, N_SIZE,
+            WEIGHTED, HAS_BIAS, True, EVEN_N,
+        )  # fmt: skip
+    else:
+        finish_rows(
+            acc, n, row, last_row, e, bias, added, weights, out, order, N_SIZE, WEIGHTED, HAS_BIAS, False, EVEN_N
+        )
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Run it in float64 to judge a kernel. Autograd gives every gradient: hidden states, routing weights, projections, biases.
 
 Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, R router width (R = E
-without a slot map), K top-k, N rows of one expert.
+without a slot map), K top-k, N rows of one router index.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,7 @@ def experts_forward_reference(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     slot_map: Tensor | None = None,
+    residual: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return `y [T, H]`, y = sum_k w_k * down_e(act(gate_e(x)) * up_e(x)) with e = slot_map[top_k_index[t, k]].
 
@@ -59,6 +60,8 @@ def experts_forward_reference(
         is_transposed: the projections are stored `[E, in, out]`.
         is_concatenated: gate and up are stored as two halves; False: interleaved, gate0, up0, gate1, up1, ...
         slot_map: `[R]` int64, the pool row that each router index reads, default the identity (R = E).
+        residual: b and a of gate_up_proj, b and a of down_proj, default none: router index s reads `W[e] + b[s] @ a[s]`,
+            b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states`, summed over K in float32 or wider.
@@ -69,20 +72,21 @@ def experts_forward_reference(
     num_experts = gate_up_proj.size(0)
     spec = Spec(activation, swiglu_alpha, swiglu_limit, is_transposed, is_concatenated)
     weights = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias)
-    check_shapes(hidden_states, top_k_index, top_k_weights, weights, slot_map, spec)
+    check_shapes(hidden_states, top_k_index, top_k_weights, weights, slot_map, residual, spec)
     check_indices(top_k_index, slot_map, num_experts)
-    pool_index_TK = top_k_index
-    if slot_map is not None:
-        inactive = slot_map.new_full((1,), num_experts)
-        pool_index_TK = torch.cat([slot_map, inactive])[top_k_index]
+    pool_rows = range(num_experts) if slot_map is None else slot_map.tolist()
 
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     y_TH = torch.zeros_like(hidden_states, dtype=dtype)
-    active = [e for e in pool_index_TK.unique().tolist() if e < num_experts]
-    # With nothing active, expert 0 on zero rows costs nothing and leaves zero gradients instead of missing ones.
-    for e in active or [0]:
-        token_N, k_N = (pool_index_TK == e).nonzero(as_tuple=True)
+    active = [s for s in top_k_index.unique().tolist() if s < len(pool_rows)]
+    # With nothing active, index 0 on zero rows costs nothing and leaves zero gradients instead of missing ones.
+    for s in active or [0]:
+        token_N, k_N = (top_k_index == s).nonzero(as_tuple=True)
+        e = pool_rows[s]
         gate_up_w, down_w = gate_up_proj[e], down_proj[e]
+        if residual is not None:
+            gate_up_b, gate_up_a, down_b, down_a = (factor[s] for factor in residual)
+            gate_up_w, down_w = gate_up_w + gate_up_b @ gate_up_a, down_w + down_b @ down_a
         if is_transposed:
             gate_up_w, down_w = gate_up_w.T, down_w.T
         gate_up_bias = None if gate_up_proj_bias is None else gate_up_proj_bias[e]

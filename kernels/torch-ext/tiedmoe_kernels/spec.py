@@ -12,6 +12,8 @@ from torch import Tensor
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate_up, down, gate_up_bias, down_bias
 
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]  # of a residual: b and a of gate_up, b and a of down
+
 # Every name that `activation` may have; reference.py says what they compute.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "clamped_silu", "clamped_swiglu")
 

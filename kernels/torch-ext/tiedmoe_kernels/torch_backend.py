@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_indices
+from .low_rank import LowRank, Residual, offsets_of_pool
 from .spec import Segment, Spec
 
 _SUM = 0  # torch.embedding_bag's mode
@@ -32,6 +33,7 @@ def forward(
     slot_map: Tensor | None,
     spec: Spec,
     save_pre: bool,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer's output, and what its backward needs.
 
@@ -43,24 +45,26 @@ def forward(
         down: `[E, H, I]`, or `[E, I, H]` if `spec.is_transposed`.
         gate_up_bias: `[E, 2I]` or None.
         down_bias: `[E, H]` or None.
-        slot_map: `[R]` int64 rows of the pool, or None.
+        slot_map: `[R]` int64 rows of the pool, or None. With a residual: slots of the residual.
         spec: activation and layout.
         save_pre: whether the pre-activation is to be returned.
+        residual: what `low_rank.ordered_by_pool_row` makes, the compute dtype, or None.
 
     Returns:
         y `[T, H]` as x; pre `[N, 2I]` as x, columns as the weights have them, `[0]` without `save_pre`; order `[N]`
-        int32; offsets `[E + 1]` int32.
+        int32; offsets `[E + 1]` int32, or `[R + 1]` by slot with a residual.
 
     Raises:
         ValueError: an index out of range.
     """
-    order, offsets = _sort(index, slot_map, gate_up.size(0))
-    rows = _Rows.of(order, offsets, *index.shape)
-    pre = _pre_activation(x, gate_up, gate_up_bias, rows, spec)
+    order, offsets = _sort(index, slot_map, gate_up.size(0) if residual is None else residual.down_to_rank.size(0))
+    rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
+    pre = _pre_activation(x, gate_up, gate_up_bias, up_residual, rows, spec)
     gate, up = _halves(_wide(pre[: rows.n]), spec)
     hidden = _activate(gate, up, spec)[0]
     weights_n1 = rows.weights(weights, gate.dtype)[:, None]
-    out = _matmul(hidden.mul_(weights_n1).to(x.dtype), _right(down, not spec.is_transposed), rows)
+    hidden = hidden.mul_(weights_n1).to(x.dtype)
+    out = _plus(_matmul(hidden, _right(down, not spec.is_transposed), rows), down_residual.added(hidden))
     if down_bias is not None:
         out = torch.addcmul(_wide(out), weights_n1, _wide(down_bias)[rows.experts()]).to(x.dtype)
     return rows.sum_per_token(out), pre if save_pre else x.new_empty(0), order, offsets
@@ -80,36 +84,41 @@ def backward_data(
     spec: Spec,
     needs_hidden_grad: bool,
     needs_segment: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual: Residual | None = None,
+    needs_residual_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Every gradient but the weights', and what those need.
 
     Args:
         grad_output: dy `[T, H]`, the compute dtype as everything but `weights`.
-        x, weights, gate_up, down, gate_up_bias, down_bias, spec: as in `forward`.
+        x, weights, gate_up, down, gate_up_bias, down_bias, spec, residual: as in `forward`.
         pre, order, offsets: from `forward`; a pre of `[0]` is computed again.
         needs_hidden_grad: whether grad_x is wanted.
         needs_segment: whether grad_pre and hidden are wanted.
+        needs_residual_grad: whether grad_residual is wanted.
 
     Returns:
         grad_x `[T, H]`; grad_weights `[T, K]` as `weights`, 0 at inactive slots; grad_pre `[N, 2I]`; hidden
-        `[N, I]` = w * act(gate) * up. `[0]` for each that is not wanted.
+        `[N, I]` = w * act(gate) * up; grad_residual, the gradients of the four factors, 0 at slots not in use.
+        `[0]`, and `()` of the last, for each that is not wanted.
     """
     T, K = weights.shape
     N, n = T * K, int(offsets[-1])
-    rows = _Rows.of(order, offsets, T, K)
+    rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
     if not pre.numel():
-        pre = _pre_activation(x, gate_up, gate_up_bias, rows, spec)
+        pre = _pre_activation(x, gate_up, gate_up_bias, up_residual, rows, spec)
     gate, up = _halves(_wide(pre[:n]), spec)
     value, grad_gate, grad_up = _activate(gate, up, spec, with_gradient=True)
 
     grad_rows = grad_output[rows.tokens]
-    grad_unweighted = _wide(_matmul(grad_rows, _right(down, spec.is_transposed), rows))
+    grad_unweighted = _matmul(grad_rows, _right(down, spec.is_transposed), rows)
+    grad_unweighted = _wide(_plus(grad_unweighted, down_residual.added_to_grad(grad_rows)))
     weight_grad_n = torch.linalg.vecdot(grad_unweighted, value)
     if down_bias is not None:
         weight_grad_n += torch.linalg.vecdot(_wide(grad_rows), _wide(down_bias)[rows.experts()])
     grad_weights = weights.new_zeros(N).index_copy_(0, rows.slots, weight_grad_n.to(weights.dtype)).view(T, K)
-    if not (needs_hidden_grad or needs_segment):
-        return x.new_empty(0), grad_weights, x.new_empty(0), x.new_empty(0)
+    if not (needs_hidden_grad or needs_segment or needs_residual_grad):
+        return x.new_empty(0), grad_weights, x.new_empty(0), x.new_empty(0), ()
 
     weights_n1 = rows.weights(weights, gate.dtype)[:, None]
     grad_hidden = grad_unweighted.mul_(weights_n1)
@@ -117,14 +126,22 @@ def backward_data(
     to_gate, to_up = _halves(grad_pre[:n], spec)
     to_gate.copy_(grad_gate.mul_(grad_hidden))
     to_up.copy_(grad_up.mul_(grad_hidden))
-    grad_x = x.new_empty(0)
+    added = up_residual.added_to_grad(grad_pre[:n])
+    grad_x = hidden = x.new_empty(0)
+    grad_residual: tuple[Tensor, ...] = ()
     if needs_hidden_grad:
-        grad_x = rows.sum_per_token(_matmul(grad_pre[:n], _right(gate_up, spec.is_transposed), rows))
+        grad_x = rows.sum_per_token(_plus(_matmul(grad_pre[:n], _right(gate_up, spec.is_transposed), rows), added))
+    if needs_segment or needs_residual_grad:
+        hidden = x.new_empty(N, up.size(1))
+        hidden[:n].copy_(value.mul_(weights_n1))
+    if needs_residual_grad:
+        grad_residual = (
+            *up_residual.gradients(x, grad_pre[:n], x_by_token=True),
+            *down_residual.gradients(hidden[:n], grad_rows),
+        )
     if not needs_segment:
-        return grad_x, grad_weights, x.new_empty(0), x.new_empty(0)
-    hidden = x.new_empty(N, up.size(1))
-    hidden[:n].copy_(value.mul_(weights_n1))
-    return grad_x, grad_weights, grad_pre, hidden
+        return grad_x, grad_weights, x.new_empty(0), x.new_empty(0), grad_residual
+    return grad_x, grad_weights, grad_pre, hidden, grad_residual
 
 
 def backward_weight(
@@ -260,10 +277,38 @@ def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tenso
     return row.argsort(stable=True).int(), offsets
 
 
-def _pre_activation(x: Tensor, gate_up: Tensor, bias: Tensor | None, rows: _Rows, spec: Spec) -> Tensor:
+def _rows_and_residuals(
+    order: Tensor, offsets: Tensor, weights: Tensor, residual: Residual | None, spec: Spec
+) -> tuple[_Rows, LowRank, LowRank]:
+    """The rows sorted by pool row, and what a residual adds to gate_up and to down, whose rows are sorted by slot."""
+    rows = slots = _Rows.of(order, offsets_of_pool(offsets, residual), *weights.shape)
+    if residual is not None and residual.first_slot is not None:
+        slots = _Rows.of(order, offsets, *weights.shape)
+
+    def product(a: Tensor, factor: Tensor, k_is_last: bool, by_token: bool) -> Tensor:
+        return _matmul(a[slots.tokens] if by_token else a, _right(factor, k_is_last), slots)
+
+    def weight_grad(a: Tensor, grad: Tensor, a_by_token: bool, grad_by_token: bool) -> Tensor:
+        a, grad = a[slots.tokens] if a_by_token else a, grad[slots.tokens] if grad_by_token else grad
+        first, second = (a, grad) if spec.is_transposed else (grad, a)
+        return _matmul_over_rows(first, second, slots, a.dtype, None)
+
+    factors = (None, None) if residual is None else (residual[:2], residual[2:4])
+    up, down = (LowRank(pair, spec.is_transposed, product, weight_grad) for pair in factors)
+    return rows, up, down
+
+
+def _plus(rows: Tensor, added: Tensor | None) -> Tensor:
+    return rows if added is None else rows.add_(added)
+
+
+def _pre_activation(
+    x: Tensor, gate_up: Tensor, bias: Tensor | None, residual: LowRank, rows: _Rows, spec: Spec
+) -> Tensor:
     """Gate and up of every active slot, `[N, 2I]`, columns as the weights have them."""
     right = _right(gate_up, not spec.is_transposed)
-    pre = _matmul(x[rows.tokens], right, rows)
+    x_rows = x[rows.tokens]
+    pre = _plus(_matmul(x_rows, right, rows), residual.added(x_rows))
     if bias is not None:
         pre += bias[rows.experts()]
     return F.pad(pre, (0, 0, 0, len(rows.order) - rows.n)) if rows.n < len(rows.order) else pre

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import backward as bwd
 from . import decode, metadata, tuning
 from . import forward as fwd
+from .low_rank import LowRank, Residual, offsets_of_pool
 from .spec import Segment, Spec
 
 MAX_DECODE_SLOTS = 256  # beyond this, sorting once costs less than every program's look at all slots
@@ -84,16 +85,18 @@ def forward(
     slot_map: Tensor | None,
     spec: Spec,
     save_pre: bool,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets `[E + 1]` int32; see `torch_backend.py`.
+    """y `[T, H]`, pre `[N, 2I]` or `[0]`, order `[N]` int32, offsets int32; see `torch_backend.py`.
 
-    Without `save_pre`, up to `MAX_DECODE_SLOTS` slots over enough experts are computed without sorting them; order and offsets
-    are then undefined.
+    Without `save_pre`, up to `MAX_DECODE_SLOTS` slots over enough experts are computed without sorting them, unless
+    there is a residual; order and offsets are then undefined.
     """
     x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
     (T, K), E, H = index.shape, gate_up.size(0), x.size(1)
+    decodes = not save_pre and residual is None and 0 < T * K <= MAX_DECODE_SLOTS
     with _on_device_of(x):
-        if not save_pre and 0 < T * K <= MAX_DECODE_SLOTS and triton.cdiv(T * K, min(T * K, E)) <= _DECODE_ROWS:
+        if decodes and triton.cdiv(T * K, min(T * K, E)) <= _DECODE_ROWS:
             y = _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec)
             return (
                 y,
@@ -101,10 +104,13 @@ def forward(
                 index.new_empty(T * K, dtype=torch.int32),
                 index.new_empty(E + 1, dtype=torch.int32),
             )
-        order, offsets, position = metadata.sort_slots(index, slot_map, E)
-        rows = _Rows(order, offsets, K)
-        pre, hidden = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre, save_hidden=True)
-        out = _rows(hidden, _Matrices(down, not spec.is_transposed), down_bias, weights, rows)
+        num_slots = E if residual is None else residual.down_to_rank.size(0)
+        order, offsets, position = metadata.sort_slots(index, slot_map, num_slots)
+        rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
+        added = up_residual.added(x, by_token=True)
+        pre, hidden = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre, save_hidden=True, added=added)
+        added = down_residual.added(hidden)
+        out = _rows(hidden, _Matrices(down, not spec.is_transposed), down_bias, weights, rows, added=added)
         return _combine(out, position, (T, K, H)), pre, order, offsets
 
 
@@ -122,26 +128,41 @@ def backward_data(
     spec: Spec,
     needs_hidden_grad: bool,
     needs_segment: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`; see `torch_backend.py`.
+    residual: Residual | None = None,
+    needs_residual_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`, grad_residual; see `torch_backend.py`.
 
-    An empty pre is computed again. The last two are returned in any case: the others are made from them.
+    An empty pre is computed again. grad_pre and hidden are returned in any case: the others are made from them.
     """
     x, grad_output, weights = x.contiguous(), grad_output.contiguous(), weights.contiguous()
     (T, K), H, (N, two_i) = weights.shape, x.size(1), (order.numel(), _two_i(gate_up, spec))
+    grad_residual: tuple[Tensor, ...] = ()
     if N == 0:
+        if residual is not None and needs_residual_grad:
+            grad_residual = tuple(torch.zeros_like(factor) for factor in residual[:4])
         grad_x = torch.zeros_like(x) if needs_hidden_grad else x.new_empty(0)
-        return grad_x, torch.empty_like(weights), x.new_empty(N, two_i), x.new_empty(N, two_i // 2)
+        return grad_x, torch.empty_like(weights), x.new_empty(N, two_i), x.new_empty(N, two_i // 2), grad_residual
     with _on_device_of(x):
-        rows = _Rows(order, offsets, K)
+        rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
         if pre.numel() == 0:
-            pre, _ = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre=True, save_hidden=False)
-        hidden = _rows(grad_output, _Matrices(down, k_is_last=spec.is_transposed), None, None, rows, gather=True)
+            added = up_residual.added(x, by_token=True)
+            pre, _ = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre=True, save_hidden=False, added=added)
+        added = down_residual.added_to_grad(grad_output, by_token=True)
+        matrices = _Matrices(down, k_is_last=spec.is_transposed)
+        hidden = _rows(grad_output, matrices, None, None, rows, gather=True, added=added)
         grad_weights, grad_pre = _gate_backward(grad_output, down_bias, weights, pre, hidden, rows, spec)
+        added = up_residual.added_to_grad(grad_pre) if needs_hidden_grad or needs_residual_grad else None
+        if needs_residual_grad:
+            grad_residual = (
+                *up_residual.gradients(x, grad_pre, x_by_token=True),
+                *down_residual.gradients(hidden, grad_output, grad_by_token=True),
+            )
         if not needs_hidden_grad:
-            return x.new_empty(0), grad_weights, grad_pre, hidden
-        out = _rows(grad_pre, _Matrices(gate_up, k_is_last=spec.is_transposed), None, None, rows)
-        return _combine(out, metadata.invert(order, offsets), (T, K, H)), grad_weights, grad_pre, hidden
+            return x.new_empty(0), grad_weights, grad_pre, hidden, grad_residual
+        out = _rows(grad_pre, _Matrices(gate_up, k_is_last=spec.is_transposed), None, None, rows, added=added)
+        grad_x = _combine(out, metadata.invert(order, offsets), (T, K, H))
+        return grad_x, grad_weights, grad_pre, hidden, grad_residual
 
 
 def backward_weight(
@@ -232,8 +253,32 @@ def _options(config: tuning.Config, like: Tensor) -> dict:
     }
 
 
-def _gate_up(x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hidden: bool) -> tuple[Tensor, Tensor]:
-    """pre `[N, 2I]` and hidden `[N, I]`, `[0]` where not saved."""
+def _rows_and_residuals(
+    order: Tensor, offsets: Tensor, weights: Tensor, residual: Residual | None, spec: Spec
+) -> tuple[_Rows, LowRank, LowRank]:
+    """The rows sorted by pool row, and what a residual adds to gate_up and to down, whose rows are sorted by slot."""
+    rows = slots = _Rows(order, offsets, weights.size(1))
+    if residual is not None and residual.first_slot is not None:
+        rows = _Rows(order, offsets_of_pool(offsets, residual), weights.size(1))
+
+    def product(a: Tensor, factor: Tensor, k_is_last: bool, by_token: bool) -> Tensor:
+        return _rows(a, _Matrices(factor, k_is_last), None, None, slots, gather=by_token)
+
+    def weight_grad(a: Tensor, grad: Tensor, a_by_token: bool, grad_by_token: bool) -> Tensor:
+        group = _Group([Segment(a, grad, grad, a, order, offsets, weights)], a.dtype)
+        if grad_by_token:
+            return _weight_grad((grad,), (a,), group, not spec.is_transposed, None)
+        return _weight_grad((a,), (grad,), group, spec.is_transposed, None, gather=a_by_token)
+
+    factors = (None, None) if residual is None else (residual[:2], residual[2:4])
+    up, down = (LowRank(pair, spec.is_transposed, product, weight_grad) for pair in factors)
+    return rows, up, down
+
+
+def _gate_up(
+    x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hidden: bool, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """pre `[N, 2I]` and hidden `[N, I]`, `[0]` where not saved; `added [N, 2I]` is part of pre."""
     matrices, I = _Matrices(gate_up, k_is_last=not spec.is_transposed), _two_i(gate_up, spec) // 2
     pre = x.new_empty((rows.N, 2 * I) if save_pre else 0)
     hidden = x.new_empty((rows.N, I) if save_hidden else 0)
@@ -243,18 +288,28 @@ def _gate_up(x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hid
     w, flags = matrices.arguments(config, I)
     num_tiles = rows.num_tiles(config.block_m)
     fwd.gate_up_kernel[(num_tiles * triton.cdiv(I, config.block_n),)](
-        x, w, bias, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
+        x, w, bias, added, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, x),
+        HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma,
+        **flags, **_options(config, x),
     )  # fmt: skip
     return pre, hidden
 
 
 def _rows(
-    a: Tensor, matrices: _Matrices, bias: Tensor | None, weights: Tensor | None, rows: _Rows, gather=False
+    a: Tensor,
+    matrices: _Matrices,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    rows: _Rows,
+    gather: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """`[N, N_SIZE]`: the rows a `[N, K_SIZE]`, or gathered from `[T, K_SIZE]`, through their expert's matrix."""
+    """`[N, N_SIZE]`: the rows a `[N, K_SIZE]`, or gathered from `[T, K_SIZE]`, through their expert's matrix.
+
+    `added [N, N_SIZE]` and the expert's bias are added, the sum multiplied by the slot's weight.
+    """
     out = a.new_empty(rows.N, matrices.n_size)
     if rows.N == 0:
         return out
@@ -262,9 +317,10 @@ def _rows(
     w, flags = matrices.arguments(config, matrices.n_size)
     num_tiles = rows.num_tiles(config.block_m)
     fwd.rows_kernel[(num_tiles * triton.cdiv(matrices.n_size, config.block_n),)](
-        a, w, bias, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
+        a, w, bias, added, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, matrices.k_size, matrices.n_size, *matrices.strides,
-        K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a),
+        K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None,
+        HAS_ADDED=added is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a),
     )  # fmt: skip
     return out
 
@@ -294,9 +350,17 @@ def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: S
 
 
 def _weight_grad(
-    by_token: tuple[Tensor, ...], by_row: tuple[Tensor, ...], group: _Group, token_first: bool, into: Tensor | None
+    by_token: tuple[Tensor, ...],
+    by_row: tuple[Tensor, ...],
+    group: _Group,
+    token_first: bool,
+    into: Tensor | None,
+    gather: bool = True,
 ) -> Tensor:
-    """`[E, P, Q]`: A^T B per expert, where A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse."""
+    """`[E, P, Q]`: A^T B per expert, where A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse.
+
+    Without `gather` by_token is `[N, .]`, too.
+    """
     a, b = (by_token, by_row) if token_first else (by_row, by_token)
     P, Q = a[0].size(1), b[0].size(1)
     out = a[0].new_empty(group.E, P, Q, dtype=group.out_dtype) if into is None else into
@@ -304,7 +368,7 @@ def _weight_grad(
     config = config._replace(block_m=tuning.at_most(config.block_m, P))
     bwd.weight_grad_kernel[(group.E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
         a, b, group.orders, group.offsets, out, P, Q, group.E,
-        K=group.top_k, GATHER_A=token_first, GATHER_B=not token_first, ADD=into is not None,
+        K=group.top_k, GATHER_A=gather and token_first, GATHER_B=gather and not token_first, ADD=into is not None,
         EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0]),
     )  # fmt: skip
     return out
