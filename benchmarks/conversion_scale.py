@@ -8,6 +8,7 @@ limits are those of the project: twice the seconds of `cp`, and 1.5 times one gr
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from tables import table, write_json
 from timing import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
@@ -40,19 +42,15 @@ print(json.dumps({"seconds": seconds, "imports_bytes": before, "peak_bytes": pea
 
 def write_source(folder: Path, gigabytes: float) -> int:
     """A Mixtral of as many layers as fit into `gigabytes`; returns their number."""
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
     from transformers import MixtralConfig
 
     layer_bytes = 2 * (3 * EXPERTS * HIDDEN * WIDTH + 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4)
     num_layers = max(round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes), GROUP_SIZE)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_local_experts": EXPERTS}
     config = MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
-        num_hidden_layers=num_layers,
-        num_local_experts=EXPERTS,
-        architectures=["MixtralForCausalLM"],
-        dtype="bfloat16",
+        **sizes, num_hidden_layers=num_layers, architectures=["MixtralForCausalLM"], dtype="bfloat16"
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -68,28 +66,21 @@ def write_source(folder: Path, gigabytes: float) -> int:
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}.{name}.weight"] = (HIDDEN,)
     shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        size += 2 * torch.Size(shape).numel()
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 2 * torch.Size(shape).numel()
-        shards[-1].append(name)
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: 2 * math.prod(shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     # Random bits once, and another window of them for each tensor: drawing 20 GB would take longer than all else.
     torch.manual_seed(0)
-    bits = (torch.randn(VOCAB * HIDDEN + 1_000_003) * 0.02).to(torch.bfloat16)
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            count = torch.Size(shapes[name]).numel()
-            start = (len(weight_map) * 7919) % (len(bits) - count)
-            tensors[name] = bits[start : start + count].clone().reshape(shapes[name])
-            weight_map[name] = file
+    bits = (torch.randn(max(map(math.prod, shapes.values())) + 1_000_003) * 0.02).to(torch.bfloat16)
+    starts = {name: number * 7919 % 1_000_003 for number, name in enumerate(shapes)}
+    for file, names in split.filename_to_tensors.items():
+        windows = {name: bits[starts[name] :][: math.prod(shapes[name])] for name in names}
+        tensors = {name: window.clone().reshape(shapes[name]) for name, window in windows.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": weight_map}
+    index = {"metadata": {}, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return num_layers
 
@@ -130,23 +121,15 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
             copied = copy_seconds(source, folder / "copy")
             os.sync()
             converted = convert(source, folder / "out", method, num_layers)
-            rows.append(
-                {
-                    "method": method,
-                    "pair": pair,
-                    "cp_seconds": copied,
-                    "convert_seconds": converted["seconds"],
-                    "ratio": converted["seconds"] / copied,
-                    "peak_bytes": converted["peak_bytes"],
-                    "imports_bytes": converted["imports_bytes"],
-                    "planned_bytes": converted["report"]["peak_memory_bytes"],
-                    "bytes_after": converted["report"]["bytes_after"],
-                    "limit_bytes": int(1.5 * group_bytes + 1e9),
-                }
-            )
+            report = converted.pop("report")
+            seconds = converted.pop("seconds")
+            row = {"method": method, "pair": pair, "cp_seconds": copied, "convert_seconds": seconds}
+            row |= {"ratio": seconds / copied} | converted
+            row |= {"planned_bytes": report["peak_memory_bytes"], "bytes_after": report["bytes_after"]}
+            rows.append(row | {"limit_bytes": int(1.5 * group_bytes + 1e9)})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    shards = len(list(source.glob("*.safetensors")))
     shutil.rmtree(source)
-    shards = -(-num_bytes // SHARD_BYTES)
     return {
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
@@ -155,47 +138,52 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
     }
 
 
-def table(result: dict) -> str:
-    source = result["source"]
+def markdown(result: dict) -> str:
+    source, rows = result["source"], result["rows"]
+    columns = ["method", "cp (s)", "convert (s)", "ratio", "limit", "peak RSS (GB)", "limit (GB)", "written (GB)"]
+    cells = [
+        [
+            f"`{row['method']}`",
+            *(f"{row[name]:.1f}" for name in ("cp_seconds", "convert_seconds")),
+            f"{row['ratio']:.2f}",
+            2,
+            *(f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "limit_bytes")),
+            f"{row['bytes_after'] / 1e9:.1f}",
+        ]
+        for row in rows
+    ]
     lines = [
         "# Converting a large checkpoint, against copying it",
         "",
-        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some {source['shards']} shards, one tensor "
-        f"per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} GB. `cp` includes fsync, `convert` hashes and verification. "
-        "One line is a pair, run one after the other.",
+        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some {source['shards']} "
+        f"shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} GB. `cp` includes fsync, "
+        "`convert` hashes and verification. One line is a pair, run one after the other.",
         "",
-        "| method | cp (s) | convert (s) | ratio | limit | peak RSS (GB) | limit (GB) | written (GB) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table(columns, cells),
+        "",
     ]
-    lines += [
-        f"| `{row['method']}` | {row['cp_seconds']:.1f} | {row['convert_seconds']:.1f} | {row['ratio']:.2f} | 2 | "
-        f"{row['peak_bytes'] / 1e9:.2f} | {row['limit_bytes'] / 1e9:.2f} | {row['bytes_after'] / 1e9:.1f} |"
-        for row in result["rows"]
-    ]
-    lines.append("")
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        ratios = [row["ratio"] for row in result["rows"] if row["method"] == method]
-        lines.append(
-            f"- `{method}`: {statistics.median(ratios):.2f} times the seconds of `cp`, the median of {len(ratios)}"
-        )
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ratios = [row["ratio"] for row in rows if row["method"] == method]
+        median = statistics.median(ratios)
+        lines.append(f"- `{method}`: {median:.2f} times the seconds of `cp`, the median of {len(ratios)}")
     where = ", ".join(f"{name} {value}" for name, value in {**result["machine"], **result["versions"]}.items())
     return "\n".join([*lines, "", f"{where}. {result['note']}".strip(), ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure; emptied afterwards")
     parser.add_argument("--gigabytes", type=float, default=20)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--note", default="", help="what else there is to say, such as what else ran on the machine")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    result = run(args.folder, args.gigabytes, args.pairs, tuple(args.methods.split(",")))
-    result["note"] = args.note
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    options = parser.parse_args(arguments)
+    result = run(options.folder, options.gigabytes, options.pairs, tuple(options.methods.split(",")))
+    result["note"] = options.note
+    write_json(options.output.with_suffix(".json"), result)
+    options.output.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ are there are not run again.
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import re
 import sys
@@ -27,6 +26,7 @@ from study.configurations import QUICK, ROWS, Row
 from study.plot import save_plot
 from study.runs import BEFORE, Run, Study
 from study.summary import markdown, summarize
+from tables import write_json
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
@@ -92,8 +92,7 @@ def write_results(study: Study, options: argparse.Namespace) -> None:
         "versions": versions(),
         "machine": machine(torch.device("cpu")) | {"threads of a process": torch.get_num_threads()},
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(options.results.with_suffix(".json"), summary)
     options.results.with_suffix(".md").write_text(markdown(summary))
     save_plot(summary, options.results.with_suffix(".png"))
     print(markdown(summary))

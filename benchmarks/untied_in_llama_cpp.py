@@ -7,7 +7,6 @@ Exit status 1 where a family is not converted or its logits differ.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -16,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tables import write_json
 from timing import versions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -74,11 +74,8 @@ def make_untied(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -
     model.save_pretrained(folder / "source")
     tokenizer.save_pretrained(folder / "source")
     source, tied = str(folder / "source"), str(folder / "tied")
-    convert(
-        ConversionRecipe(
-            source=source, output=tied, method="average", group_size=2, skip_first=1, skip_last=1, measure=False
-        )
-    )
+    tying = {"method": "average", "group_size": 2, "skip_first": 1, "skip_last": 1}
+    convert(ConversionRecipe(source=source, output=tied, measure=False, **tying))
     untie(tied, str(folder / "untied"))
 
 
@@ -107,7 +104,7 @@ def check(family: str, tokenizer: PreTrainedTokenizerFast, llama_cpp: Path, fold
     make_untied(family, tokenizer, folder)
     errors = {name: to_gguf(folder / name, llama_cpp) for name in ("source", "untied")}
     result = {"family": family, "converted": not errors["untied"]}
-    if any(errors.values()) or not importlib.util.find_spec("llama_cpp"):
+    if any(errors.values()) or not installed():
         return result | {name: error for name, error in errors.items() if error}
     tokens = tokenizer(TEXT)["input_ids"]
     logits = {
@@ -123,11 +120,15 @@ def check(family: str, tokenizer: PreTrainedTokenizerFast, llama_cpp: Path, fold
     return result | {"tokens": len(tokens)} | {name: each.abs().max().item() for name, each in differences.items()}
 
 
-def main() -> None:
+def installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llama_cpp", type=Path, help="checkout of llama.cpp")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not (options.llama_cpp / "convert_hf_to_gguf.py").is_file():
         parser.error(f"{options.llama_cpp} holds no convert_hf_to_gguf.py; give a checkout of llama.cpp")
     tokenizer, results = train_tokenizer(DemoConfig().text, vocab_size=320), []
@@ -135,11 +136,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(check(family, tokenizer, options.llama_cpp.resolve(), Path(folder)))
         print(json.dumps(results[-1]), flush=True)
-    found = versions()
-    if importlib.util.find_spec("llama_cpp"):
-        found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
-    options.output.write_text(json.dumps({"versions": found, "families": results}, indent=1) + "\n")
-    if not importlib.util.find_spec("llama_cpp"):
+    write_json(options.output, {"versions": versions(), "families": results})
+    if not installed():
         print("llama-cpp-python is not installed: converted, but nothing was run and no logits were compared")
     raise SystemExit(not all(each["converted"] and each.get("untied", 0.0) <= TOLERANCE for each in results))
 

@@ -321,3 +321,22 @@ def test_peak_training_memory_holds_weights_gradients_moments_and_activations(tm
     assert small > 4 * 4 * parameters  # four float32 numbers per parameter
     activations = 15 * 32 * 4 * 300  # of the fifteen more sequences: at least their logits
     assert large - small > activations
+
+
+def test_demo_seeds_summarises_what_the_demos_report(demo, tmp_path, monkeypatch):
+    """`benchmarks/demo_seeds.py` on the report of a tiny demo, as of two seeds that differ by one percent."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import demo_seeds
+
+    def run_demo(config, progress):
+        healed = demo[1]["healed"] | {"perplexity": 200.0 * (1 + config.seed / 100)}
+        return demo[1] | {"healed": healed, "control": demo[1]["control"] | {"perplexity": 200.0}}
+
+    monkeypatch.setattr(demo_seeds, "run_demo", run_demo)
+    demo_seeds.main(["--output", str(tmp_path), "--seeds", "0,1", "--results", str(tmp_path / "results")])
+    rows = json.loads((tmp_path / "results" / "demo_seeds.json").read_text())["rows"]
+    assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in MODELS for seed in (0, 1)]
+    text = (tmp_path / "results" / "demo_seeds.md").read_text()
+    assert text.startswith("Seeds 0, 1; mean")
+    assert "| 201.00 ± 1.41 |" in text
+    assert "above the control's: 0.005 ± 0.007 nats" in text  # the mean of 0 and ln 1.01

@@ -1,8 +1,9 @@
 """The study's runs in one JSON-able summary, and that as a table."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from tables import mean_of, plus_minus, table
 
 from .configurations import SOURCE, Row
 from .runs import BEFORE, Run, Study
@@ -20,7 +21,7 @@ def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
     return {
         "rows": rows,
         "goals": [_goal(rows, *goal) for goal in GOALS],
-        "control_perplexity": _spread(_values(control, 1.0, "perplexity")),
+        "control_perplexity": mean_of(_values(control, 1.0, "perplexity")),
         "source_perplexity": control[0, BEFORE]["perplexity"],
         "held_out_tokens": next(iter(control.values()))["tokens"],
         "training": training,
@@ -30,30 +31,35 @@ def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table, the largest row first, among equals the best first and what was not healed last, and what became of the goals."""
+    """The table, and what became of the goals.
+
+    The largest row comes first, among equals the best first and what was not healed last.
+    """
     settings, steps = summary["settings"], summary["healing_steps"]
     shares = [str(share) for share in settings["shares"]]
     columns = ["", "size", "expert bytes", "seeds healed", "loss before"]
     columns += [f"after {float(share):.0%} ({steps[share]} steps)" for share in shares]
     columns += ["perplexity against the control", "against the source", "seconds to convert"]
     tokens = settings["source"]["batch_size"] * settings["source"]["block_size"]
-    lines = [
+    head = (
         f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens of "
         f"training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, source as "
-        f"teacher at half the loss (or all of it: teacher alone), peak learning rate {settings['heal_learning_rate']:g}. Control: the source with the same tokens, "
-        f"perplexity {_plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample standard deviation over the seeds of "
-        "calibration text and healing.",
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|---|---|{'---:|' * (len(columns) - 2)}",
+        "teacher at half the loss (or all of it: teacher alone), peak learning rate "
+        f"{settings['heal_learning_rate']:g}. Control: the source with the same tokens, perplexity "
+        f"{plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample "
+        "standard deviation over the seeds of calibration text and healing."
+    )
+    cells = [
+        [
+            *(row["series"], row["size"], f"{row['expert_share']:.1%}", row["num_seeds"]),
+            *(plus_minus(row["loss"][share], 4) for share in (str(BEFORE), *shares)),
+            *(plus_minus(row[f"percent_above_{model}"], 2, " %", "+") for model in ("control", "source")),
+            plus_minus(row["conversion_seconds"], 1),
+        ]
+        for row in sorted(summary["rows"], key=_order)
     ]
-    for row in sorted(summary["rows"], key=_order):
-        cells = [row["series"], row["size"], f"{row['expert_share']:.1%}", str(row["num_seeds"])]
-        cells += [_plus_minus(row["loss"][share], 4) for share in (str(BEFORE), *shares)]
-        cells += [_plus_minus(row[f"percent_above_{model}"], 2, " %", "+") for model in ("control", "source")]
-        cells.append(_plus_minus(row["conversion_seconds"], 1))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *map(_goal_line, summary["goals"]), ""])
+    goals = map(_goal_line, summary["goals"])
+    return "\n".join([head, "", *table(columns, cells, left=2), "", *goals, ""])
 
 
 def _runs_of(results: Results, row: Row) -> Runs:
@@ -78,18 +84,18 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
         "parameters": first["parameters"],
         "expert_bytes": first["expert_bytes"],
         "expert_share": first["expert_bytes"] / source_bytes,
-        "loss": {str(share): _spread(_values(found, share, "loss")) for share in (BEFORE, *shares)},
+        "loss": {str(share): mean_of(_values(found, share, "loss")) for share in (BEFORE, *shares)},
         "loss_above_control": {str(share): _loss_above(found, control, share) for share in (BEFORE, *shares)},
         "percent_above_control": _above(healed, {seed: control.get((seed, 1.0)) for seed in healed}),
         "percent_above_source": _above(healed, dict.fromkeys(healed, control[0, BEFORE])),
-        "conversion_seconds": _spread(_values(found, BEFORE, "conversion_seconds")),
-        "healing_seconds": _spread(_values(found, 1.0, "heal_seconds")),
+        "conversion_seconds": mean_of(_values(found, BEFORE, "conversion_seconds")),
+        "healing_seconds": mean_of(_values(found, 1.0, "heal_seconds")),
     }
 
 
 def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | None:
     """By how many nats losses are above the control's of the same seed after the same healing."""
-    return _spread(
+    return mean_of(
         [
             result["loss"] - control[seed, each]["loss"]
             for (seed, each), result in found.items()
@@ -100,19 +106,11 @@ def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | No
 
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
     """By how many % perplexities are above those of `other`, by seed; a seed that `other` has not run yet is left out."""
-    return _spread([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
+    return mean_of([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
 def _values(results: dict, share: float, figure: str) -> list[float]:
     return [result[figure] for (_, each), result in results.items() if each == share and figure in result]
-
-
-def _spread(values: list[float]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (None of one) and the values; None of none."""
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}
 
 
 def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, Any]:
@@ -139,8 +137,8 @@ def _goal_line(goal: dict[str, Any]) -> str:
     )
     if goal["best"] is None:
         return aim + "not measured"
-    found = _plus_minus(goal["found"], 2, " %", "+")
-    above_source = _plus_minus(goal["above_source"], 2, " %", "+")
+    found = plus_minus(goal["found"], 2, " %", "+")
+    above_source = plus_minus(goal["above_source"], 2, " %", "+")
     verdict = "met" if goal["is_met"] else "missed"
     return aim + f"{verdict}, {found} (`{goal['best']}`; {above_source} above the untouched source)"
 
@@ -149,12 +147,3 @@ def _order(row: dict[str, Any]) -> tuple:
     after, before = row["loss"].get("1.0"), row["loss"][str(BEFORE)]
     mean = (after or before)["mean"] if after or before else 0.0
     return row["kind"] != "source", -round(row["expert_share"], 2), after is None, mean
-
-
-def _plus_minus(spread: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:
-    if spread is None:
-        return ""
-    deviation = spread["standard_deviation"]
-    return (
-        f"{spread['mean']:{sign}.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "") + unit
-    )

@@ -1,0 +1,46 @@
+"""How the benchmarks write what they found: JSON with one row a line, Markdown tables, means with their deviation."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, result: dict | list) -> None:
+    """Write JSON with each entry of `result`, and each row of an entry that is a list of rows, on a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(result, list):
+        text = _rows(result)
+    else:
+        entries = (f"{json.dumps(name)}: {_rows(value)}" for name, value in result.items())
+        text = "{\n" + ",\n".join(entries) + "\n}"
+    path.write_text(text + "\n")
+
+
+def _rows(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
+    return json.dumps(value, allow_nan=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence], left: int = 1) -> list[str]:
+    """The lines of a Markdown table, numbers to the right but for the first `left` columns."""
+    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+def mean_of(values: list[float]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation (None of one) and the values; None of none."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}
+
+
+def plus_minus(found: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:
+    """What `mean_of` found as text; nothing for None."""
+    if found is None:
+        return ""
+    deviation = found["standard_deviation"]
+    return f"{found['mean']:{sign}.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}") + unit

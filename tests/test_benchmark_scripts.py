@@ -1,0 +1,82 @@
+"""The benchmarks of conversions, each started at a size that takes seconds; the study has a file of its own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import conversion_scale
+import untied_in_llama_cpp
+from tables import mean_of, plus_minus, table, write_json
+
+
+def test_write_json_gives_a_row_a_line(tmp_path):
+    rows = [{"a": 1, "b": {"c": [1, 2]}}, {"a": 0.1}]
+    write_json(tmp_path / "new" / "dict.json", {"machine": {"cores": 2}, "rows": rows, "none": []})
+    lines = (tmp_path / "new" / "dict.json").read_text().splitlines()
+    assert lines[1:5] == ['"machine": {"cores": 2},', '"rows": [', '{"a": 1, "b": {"c": [1, 2]}},', '{"a": 0.1}']
+    assert json.loads("\n".join(lines)) == {"machine": {"cores": 2}, "rows": rows, "none": []}
+    write_json(tmp_path / "list.json", rows)
+    assert json.loads((tmp_path / "list.json").read_text()) == rows
+    assert len((tmp_path / "list.json").read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "nan.json", [{"a": float("nan")}])
+
+
+def test_means_and_tables():
+    assert mean_of([1.0, 2.0, 3.0]) == {"mean": 2.0, "standard_deviation": 1.0, "values": [1.0, 2.0, 3.0]}
+    assert plus_minus(mean_of([1.0, 2.0, 3.0]), 2, " %", "+") == "+2.00 ± 1.00 %"
+    assert plus_minus(mean_of([4.0]), 1) == "4.0"
+    assert plus_minus(mean_of([]), 1) == ""
+    assert table(["", "ms"], [["a", 1]]) == ["|  | ms |", "| --- | ---: |", "| a | 1 |"]
+
+
+@pytest.mark.slow
+def test_conversion_scale_converts_and_copies_in_pairs(tmp_path, monkeypatch):
+    small = {"EXPERTS": 4, "HIDDEN": 32, "WIDTH": 48, "VOCAB": 64, "SHARD_BYTES": 40_000, "METHODS": ("union",)}
+    for name, value in small.items():
+        monkeypatch.setattr(conversion_scale, name, value)
+    output = tmp_path / "results" / "scale.json"
+    arguments = [str(tmp_path / "work"), "--gigabytes", "1e-4", "--methods", "average", "--output", str(output)]
+    conversion_scale.main([*arguments, "--note", "Tiny."])
+    found = json.loads(output.read_text())
+    # An expert has 3 * 32 * 48 numbers of 2 bytes, a layer 4 of them and 2.5 * 32 * 32 of attention.
+    assert found["source"]["layers"] == round((1e5 - 4 * 64 * 32) / (2 * (4 * 3 * 32 * 48 + 5 * 512)))
+    assert found["source"]["group_bytes"] == 2 * 4 * 3 * 32 * 48 * 2
+    assert found["source"]["shards"] > 1
+    (row,) = found["rows"]
+    assert row["ratio"] == row["convert_seconds"] / row["cp_seconds"]
+    assert row["peak_bytes"] >= row["imports_bytes"] > 1 << 20
+    assert row["bytes_after"] < found["source"]["bytes"]
+    assert "| `average` |" in output.with_suffix(".md").read_text()
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_untied_in_llama_cpp_converts_with_the_checkouts_own_script(tmp_path, monkeypatch):
+    """A stand-in for llama.cpp's converter, which says what it was given; nothing is run without llama-cpp-python."""
+    checkout = tmp_path / "llama.cpp"
+    (checkout / "conversion").mkdir(parents=True)
+    (checkout / "conversion" / "base.py").write_text("class TextModel: pass\n")
+    (checkout / "convert_hf_to_gguf.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom conversion.base import TextModel\n"
+        "assert TextModel().get_vocab_base_pre(None) == 'gpt-2'\n"
+        "assert len(list(Path(sys.argv[1]).glob('*.safetensors'))) > 0\n"
+        "assert sys.argv[2:5] == ['--outtype', 'f32', '--outfile']\nPath(sys.argv[5]).write_text('gguf')\n"
+    )
+    monkeypatch.setattr(untied_in_llama_cpp, "FAMILIES", {"olmoe": untied_in_llama_cpp.FAMILIES["olmoe"]})
+    monkeypatch.setattr(untied_in_llama_cpp, "installed", lambda: False)
+    output = tmp_path / "untied.json"
+    with pytest.raises(SystemExit) as ended:
+        untied_in_llama_cpp.main([str(checkout), "--output", str(output)])
+    assert not ended.value.code
+    assert json.loads(output.read_text())["families"] == [{"family": "olmoe", "converted": True}]
+    (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown architecture')\n")
+    with pytest.raises(SystemExit) as ended:
+        untied_in_llama_cpp.main([str(checkout), "--output", str(output)])
+    assert ended.value.code
+    assert json.loads(output.read_text())["families"][0]["untied"] == "unknown architecture"
+    with pytest.raises(SystemExit):
+        untied_in_llama_cpp.main([str(tmp_path)])
