@@ -17,10 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from tiedmoe_kernels import (
     backends,
+    deferred,
     deferred_weight_gradients,
     experts_forward,
     experts_forward_reference,
@@ -95,6 +97,19 @@ CASES = {
         slot_map=[1, 2, 0, 1],
         rank=5,
     ),
+}
+
+
+def in_larger_storage(w: Tensor, *sizes: int) -> Tensor:
+    larger = torch.full(sizes, torch.nan, device=w.device)
+    view = larger[tuple(slice(size - n, size) for size, n in zip(sizes, w.shape))]
+    return view.copy_(w.detach()).requires_grad_()
+
+
+VIEWS = {
+    "transposed": lambda w: w.detach().mT.contiguous().mT.requires_grad_(),
+    "some rows of each expert": lambda w: in_larger_storage(w, len(w) + 1, w.size(1) + 3, w.size(2)),
+    "some columns": lambda w: in_larger_storage(w, len(w), w.size(1), w.size(2) + 16),
 }
 
 
@@ -287,6 +302,64 @@ def test_descriptors_read_the_same_weights(device, backend, monkeypatch):
         for by_pointer, by_descriptor in zip(*results):
             torch.testing.assert_close(by_pointer, by_descriptor)
     assert True in chosen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_weights_are_read_where_they_lie(view, device, backend, monkeypatch):
+    """Views of other storage, through pointers and descriptors: the same results, and no copy of the weights."""
+    case = Case(T=4, H=32, I=32, E=2, rank=2)
+    mine = layer(case, torch.float32, device)
+    there = mine._replace(gate_up=VIEWS[view](mine.gate_up), down=VIEWS[view](mine.down))
+    assert not any(w.is_contiguous() for w in (there.gate_up, there.down))
+    copied: list[torch.Size] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.clone.default:
+                copied.append(out.shape)
+            return out
+
+    for tma in (False, True):
+        config = tuning.Config(16, 32, 16, group_m=2, num_warps=4, num_stages=2, tma=tma)
+        monkeypatch.setattr(tuning, "choose", lambda *a, config=config: config._replace(tma=config.tma and a[5]))
+        want = results(forward(experts_forward, mine, case), mine.leaves)
+        with Copies():
+            y = forward(experts_forward, there, case)
+            gradients = torch.autograd.grad(y.square().sum(), there.leaves)
+            with torch.no_grad():
+                decoded = forward(experts_forward, there._replace(residual=None), case)
+        for got, expected in zip([y, *gradients], want):
+            assert relative_error(got, expected.double()) < 1e-6
+        with torch.no_grad():
+            torch.testing.assert_close(decoded, forward(experts_forward, mine._replace(residual=None), case))
+    assert not {there.gate_up.shape, there.down.shape} & set(copied)
+
+
+def results(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def test_weights_that_lie_neither_by_rows_nor_by_columns_are_copied():
+    assert triton_backend._Matrices(torch.empty(2, 8, 8).mT, k_is_last=True).k_is_last is False
+    for weight, is_one in (
+        (torch.empty(2, 8, 8), True),
+        (torch.empty(2, 8, 8).mT, True),
+        (torch.empty(2, 8, 16)[:, :, 4:12], True),  # rows apart, each expert's after the other's
+        (torch.empty(2, 16, 8)[:, :8], False),  # experts apart: rows of one matrix only with those between
+        (torch.empty(2, 8, 9)[:, :, :8], False),  # 36 bytes from row to row
+        (torch.empty(2, 8, 16)[:, :, 2:10], False),  # begins 8 bytes after a multiple of 16
+        (torch.empty(1, 8, 8).expand(2, 8, 8), False),  # one matrix for all experts
+    ):
+        assert deferred.readable(weight) is weight
+        assert triton_backend._Matrices(weight, k_is_last=True).can_use_tma() is is_one
+    strided = torch.randn(2, 8, 16)[:, :, ::2]
+    deferred.say_once.cache_clear()
+    copy = deferred.readable(strided)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, strided)
+    assert deferred.say_once.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

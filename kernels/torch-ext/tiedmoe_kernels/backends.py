@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .deferred import readable
 from .low_rank import Residual
 from .spec import Spec, Weights
 
@@ -48,8 +49,11 @@ def inputs_for(
     slot_map: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple]:
-    """Return what a backend's `forward` takes, contiguous: x, and (index, weights, *weights of the pool, slot_map)."""
-    cast = (None if w is None else w.to(dtype).contiguous() for w in weights)
+    """Return what a backend's `forward` takes: x, and (index, weights, *weights of the pool, slot_map).
+
+    The projections may lie by rows or by columns with any distance between them; all else is contiguous.
+    """
+    cast = (None if w is None else readable(w.to(dtype)) for w in weights)
     slot_map = None if slot_map is None else slot_map.contiguous()
     return hidden_states.to(dtype).contiguous(), (index.contiguous(), top_k_weights.contiguous(), *cast, slot_map)
 

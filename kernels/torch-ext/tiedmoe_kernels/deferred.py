@@ -214,8 +214,25 @@ def say_once(message: str) -> None:
     logger.warning(message)
 
 
+def readable(weight: Tensor) -> Tensor:
+    """Return a weight as the backends read it: matrices as they lie, by rows or by columns; else a contiguous copy."""
+    if weight.dim() == 3 and 1 in weight.stride()[1:]:
+        return weight
+    if weight.dim() == 3:
+        _say_copied()
+    return weight.contiguous()
+
+
+@torch.compiler.assume_constant_result
+def _say_copied() -> None:
+    say_once(
+        "Expert weights are copied at every call: in neither direction are a matrix's elements side by side in memory. "
+        "Keep them contiguous, as a transposed view, or as a slice of whole rows or columns."
+    )
+
+
 def _detached(weights: Weights, dtype: torch.dtype) -> Weights:
-    gate_up, down, *biases = (None if w is None else w.detach().to(dtype).contiguous() for w in weights)
+    gate_up, down, *biases = (None if w is None else readable(w.detach().to(dtype)) for w in weights)
     return gate_up, down, biases[0], biases[1]  # type: ignore[return-value]
 
 

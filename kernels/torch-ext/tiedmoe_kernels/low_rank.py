@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .deferred import readable
+
 
 class Residual(NamedTuple):
     """One layer's factors, each stored as the projections are: `[R, out, in]`, or `[R, in, out]` if transposed.
@@ -62,7 +64,7 @@ def ordered_by_pool_row(
         rows_of_pool = torch.arange(num_experts + 1, device=slot_map.device)
         first_slot = torch.searchsorted(slot_map[by_row], rows_of_pool)
         slot_of_index = by_row.argsort().masked_fill((slot_map < 0) | (slot_map >= num_experts), R)
-    b_up, a_up, b_down, a_down = (factor.to(dtype).contiguous() for factor in (b_up, a_up, b_down, a_down))
+    b_up, a_up, b_down, a_down = (readable(factor.to(dtype)) for factor in (b_up, a_up, b_down, a_down))
     ordered = (b_up, a_up, b_down, a_down) if is_transposed else (a_up, b_up, a_down, b_down)
     return Residual(*ordered, first_slot), slot_of_index
 

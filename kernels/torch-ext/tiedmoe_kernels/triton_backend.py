@@ -27,16 +27,22 @@ _LONG = 2**16  # a contraction over rows, whose number only the device knows: no
 
 
 class _Matrices:
-    """The experts' matrices `[K_SIZE, N_SIZE]` of one projection as a kernel reads them: pointer or descriptor, strides."""
+    """The experts' matrices `[K_SIZE, N_SIZE]` of one projection as a kernel reads them: pointer or descriptor, strides.
+
+    The last dimension of `weight` is the one that is contiguous: a transposed view is taken as what it is a view of.
+    """
 
     def __init__(self, weight: Tensor, k_is_last: bool):
+        if weight.stride(2) != 1:
+            weight, k_is_last = weight.mT, not k_is_last
         self.weight, self.k_is_last = weight, k_is_last
         self.n_size, self.k_size = weight.shape[1:] if k_is_last else reversed(weight.shape[1:])
 
     def can_use_tma(self) -> bool:
-        """Whether a tensor descriptor can lie over the storage."""
-        row_bytes = self.weight.size(2) * self.weight.element_size()
-        return self.weight.is_contiguous() and row_bytes % 16 == 0 and self.weight.data_ptr() % 16 == 0
+        """Whether a tensor descriptor can lie over the rows of all experts as over one matrix."""
+        (e, row, column), (_, rows, columns) = self.weight.stride(), self.weight.shape
+        is_one_matrix = e == rows * row and row >= columns and column == 1
+        return is_one_matrix and row * self.weight.element_size() % 16 == 0 and self.weight.data_ptr() % 16 == 0
 
     def arguments(self, config: tuning.Config, n_size: int) -> tuple[object, dict]:
         """The kernel's argument `w` and its flags; `n_size` columns are tiled (I, where gate and up are two halves)."""
