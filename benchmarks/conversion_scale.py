@@ -1,9 +1,10 @@
-"""A conversion against `cp`, on a checkpoint of any size: `python benchmarks/conversion_scale.py FOLDER --gigabytes 20`.
+"""A conversion against `cp`, at any size: `python benchmarks/conversion_scale.py FOLDER --gigabytes 20`.
 
-Writes a Mixtral-shaped source (Mixtral 8x7B's experts, one tensor per expert, many shards, random bits) into FOLDER, which needs
-room for it twice. Then, for each method, in pairs: `cp` of its files plus fsync, and a conversion in a process of its own, whose
-greatest resident memory the kernel tells. Both the seconds and their ratio depend on what else the disk does: read the pairs. The
-limits are those of the project: twice the seconds of `cp`, and 1.5 times one group's experts plus 1 GB of memory.
+Writes a Mixtral-shaped source (Mixtral 8x7B's experts, one tensor per expert, many shards, random bits) into FOLDER,
+which needs room for it twice. Then, for each method, in pairs: `cp` of its files plus fsync, and a conversion in a
+process of its own, whose greatest resident memory the kernel tells. Both the seconds and their ratio depend on what
+else the disk does: read the pairs. The limits are those of the project: twice the seconds of `cp`, and 1.5 times one
+group's experts plus 1 GB of memory.
 """
 
 import argparse
@@ -155,9 +156,9 @@ def markdown(result: dict) -> str:
     lines = [
         "# Converting a large checkpoint, against copying it",
         "",
-        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some {source['shards']} "
-        f"shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} GB. `cp` includes fsync, "
-        "`convert` hashes and verification. One line is a pair, run one after the other.",
+        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some "
+        f"{source['shards']} shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} "
+        "GB. `cp` includes fsync, `convert` hashes and verification. One line is a pair, run one after the other.",
         "",
         *table(columns, cells),
         "",

@@ -1,9 +1,9 @@
 """Loss against bytes for every conversion method, before and after healing: `make study-conversion`.
 
 One source is trained on the novels that ship with the package, or found in OUTPUT/source; every row of
-`study/configurations.py` is converted, measured, healed with 5, 25 and 100 % of a fixed budget (5 % of the source's own
-training tokens) and measured again. Writes conversion_study.json, .md and .png. Kill it and start it again: runs that
-are there are not run again.
+`study/configurations.py` is converted, measured, healed with 5, 25 and 100 % of a fixed budget (5 % of the source's
+own training tokens) and measured again. Writes conversion_study.json, .md and .png. Kill it and start it again: runs
+that are there are not run again.
 
     python benchmarks/conversion_study.py --output study --workers 2       # two or three hours on two idle cores
     python benchmarks/conversion_study.py --output quick --quick --results quick/study    # the whole path in a minute

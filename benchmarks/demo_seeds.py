@@ -1,7 +1,7 @@
 """The demo over several seeds: `python benchmarks/demo_seeds.py --output seeds --seeds 0,1,2` (or `make seeds`).
 
 Every seed has its own source weights, order of the text and samples; the text and the tokenizer are the same. Writes
-benchmarks/results/demo_seeds.json, a row for each model and seed, and demo_seeds.md: means, sample standard deviations.
+benchmarks/results/demo_seeds.json, a row for each model and seed, and demo_seeds.md: means and standard deviations.
 """
 
 import argparse

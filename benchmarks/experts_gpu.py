@@ -15,10 +15,10 @@ The cases, in bfloat16; a step is forward and backward of a tied group of g laye
     21-43    every other shape: forward at 8192, decoding 8, a step at 2048
     44-      the rest of the grid of shapes, tokens, group sizes and routings
 
-One row is a peer (peers.py) in a case. A row is written to PREFIX.jsonl, one JSON object a line, as soon as it is measured,
-after a first line that describes machine, versions and the machine's own rates; PREFIX.md, the table, is written again
-after each. A row that would not end within --budget-s is not begun, and named in the table. A peer that breaks the
-device is left out, and the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
+One row is a peer (peers.py) in a case. A row is written to PREFIX.jsonl, one JSON object a line, as soon as it is
+measured, after a first line that describes machine, versions and the machine's own rates; PREFIX.md, the table, is
+written again after each. A row that would not end within --budget-s is not begun, and named in the table. A peer that
+breaks the device is left out, and the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
 `--device cpu` tries the script on tiny shapes; those figures mean nothing.
 """
 
@@ -28,6 +28,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ import torch
 from measure import Bench, run_plan
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import DECODE_TOKENS, GROUP_SIZES, OLMOE, QWEN3, ROUTINGS, SHAPES, TINY, TOKENS, Case
+from tables import table
 from timing import machine, machine_rates, versions
 
 RESULTS = Path(__file__).parent / "results" / "experts_gpu"
@@ -129,46 +131,45 @@ def bar(rows: list[dict]) -> list[str]:
     return [*lines, f"- never slower than transformers' best, time over ours >= 1, {len(ratios)} rows: {found}"]
 
 
-def markdown(run: dict, rows: list[dict], left_out: list[str]) -> str:
-    rates = run["rates"]
+def markdown(run: dict, rows: list[dict], left_out: Sequence[str]) -> str:
+    rates, where = run["rates"], run["machine"] | run["versions"]
+    device = where.get("device", "a CPU: the script alone is tried, the figures mean nothing")
+    columns = ["case", "peer", "", "ms", "rate", "of machine", "over ours", "saved, MB", "peak, MB", "error"]
+    cells = [
+        [
+            f"{row['case']}: {row['key']}",
+            row["peer"],
+            ", ".join([row["status"]] * (row["status"] == "wrong") + ["no graph"] * ("no_graph" in row)),
+            "{median:.4g} ({p20:.4g}-{p80:.4g})".format(**row["ms"]),
+            f"{row['tflops']:.4g} TFLOP/s" if "tflops" in row else f"{row['tb_per_s']:.3g} TB/s",
+            f"{row['of_machine']:.0%}",
+            "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**over) if (over := row.get("time_over_tiedmoe")) else "",
+            *(f"{row[name] / 1e6:.1f}" if row.get(name) else "" for name in ("saved_bytes", "peak_bytes")),
+            f"{row['largest_error']:.1e}" if "largest_error" in row else "",
+        ]
+        for row in rows
+        if "ms" in row
+    ]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if reason := row.get("reason") or row.get("no_graph"):
+            reasons.setdefault(f"{row['peer']}, {row['status']}: {reason}", []).append(str(row["case"]))
     lines = [
-        f"# Expert kernels on {run['machine'].get('device', 'a CPU: the script alone is tried, the figures mean nothing')}",
+        f"# Expert kernels on {device}",
         "",
-        f"{run['date']}, `{run['command']}`. {', '.join(f'{k} {v}' for k, v in (run['machine'] | run['versions']).items())}.",
-        f"8192^3 bf16 matrix product {rates['matmul_tflops']:.4g} TFLOP/s, copy {rates['copy_tb_per_s']:.3g} TB/s: `of machine`.",
+        f"{run['date']}, `{run['command']}`. {', '.join(f'{name} {value}' for name, value in where.items())}.",
+        f"bf16 matrix product of 8192 {rates['matmul_tflops']:.4g} TFLOP/s, copy {rates['copy_tb_per_s']:.3g} TB/s. "
         "Times are medians of rounds (p20-p80), `over ours` the median ratio inside a round: above 1 ours is faster.",
         "",
         "The bar, set for an H100:",
         "",
         *bar(rows),
         "",
-        "| | case | peer | ms | rate | of machine | over ours | saved, MB | peak, MB | error |",
-        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        *table(columns, cells, left=3),
+        "",
+        *(f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items()),
+        *(f"- no time left: {key}" for key in left_out),
     ]
-    for row in rows:
-        if "ms" in row:
-            over = row.get("time_over_tiedmoe")
-            cells = [
-                row["case"],
-                row["key"],
-                row["peer"]
-                + (" (no graph)" if "no_graph" in row else "")
-                + (" WRONG" if row["status"] == "wrong" else ""),
-                "{median:.4g} ({p20:.4g}-{p80:.4g})".format(**row["ms"]),
-                f"{row['tflops']:.4g} TFLOP/s" if "tflops" in row else f"{row['tb_per_s']:.3g} TB/s",
-                f"{row['of_machine']:.0%}",
-                "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**over) if over else "",
-                *("" if row.get(name) is None else f"{row[name] / 1e6:.1f}" for name in ("saved_bytes", "peak_bytes")),
-                f"{row['largest_error']:.1e}" if "largest_error" in row else "",
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        reason = row.get("reason") or (f"no graph: {row['no_graph']}" if "no_graph" in row else None)
-        if reason:
-            reasons.setdefault(f"{row['peer']}, {row['status']}, {reason}", []).append(str(row["case"]))
-    lines += ["", *(f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items())]
-    lines += [f"- no time left: {key}" for key in left_out]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -182,36 +183,23 @@ class Results:
         self.lines, self.table = (prefix.parent / (prefix.name + end) for end in (".jsonl", ".md"))
         prefix.parent.mkdir(parents=True, exist_ok=True)
         found = self.lines.read_text().splitlines() if resume and self.lines.exists() else []
-        self.run, *self.rows = [json.loads(line) for line in found] or [{}]
-        if not found:
-            self.lines.write_text("")
+        self.entries = [json.loads(line) for line in found]  # the run, then the rows
+        self.lines.write_text("".join(f"{line}\n" for line in found))
 
-    def describe(self, run: dict) -> None:
-        self.run = run
-        self._append(run)
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self._append(row)
-        self.write_table([])
-
-    def write_table(self, left_out: list[str]) -> None:
-        self.table.write_text(markdown(self.run, self.rows, left_out))
-
-    def has(self, task: Task) -> bool:
-        """Whether the row is there, or its peer has broken the device."""
-        return any(
-            row["peer"] == task.peer.name and (row["case"] == task.number or row["status"] == "broke the device")
-            for row in self.rows
-        )
-
-    def measured(self, number: int) -> bool:
-        """Whether our own row of a case is there: the others need ours to be timed beside them."""
-        return any((r["case"], r["peer"], r["status"]) == (number, TIEDMOE, "measured") for r in self.rows)
-
-    def _append(self, entry: dict) -> None:
+    def add(self, entry: dict) -> None:
+        self.entries.append(entry)
         with self.lines.open("a") as lines:
             lines.write(json.dumps(entry, allow_nan=False) + "\n")
+        self.write_table()
+
+    def write_table(self, left_out: Sequence[str] = ()) -> None:
+        self.table.write_text(markdown(self.entries[0], self.entries[1:], left_out))
+
+    def status(self, number: int, peer: str) -> str | None:
+        """Of the row, if it is there; a peer that has broken the device has one in every case."""
+        rows = [row for row in self.entries[1:] if row["peer"] == peer]
+        found = [row["status"] for row in rows if row["case"] == number or row["status"] == "broke the device"]
+        return found[0] if found else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -242,10 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := names - {peer.name for peer in PEERS}:
         raise ValueError(f"--peers: unknown {sorted(unknown)}; choose from {[peer.name for peer in PEERS]}")
     results = Results(options.output, options.resume)
-    if not results.run:
-        command = " ".join(["python benchmarks/experts_gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    if not results.entries:
+        command = " ".join(["python benchmarks/experts_gpu.py", *given])
         sizes = {"size": 256, "copy_bytes": 1 << 22} if device.type == "cpu" else {}
-        results.describe(
+        results.add(
             {
                 "date": datetime.date.today().isoformat(),
                 "command": command.replace(str(options.output), options.output.name),  # no path of the machine
@@ -256,6 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     numbers = parse_cases(options.cases or ("all" if device.type == "cpu" else QUICK), len(cases))
     tasks = [Task(number, cases[number], peer) for number in numbers for peer in PEERS if peer.name in names]
+    limits = {"seconds": 0.05, "most": 4} if device.type == "cpu" else {}
     bench: Bench | None = None
 
     def execute(task: Task) -> dict:
@@ -265,9 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
             bench = None  # its memory first
             if device.type != "cpu":
                 torch.cuda.empty_cache()
-            limits = {"seconds": 0.05, "most": 4} if device.type == "cpu" else {}
-            bench = Bench(task.case, device, results.run["rates"], **limits)
-            if results.measured(task.number):
+            bench = Bench(task.case, device, results.entries[0]["rates"], **limits)
+            if results.status(task.number, TIEDMOE) == "measured":
                 bench.prepare_ours()
         row = {"case": task.number, "key": task.case.key, "peer": task.peer.name} | bench.row(task.peer)
         results.add(row | {"seconds": round(time.monotonic() - begun, 1)})
@@ -276,11 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
         if row["status"] == "broke the device":
             left = options.budget_s - (time.monotonic() - start)
-            given = sys.argv[1:] if arguments is None else arguments
             os.execv(sys.executable, [sys.executable, __file__, *given, "--resume", "--budget-s", str(left)])
         return row
 
-    todo = [task for task in tasks if not results.has(task)]
+    todo = [task for task in tasks if results.status(task.number, task.peer.name) is None]
     left = options.budget_s - (time.monotonic() - start)
     _, left_out = run_plan(todo, execute, left, kind=lambda task: (task.case.kind, task.peer.name))
     results.write_table(left_out)

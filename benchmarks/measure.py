@@ -1,7 +1,7 @@
 """Measures one peer in one case, on a GPU or a CPU.
 
 A peer's result is first compared with float64: one that is wrong is reported as wrong, whatever its speed. Then it is
-timed in turn with ours, round by round, so that their ratio is one of the same minute; memory is taken apart from that.
+timed in turn with ours, round by round, so that their ratio is one of the same minute; memory is measured apart.
 """
 
 import gc
@@ -193,8 +193,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def saved_bytes(layer: Layer, problem: Problem) -> int:
     """Bytes that one layer's forward keeps for its backward, without the pool and the routing that its caller made.
 
-    Counted twice where the device allows it, and the larger taken: storages that autograd was given to keep, and memory
-    still allocated after the forward less the output, plus the input, which is kept too.
+    Counted twice where the device allows it, and the larger taken: storages that autograd was given to keep, and
+    memory still allocated after the forward less the output, plus the input, which is kept too.
     """
     inputs = problem.sets[0]
     given = {tensor.untyped_storage().data_ptr() for tensor in (*problem.pools[0], *inputs.index, *inputs.weights)}
@@ -290,14 +290,15 @@ class Bench:
         if not peer.capturable and prepared.call in in_graph:
             in_graph.remove(prepared.call)
             row["no_graph"] = "it waits for the device"
-        try:
-            times = interleave(calls, clock_for(self.device, in_graph), **self.limits)
-        except RuntimeError as error:
-            if prepared.call not in in_graph:
-                raise
-            in_graph.remove(prepared.call)
-            row["no_graph"] = one_line(error)
-            times = interleave(calls, clock_for(self.device, in_graph), **self.limits)
+        times = None
+        while times is None:
+            try:
+                times = interleave(calls, clock_for(self.device, in_graph), **self.limits)
+            except RuntimeError as error:
+                if prepared.call not in in_graph:
+                    raise
+                in_graph.remove(prepared.call)
+                row["no_graph"] = one_line(error)
         each = [seconds / prepared.calls for seconds in times[peer.name]]
         row |= {"ms": spread([seconds * 1e3 for seconds in each]), **self._rate(statistics.median(each))}
         if self.ours:

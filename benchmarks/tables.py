@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_json(path: Path, result: dict | list) -> None:
-    """Write JSON with each entry of `result`, and each row of an entry that is a list of rows, on a line of its own."""
+    """Write JSON with each entry of `result`, and each row of an entry that is a list of rows, on its own line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(result, list):
         text = _rows(result)

@@ -8,9 +8,11 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
 
@@ -41,7 +43,7 @@ class WallClock:
 
 
 class DeviceClock:
-    """Seconds of a call by triton: many of those `in_graph` in one CUDA graph, others with the L2 cache cleared before."""
+    """Seconds of a call by triton's timers: those `in_graph` many in a CUDA graph, others with a cold L2 cache."""
 
     def __init__(self, in_graph: Collection[Call] = ()):
         self.in_graph = in_graph
@@ -86,7 +88,7 @@ def interleave(calls: dict[str, Call], clock, *, seconds: float, least: int, mos
 
 
 def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 << 30) -> dict:
-    """What this machine does at best: `size`^3 bf16 matrix product in TFLOP/s, copy in TB/s (bytes read and written)."""
+    """What this machine does: `size`^3 bf16 matrix product in TFLOP/s, copy in TB/s (bytes read and written)."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -111,7 +113,11 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict:
     """The machine in words, without its name or any path on it."""
-    described: dict = {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": _memory_gib()}
+    cpuinfo = Path("/proc/cpuinfo")
+    processors = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    described: dict = {"processor": processors[0] if processors else platform.machine(), "cores": os.cpu_count()}
+    described["memory_gib"] = round(memory_bytes / 2**30, 1)
     if device.type != "cpu":
         properties = torch.cuda.get_device_properties(device)
         described |= {
@@ -122,18 +128,3 @@ def machine(device: torch.device) -> dict:
             "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         }
     return described
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError):
-        return None

@@ -1,9 +1,9 @@
 """What llama.cpp makes of untied checkpoints: `python benchmarks/untied_in_llama_cpp.py LLAMA_CPP`.
 
-LLAMA_CPP is a checkout of llama.cpp (llama-cpp-python's source holds one under vendor/). For each family a small random source is
-tied by `average` and untied again, and the result goes through llama.cpp's own convert_hf_to_gguf.py. Where llama-cpp-python is
-installed (`pip install llama-cpp-python`), it then runs there, and its logits are compared with the tied model's in transformers.
-Exit status 1 where a family is not converted or its logits differ.
+LLAMA_CPP is a checkout of llama.cpp (llama-cpp-python's source holds one under vendor/). For each family a small
+random source is tied by `average` and untied again, and the result goes through llama.cpp's own convert_hf_to_gguf.py.
+Where llama-cpp-python is installed (`pip install llama-cpp-python`), it then runs there, and its logits are compared
+with the tied model's in transformers. Exit status 1 where a family is not converted or its logits differ.
 """
 
 import argparse
@@ -52,7 +52,7 @@ FAMILIES = {
     "deepseek_v3": DEEPSEEK
     | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},  # as released configs say, for llama.cpp
 }
-# The converter knows pre-tokenizers by a hash of what they make of a text, hence no tokenizer trained here; this one is GPT-2's.
+# The converter knows pre-tokenizers by a hash of what they make of a text, none trained here; this one is GPT-2's.
 TO_GGUF = """
 import runpy, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
@@ -99,7 +99,7 @@ def logits_in_llama_cpp(path: str, tokens: list[int]) -> torch.Tensor:
 def check(family: str, tokenizer: PreTrainedTokenizerFast, llama_cpp: Path, folder: Path) -> dict:
     """Tie, untie, convert, run: the greatest difference of any logit between llama.cpp and transformers.
 
-    The source's own is what the two programs differ by; the untied checkpoint's, against the tied model, should be no more.
+    The source's is what the two programs differ by; the untied checkpoint's, to the tied model, should be no more.
     """
     make_untied(family, tokenizer, folder)
     errors = {name: to_gguf(folder / name, llama_cpp) for name in ("source", "untied")}

@@ -1,8 +1,9 @@
 """What the study compares: one line a row. Sizes are those of its source, 12 layers of 16 experts.
 
-Every row is healed with the source as teacher at half the loss, those called "teacher alone" with nothing but the teacher.
-`g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `three pairs` three of their pairs: 50 %, 67 % and 75 % of the expert bytes with
-pools of E experts. Wider pools are named by their multiple of E. Rank 18 of a residual is 25 % of the expert bytes.
+Every row is healed with the source as teacher at half the loss, those called "teacher alone" with nothing but it.
+`g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `three pairs` three of their pairs: 50 %, 67 % and 75 % of the
+expert bytes with pools of E experts. Wider pools are named by their multiple of E. Rank 18 of a residual is 25 % of
+the expert bytes.
 """
 
 from collections.abc import Mapping

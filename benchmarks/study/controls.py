@@ -1,4 +1,4 @@
-"""Controls that no conversion makes: a tied model trained from scratch, and a source with fewer experts in every layer."""
+"""Controls that no conversion makes: a tied model trained from scratch, a source with fewer experts in every layer."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """One run of the study: a row at a seed, measured before healing or after a share of the healing budget.
 
-Every run leaves `runs/NAME.json` and is not run again while that file says the same recipe; checkpoints are deleted once
-all runs that need them are there.
+Every run leaves `runs/NAME.json` and is not run again while that file says the same recipe; checkpoints are deleted
+once all runs that need them are there.
 """
 
 import json

@@ -42,9 +42,9 @@ def markdown(summary: dict[str, Any]) -> str:
     columns += ["perplexity against the control", "against the source", "seconds to convert"]
     tokens = settings["source"]["batch_size"] * settings["source"]["block_size"]
     head = (
-        f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens of "
-        f"training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, source as "
-        "teacher at half the loss (or all of it: teacher alone), peak learning rate "
+        f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens "
+        f"of training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, "
+        "source as teacher at half the loss (or all of it: teacher alone), peak learning rate "
         f"{settings['heal_learning_rate']:g}. Control: the source with the same tokens, perplexity "
         f"{plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample "
         "standard deviation over the seeds of calibration text and healing."
@@ -105,7 +105,7 @@ def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | No
 
 
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
-    """By how many % perplexities are above those of `other`, by seed; a seed that `other` has not run yet is left out."""
+    """By how many % perplexities are above those of `other`, by seed; one that `other` has not run yet is left out."""
     return mean_of([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
