@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from tiedmoe_kernels import ACTIVATIONS, backends, experts_forward, experts_forward_reference
+from tiedmoe_kernels import ACTIVATIONS, backends, experts_forward, experts_forward_reference, torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel, experts_interface, modeling_tiedmoe
 from transformers_tiedmoe.experts_interface import activation_of
 from transformers_tiedmoe.families import canonical_family, expert_layers
@@ -123,6 +123,28 @@ def test_the_error_is_that_of_the_dtype(dtype, recompute):
     for a, b, leaf in zip(got, want, [x, x, weights, *matrices.values()]):
         assert a.dtype == leaf.dtype
         assert (a - b).norm() < bound * b.norm()
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
+@pytest.mark.parametrize(
+    "routing", ["one token", "one slot", "some inactive"]
+)  # experts of one to three rows, and more
+def test_experts_of_few_rows_have_a_product_of_their_own(routing, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_IN_CACHE", 0)
+    found, original = [], torch_backend._few_rows
+    monkeypatch.setattr(torch_backend, "_few_rows", lambda x, *rest: found.append(len(x)) or original(x, *rest))
+    matrices, flags = pool("biased", torch.float32)
+    x, index, _ = inputs(routing, torch.float32)
+    weights = torch.rand(index.shape, requires_grad=True)
+    got, want = both(x, index, weights, matrices, **flags)
+    rows = torch.bincount(index.flatten(), minlength=E + 1)[:E]
+    assert found == 2 * [
+        n for n in rows.tolist() if 0 < n <= 3
+    ]  # up and down; dy through them is stored the other way
+    assert found
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    again, _ = both(x, index, weights, matrices, **flags)
+    assert all(map(torch.equal, got, again))
 
 
 def test_an_autocast_region_does_not_round_the_float32_parts():

@@ -20,6 +20,9 @@ from .low_rank import LowRank, Residual, offsets_of_pool
 from .spec import Segment, Spec
 
 _SUM = 0  # torch.embedding_bag's mode
+_FEW_ROWS = 3  # an expert with as many goes through `_few_rows`
+_PIECES = 8  # 2 to 64 are as fast
+_IN_CACHE = 1 << 16  # elements of a matrix that is read fast in any case
 
 
 def forward(
@@ -320,18 +323,47 @@ def _right(weight: Tensor, transpose: bool) -> Tensor:
 
 def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
     """`a [n, P]` times each row's `weight[e] [P, Q]` -> `[n, Q]`."""
-    if rows.n >= len(rows.sizes) and _grouped_mm_serves(a, weight):
+    active = [(e, size) for e, size in enumerate(rows.sizes) if size]
+    pieces = _pieces(weight)
+    few = _FEW_ROWS if pieces is not None else 0
+    if rows.n >= len(rows.sizes) and rows.n > few * len(active) and _grouped_mm_serves(a, weight):
         return F.grouped_mm(a, weight, offs=rows.offsets())
     out = a.new_empty(a.size(0), weight.size(2))
     narrow = not _has_fast_gemm(a.dtype)
-    active = [(e, size) for e, size in enumerate(rows.sizes) if size]
     sizes = [size for _, size in active]
     for (e, size), piece, into in zip(active, torch.split_with_sizes(a, sizes), torch.split_with_sizes(out, sizes)):
-        if narrow and size > 2:
+        if pieces is not None and size <= few:
+            _few_rows(piece, pieces[e], into)
+        elif narrow and size > 2:
             into.copy_(torch.mm(piece.float(), weight[e].float()))
         else:
             torch.mm(piece, weight[e], out=into)
     return out
+
+
+def _pieces(weight: Tensor) -> Tensor | None:
+    """`weight [E, P, Q]` as `[E, B, Q / B, P]` for `_few_rows`, or None where a plain product is as fast.
+
+    That is: where its columns do not lie one after the other, in another dtype than float32, in a cache, without MKL.
+    """
+    E, P, Q = weight.shape
+    is_plain = weight.stride(1) != 1 or weight.stride(2) != P or Q % _PIECES or P * Q < _IN_CACHE
+    if is_plain or weight.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return None
+    return weight.transpose(1, 2).view(E, _PIECES, Q // _PIECES, P)
+
+
+def _few_rows(x: Tensor, pieces: Tensor, out: Tensor) -> None:
+    """Write x w^T as (w x^T)^T, x `[m, P]` and w in pieces `[B, Q / B, P]`, to out `[m, Q]`.
+
+    Few rows' time is the reading of w, and MKL's batched product reads faster: 2048x2048 on two cores of an EPYC at
+    33 GB/s on one core and 60 on both with one row, where mm has 23 and 22; with two and three rows 2.0 and 1.3 times mm.
+    """
+    columns = x.T.expand(_PIECES, x.size(1), x.size(0))
+    if x.size(0) == 1:
+        torch.bmm(pieces, columns, out=out.view(_PIECES, -1, 1))
+    else:
+        out.copy_(torch.bmm(pieces, columns).flatten(0, 1).T)
 
 
 def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype, into: Tensor | None) -> Tensor:
