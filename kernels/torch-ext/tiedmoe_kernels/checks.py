@@ -50,7 +50,8 @@ def check_arguments(
     for tensor in (index, top_k_weights, slot_map, *weights, *factors):
         if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"every tensor must be on {device}, where hidden_states is; found one on {tensor.device}: move it there"
+                f"every tensor must be on {device}, where hidden_states is; found one on {tensor.device}: "
+                "move it there"
             )
 
 
@@ -110,12 +111,13 @@ def _check_residual(residual: Factors, weights: Weights, num_slots: int) -> None
         rank = b.size(2) if b.dim() == 3 else 0
         if rank == 0 or tuple(b.shape) != (num_slots, rows, rank) or tuple(a.shape) != (num_slots, rank, columns):
             raise ValueError(
-                f"the residual of {name} must be b [{num_slots}, {rows}, r] and a [{num_slots}, r, {columns}], one pair "
+                f"the residual of {name} must be b [{num_slots}, {rows}, r] and a [{num_slots}, r, {columns}], a pair "
                 f"per router index; found {tuple(b.shape)} and {tuple(a.shape)}"
             )
         if not (b.is_floating_point() and a.is_floating_point()):
             raise ValueError(
-                f"the residual of {name} must be of floating point; found {b.dtype} and {a.dtype}: convert it with .to()"
+                f"the residual of {name} must be of floating point; found {b.dtype} and {a.dtype}: "
+                "convert it with .to()"
             )
 
 

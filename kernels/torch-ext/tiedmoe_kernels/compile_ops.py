@@ -27,13 +27,13 @@ def traced_forward(
 
 
 def _residual(ordered: Sequence[Tensor]) -> Residual | None:
-    """The residual of the tensors it was made of; an operator takes no `None` among them."""
+    """Return the residual of the tensors it was made of; an operator takes no `None` among them."""
     return Residual(*ordered) if ordered else None
 
 
 @torch.compiler.assume_constant_result
 def _say_if_deferred() -> None:
-    """Runs once, when the graph is traced."""
+    """Warn once, when the graph is traced."""
     if deferred.in_scope():
         deferred.say_once("The gradient of expert weights is not deferred under torch.compile.")
 

@@ -1,10 +1,10 @@
 """Deferred weight gradients: layers that read one pool share one gradient computation per backward.
 
-Inside `deferred_weight_gradients()` the first layer that reads a pool makes a gate: an autograd node whose inputs are the
-pool's weights and whose only output is an empty token. Every layer takes the token and the weights detached, so in the
-backward pass the engine runs the gate after all layers of that pass. A layer leaves a `Segment` in the gate's ledger
-instead of returning weight gradients, and the gate makes one gradient of all of them. The gate saves no tensor, so a
-checkpointed layer saves the same tensors whether it made the gate, found it, or is computed again without any.
+Inside `deferred_weight_gradients()` the first layer that reads a pool makes a gate: an autograd node whose inputs are
+the pool's weights and whose only output is an empty token. Every layer takes the token and the weights detached, so in
+the backward pass the engine runs the gate after all layers of that pass. A layer leaves a `Segment` in the gate's
+ledger instead of returning weight gradients, and the gate makes one gradient of all of them. The gate saves no tensor,
+so a checkpointed layer saves the same tensors whether it made the gate, found it, or is computed again without any.
 """
 
 import contextvars
@@ -49,7 +49,7 @@ class deferred_weight_gradients:
 
 
 class Ledger:
-    """What the layers behind one gate have left, backward pass by backward pass, and how to make the gradient of it."""
+    """What the layers behind one gate have left, by backward pass, and how to make the gradient of it."""
 
     def __init__(self, backend: ModuleType, spec: Spec, out_dtype: torch.dtype):
         self.backend, self.spec, self.out_dtype = backend, spec, out_dtype
@@ -62,7 +62,7 @@ class Ledger:
         self.segments.setdefault(torch._C._current_graph_task_id(), []).append((segment, stream))
 
     def settle(self, needs: tuple[bool, bool, bool, bool], targets: Targets) -> tuple[Tensor | None, ...]:
-        """The weights' gradients over all segments of the running backward pass, None where not needed."""
+        """Return the weights' gradients over all segments of the running backward pass, None where not needed."""
         left = self.segments.pop(torch._C._current_graph_task_id(), [])
         if not left:  # no layer got a gradient
             return (None,) * 4
@@ -97,7 +97,7 @@ class _Pool:
         self.versions: list[int] = []
 
     def current(self, dtype: torch.dtype) -> Weights:
-        """The weights without autograd in `dtype`: the parameters' own memory of now, or a copy made once."""
+        """Return the weights without autograd in `dtype`: the parameters' own memory of now, or a copy made once."""
         if self.weights[0].dtype == dtype:
             return _detached(self.weights, dtype)
         versions = [w._version for w in self.weights if w is not None]
@@ -117,7 +117,7 @@ class _Scope:
 def gate(
     weights: Weights, spec: Spec, dtype: torch.dtype, backend: ModuleType
 ) -> tuple[Tensor, Ledger, Weights] | None:
-    """The token, the ledger and the detached weights in `dtype` to use in place of `weights`.
+    """Return the token, the ledger and the detached weights in `dtype` to use in place of `weights`.
 
     None where the layer has to compute its own weight gradient.
     """
@@ -130,8 +130,8 @@ def gate(
         return None
     if not all(w.is_leaf for w in trained):
         say_once(
-            "The gradient of expert weights is not deferred: they are computed anew at each call (a parametrization such as "
-            "LoRA on pools), so that tied layers do not share one tensor."
+            "The gradient of expert weights is not deferred: they are computed anew at each call (a parametrization "
+            "such as LoRA on pools), so that tied layers do not share one tensor."
         )
         return None
     key = (*map(id, weights), spec, dtype, id(backend))
@@ -142,17 +142,17 @@ def gate(
 
 
 def is_wanted(gate_node: torch.autograd.graph.Node) -> bool:
-    """Whether the running backward pass will get to the gate; `torch.autograd.grad` may ask for other inputs only."""
+    """Tell whether the running backward pass gets to the gate; `torch.autograd.grad` may ask for other inputs only."""
     return torch._C._will_engine_execute_node(gate_node)
 
 
 def in_scope() -> bool:
-    """Whether a scope is open in this thread."""
+    """Tell whether a scope is open in this thread."""
     return _scope.get() is not None
 
 
 def gradient_dtype(weights: Weights) -> torch.dtype:
-    """The dtype that the gradients are written in: the parameters', or the widest `grad_dtype` that one asks for."""
+    """Return the dtype that gradients are written in: the parameters', or the widest `grad_dtype` asked for."""
     dtype = weights[0].dtype
     for w in weights:
         if w is not None and w.requires_grad and w.is_leaf:
@@ -162,7 +162,7 @@ def gradient_dtype(weights: Weights) -> torch.dtype:
 
 
 def targets(next_functions: tuple, is_there: list[bool]) -> Targets:
-    """For each weight the autograd node that its gradient goes to, None for a weight that is not there."""
+    """Return for each weight the autograd node that its gradient goes to, None for a weight that is not there."""
     nodes = iter(next_functions)
     return tuple(next(nodes)[0] if there else None for there in is_there)
 
@@ -175,7 +175,7 @@ def weight_gradients(
     needs: tuple[bool, bool, bool, bool],
     targets: Targets,
 ) -> tuple[Tensor | None, ...]:
-    """`backend.backward_weight`, written in `out_dtype` as far as it may be: the compute dtype or float32.
+    """Call `backend.backward_weight`, written in `out_dtype` as far as it may be: the compute dtype or float32.
 
     A parameter that has a `.grad` gets its gradient added there by the kernel, in place, and None is returned for it.
     Autograd's own addition would read two gradients more and write one.
@@ -191,7 +191,7 @@ def weight_gradients(
 
 
 def _to_add_to(target: torch.autograd.graph.Node | None, dtype: torch.dtype) -> Tensor | None:
-    """The `.grad` of the parameter behind `target`, if adding to it here is what autograd would do next.
+    """Return the `.grad` of the parameter behind `target`, if adding to it here is what autograd would do next.
 
     Not for a parameter with hooks on its gradient, which are to get this pass's gradient from autograd.
     """

@@ -1,7 +1,7 @@
-"""`experts_forward` and its gradients, called eagerly: straight to the backend, which an operator's dispatch would slow.
+"""`experts_forward` and its gradients in eager calls, which go straight to the backend: a dispatch takes time.
 
-The weight gradient is deferred where `deferred.py` says so. A call that `torch.compile` or `torch.export` traces goes to
-`compile_ops.py` instead.
+The weight gradient is deferred where `deferred.py` says so. A call that `torch.compile` or `torch.export` traces goes
+to `compile_ops.py` instead.
 """
 
 from types import ModuleType
@@ -45,7 +45,7 @@ def experts_forward(
         top_k_index: `[T, K]` int64 in `[0, R]`. R marks an inactive slot, which costs nothing. On a GPU the range is
             not checked (it would make the host wait): an index outside of it counts as inactive.
         top_k_weights: `[T, K]`, floating point; not read at inactive slots.
-        gate_up_proj: `[E, 2I, H]`, or `[E, H, 2I]` if `is_transposed`; bfloat16, float16, float32, or float64 on a CPU.
+        gate_up_proj: `[E, 2I, H]`, or `[E, H, 2I]` if `is_transposed`; bfloat16, float16, float32, on a CPU float64.
         down_proj: `[E, H, I]`, or `[E, I, H]` if `is_transposed`; the same dtype.
         activation: one of `ACTIVATIONS`.
         swiglu_alpha: alpha of "clamped_swiglu".
@@ -55,8 +55,9 @@ def experts_forward(
         is_transposed: the projections are stored `[E, in, out]`.
         is_concatenated: gate and up are stored as two halves; False: interleaved, gate0, up0, gate1, up1, ...
         slot_map: `[R]` int64, the pool row that each router index reads, default the identity (R = E).
-        residual: b and a of gate_up_proj, b and a of down_proj, default none: router index s reads `W[e] + b[s] @ a[s]`,
-            b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored, floating point.
+        residual: b and a of gate_up_proj, b and a of down_proj, default none. Router index s reads
+            `W[e] + b[s] @ a[s]`, b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored, floating
+            point.
         recompute: keep only the layer's input and routing for the backward pass, and compute the pre-activation again.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The namespace of our custom ops: it differs between this package and every Hub build of it, so that one process can hold both.
+"""The namespace of our custom ops; every Hub build of this package has another, so that a process can hold several.
 
-A Hub build is imported under a name of its own, `_tiedmoe_kernels_<backend>_<revision>`, and brings `_ops.py`, which Hugging
-Face's kernel-builder writes; that file must not be committed (the builder stops if it exists).
+A Hub build is imported under a name of its own, `_tiedmoe_kernels_<backend>_<revision>`, and brings `_ops.py`, which
+Hugging Face's kernel-builder writes; that file must not be committed (the builder stops if it exists).
 """
 
 if __package__ == "tiedmoe_kernels":

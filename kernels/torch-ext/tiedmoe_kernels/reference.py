@@ -1,6 +1,7 @@
 """The experts of one MoE layer in plain torch: what is computed, with nothing done for speed.
 
-Run it in float64 to judge a kernel. Autograd gives every gradient: hidden states, routing weights, projections, biases.
+Run it in float64 to judge a kernel. Autograd gives every gradient: hidden states, routing weights, projections,
+biases.
 
 Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, R router width (R = E
 without a slot map), K top-k, N rows of one router index.
@@ -46,7 +47,7 @@ def experts_forward_reference(
 
     Args:
         hidden_states: `[T, H]`, floating point.
-        top_k_index: `[T, K]` int64 in `[0, R]`. R marks an inactive slot: it is not computed and its weight is not read.
+        top_k_index: `[T, K]` int64 in `[0, R]`. R marks an inactive slot: not computed, its weight not read.
         top_k_weights: `[T, K]`, floating point.
         gate_up_proj: `[E, 2I, H]`, or `[E, H, 2I]` if `is_transposed`.
         down_proj: `[E, H, I]`, or `[E, I, H]` if `is_transposed`.
@@ -60,8 +61,8 @@ def experts_forward_reference(
         is_transposed: the projections are stored `[E, in, out]`.
         is_concatenated: gate and up are stored as two halves; False: interleaved, gate0, up0, gate1, up1, ...
         slot_map: `[R]` int64, the pool row that each router index reads, default the identity (R = E).
-        residual: b and a of gate_up_proj, b and a of down_proj, default none: router index s reads `W[e] + b[s] @ a[s]`,
-            b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored.
+        residual: b and a of gate_up_proj, b and a of down_proj, default none. Router index s reads
+            `W[e] + b[s] @ a[s]`, b `[R, rows, r]` and a `[R, r, columns]` of the projection as it is stored.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states`, summed over K in float32 or wider.

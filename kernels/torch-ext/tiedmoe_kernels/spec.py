@@ -1,7 +1,7 @@
 """What the backends (`torch_backend`, `triton_backend`) and their callers hand to each other. Imports torch only.
 
-A backend is a module with three functions, `forward`, `backward_data` and `backward_weight`, all in terms of `Spec` and
-`Segment`; `torch_backend.py` documents them. Rows are slots (token, k) sorted by expert, N = T*K of them.
+A backend is a module with three functions, `forward`, `backward_data` and `backward_weight`, all in terms of `Spec`
+and `Segment`; `torch_backend.py` documents them. Rows are slots (token, k) sorted by expert, N = T*K of them.
 
 Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, K top-k, N = T*K slots.
 """

@@ -1,9 +1,9 @@
-"""The three functions of a backend (`spec.py`) for a CPU, in plain torch: one GEMM per expert in use, none for the rest.
+"""The three functions of a backend (`spec.py`) for a CPU, in plain torch: one GEMM per expert in use.
 
 Rows are gathered once, sorted by expert, and every GEMM writes straight into its rows of the output. Everything
 elementwise and every sum over K is in float32 (float64 for float64), whatever the dtype of the GEMMs.
 
-Shape suffixes as in `spec.py`, and n active slots of the N.
+Shape suffixes as in `spec.py`, n active slots of the N, m of them of one expert; P and Q are any two sizes.
 """
 
 import functools
@@ -38,7 +38,7 @@ def forward(
     save_pre: bool,
     residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The layer's output, and what its backward needs.
+    """Return the layer's output, and what its backward needs.
 
     Args:
         x: `[T, H]`; it, the projections and the biases have one dtype, the compute dtype.
@@ -63,14 +63,14 @@ def forward(
     order, offsets = _sort(index, slot_map, gate_up.size(0) if residual is None else residual.down_to_rank.size(0))
     rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
     pre = _pre_activation(x, gate_up, gate_up_bias, up_residual, rows, spec)
-    gate, up = _halves(_wide(pre[: rows.n]), spec)
-    hidden = _activate(gate, up, spec)[0]
-    weights_n1 = rows.weights(weights, gate.dtype)[:, None]
-    hidden = hidden.mul_(weights_n1).to(x.dtype)
-    out = _plus(_matmul(hidden, _right(down, not spec.is_transposed), rows), down_residual.added(hidden))
+    gate_nI, up_nI = _halves(_wide(pre[: rows.n]), spec)
+    hidden_nI = _activate(gate_nI, up_nI, spec)[0]
+    weights_n1 = rows.weights(weights, gate_nI.dtype)[:, None]
+    hidden_nI = hidden_nI.mul_(weights_n1).to(x.dtype)
+    out_nH = _plus(_matmul(hidden_nI, _right(down, not spec.is_transposed), rows), down_residual.added(hidden_nI))
     if down_bias is not None:
-        out = torch.addcmul(_wide(out), weights_n1, _wide(down_bias)[rows.experts()]).to(x.dtype)
-    return rows.sum_per_token(out), pre if save_pre else x.new_empty(0), order, offsets
+        out_nH = torch.addcmul(_wide(out_nH), weights_n1, _wide(down_bias)[rows.experts()]).to(x.dtype)
+    return rows.sum_per_token(out_nH), pre if save_pre else x.new_empty(0), order, offsets
 
 
 def backward_data(
@@ -90,7 +90,7 @@ def backward_data(
     residual: Residual | None = None,
     needs_residual_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Every gradient but the weights', and what those need.
+    """Return every gradient but the weights', and what those need.
 
     Args:
         grad_output: dy `[T, H]`, the compute dtype as everything but `weights`.
@@ -110,37 +110,37 @@ def backward_data(
     rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
     if not pre.numel():
         pre = _pre_activation(x, gate_up, gate_up_bias, up_residual, rows, spec)
-    gate, up = _halves(_wide(pre[:n]), spec)
-    value, grad_gate, grad_up = _activate(gate, up, spec, with_gradient=True)
+    gate_nI, up_nI = _halves(_wide(pre[:n]), spec)
+    value_nI, grad_gate_nI, grad_up_nI = _activate(gate_nI, up_nI, spec, with_gradient=True)
 
-    grad_rows = grad_output[rows.tokens]
-    grad_unweighted = _matmul(grad_rows, _right(down, spec.is_transposed), rows)
-    grad_unweighted = _wide(_plus(grad_unweighted, down_residual.added_to_grad(grad_rows)))
-    weight_grad_n = torch.linalg.vecdot(grad_unweighted, value)
+    grad_rows_nH = grad_output[rows.tokens]
+    grad_unweighted_nI = _matmul(grad_rows_nH, _right(down, spec.is_transposed), rows)
+    grad_unweighted_nI = _wide(_plus(grad_unweighted_nI, down_residual.added_to_grad(grad_rows_nH)))
+    weight_grad_n = torch.linalg.vecdot(grad_unweighted_nI, value_nI)
     if down_bias is not None:
-        weight_grad_n += torch.linalg.vecdot(_wide(grad_rows), _wide(down_bias)[rows.experts()])
+        weight_grad_n += torch.linalg.vecdot(_wide(grad_rows_nH), _wide(down_bias)[rows.experts()])
     grad_weights = weights.new_zeros(N).index_copy_(0, rows.slots, weight_grad_n.to(weights.dtype)).view(T, K)
     if not (needs_hidden_grad or needs_segment or needs_residual_grad):
         return x.new_empty(0), grad_weights, x.new_empty(0), x.new_empty(0), ()
 
-    weights_n1 = rows.weights(weights, gate.dtype)[:, None]
-    grad_hidden = grad_unweighted.mul_(weights_n1)
-    grad_pre = x.new_empty(N, 2 * up.size(1))
-    to_gate, to_up = _halves(grad_pre[:n], spec)
-    to_gate.copy_(grad_gate.mul_(grad_hidden))
-    to_up.copy_(grad_up.mul_(grad_hidden))
+    weights_n1 = rows.weights(weights, gate_nI.dtype)[:, None]
+    grad_hidden_nI = grad_unweighted_nI.mul_(weights_n1)
+    grad_pre = x.new_empty(N, 2 * up_nI.size(1))
+    to_gate_nI, to_up_nI = _halves(grad_pre[:n], spec)
+    to_gate_nI.copy_(grad_gate_nI.mul_(grad_hidden_nI))
+    to_up_nI.copy_(grad_up_nI.mul_(grad_hidden_nI))
     added = up_residual.added_to_grad(grad_pre[:n])
     grad_x = hidden = x.new_empty(0)
     grad_residual: tuple[Tensor, ...] = ()
     if needs_hidden_grad:
         grad_x = rows.sum_per_token(_plus(_matmul(grad_pre[:n], _right(gate_up, spec.is_transposed), rows), added))
     if needs_segment or needs_residual_grad:
-        hidden = x.new_empty(N, up.size(1))
-        hidden[:n].copy_(value.mul_(weights_n1))
+        hidden = x.new_empty(N, up_nI.size(1))
+        hidden[:n].copy_(value_nI.mul_(weights_n1))
     if needs_residual_grad:
         grad_residual = (
             *up_residual.gradients(x, grad_pre[:n], x_by_token=True),
-            *down_residual.gradients(hidden[:n], grad_rows),
+            *down_residual.gradients(hidden[:n], grad_rows_nH),
         )
     if not needs_segment:
         return grad_x, grad_weights, x.new_empty(0), x.new_empty(0), grad_residual
@@ -154,7 +154,7 @@ def backward_weight(
     needs: tuple[bool, bool, bool, bool],
     into: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of one pool's weights, summed over `segments`: per expert one GEMM over all their rows.
+    """Return the gradients of one pool's weights over all `segments`: per expert one GEMM over all their rows.
 
     Args:
         segments: what the layers that read the pool have left, at least one.
@@ -222,12 +222,15 @@ class _Rows(NamedTuple):
         return cls(order, slots, slots // K, [b - a for a, b in itertools.pairwise(ends)], n, T, K)
 
     def weights(self, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-        """The routing weight of each row, `[n]`."""
+        """Return the routing weight of each row, `[n]`."""
         return weights_TK.flatten()[self.slots].to(dtype)
 
     @classmethod
     def merged(cls, parts: "Sequence[_Rows]") -> "_Rows":
-        """The rows of several layers sorted by expert; slots number the layers' active rows, tokens all their tokens."""
+        """Return the rows of several layers sorted by expert.
+
+        `slots` number the active rows of all layers one after the other, `tokens` their tokens.
+        """
         if len(parts) == 1:
             return parts[0]
         order = torch.cat([part.experts() for part in parts]).argsort(stable=True)
@@ -237,24 +240,24 @@ class _Rows(NamedTuple):
         return cls(order, order, tokens, sizes, len(order), sum(part.T for part in parts), 1)
 
     def offsets(self) -> Tensor:
-        """Where each expert's rows end, `[E]` int32."""
+        """Return where each expert's rows end, `[E]` int32."""
         ends = list(itertools.accumulate(self.sizes))
         return torch.tensor(ends, dtype=torch.int32, device=self.order.device)
 
     def sum_per_expert(self, rows_nC: Tensor, columns: int) -> Tensor:
-        """`[E, columns]`, each expert's sum over its rows."""
+        """Return `[E, columns]`, each expert's sum over its rows."""
         if not self.n:
             return rows_nC.new_zeros(len(self.sizes), columns)
         return torch.stack([piece.sum(0) for piece in rows_nC.split(self.sizes)])
 
     def experts(self) -> Tensor:
-        """The expert of each row, `[n]`."""
+        """Return the expert of each row, `[n]`."""
         device = self.order.device  # spelt out everywhere here: torch.set_default_device may say something else
         sizes = torch.tensor(self.sizes, device=device)
         return torch.arange(len(self.sizes), device=device).repeat_interleave(sizes)
 
     def sum_per_token(self, rows_nH: Tensor) -> Tensor:
-        """`[T, H]`, each token's sum over its active slots' rows."""
+        """Return `[T, H]`, each token's sum over its active slots' rows."""
         if self.T == 1:
             return rows_nH.sum(0, keepdim=True)
         position = torch.empty_like(self.order)
@@ -270,7 +273,7 @@ class _Rows(NamedTuple):
 
 
 def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tensor]:
-    """Slots by pool row: order `[N]` int32 (stable, inactive last) and offsets `[E + 1]` int32."""
+    """Sort the slots by pool row: order `[N]` int32 (stable, inactive last) and offsets `[E + 1]` int32."""
     check_indices(index, slot_map, E)
     row = index.flatten()
     if slot_map is not None:
@@ -283,7 +286,7 @@ def _sort(index: Tensor, slot_map: Tensor | None, E: int) -> tuple[Tensor, Tenso
 def _rows_and_residuals(
     order: Tensor, offsets: Tensor, weights: Tensor, residual: Residual | None, spec: Spec
 ) -> tuple[_Rows, LowRank, LowRank]:
-    """The rows sorted by pool row, and what a residual adds to gate_up and to down, whose rows are sorted by slot."""
+    """Return the rows by pool row, and what a residual adds to gate_up and to down, whose rows are sorted by slot."""
     rows = slots = _Rows.of(order, offsets_of_pool(offsets, residual), *weights.shape)
     if residual is not None and residual.first_slot is not None:
         slots = _Rows.of(order, offsets, *weights.shape)
@@ -308,7 +311,7 @@ def _plus(rows: Tensor, added: Tensor | None) -> Tensor:
 def _pre_activation(
     x: Tensor, gate_up: Tensor, bias: Tensor | None, residual: LowRank, rows: _Rows, spec: Spec
 ) -> Tensor:
-    """Gate and up of every active slot, `[N, 2I]`, columns as the weights have them."""
+    """Return gate and up of every active slot, `[N, 2I]`, columns as the weights have them."""
     right = _right(gate_up, not spec.is_transposed)
     x_rows = x[rows.tokens]
     pre = _plus(_matmul(x_rows, right, rows), residual.added(x_rows))
@@ -322,7 +325,7 @@ def _right(weight: Tensor, transpose: bool) -> Tensor:
 
 
 def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
-    """`a [n, P]` times each row's `weight[e] [P, Q]` -> `[n, Q]`."""
+    """Multiply `a [n, P]` by each row's `weight[e] [P, Q]` -> `[n, Q]`."""
     active = [(e, size) for e, size in enumerate(rows.sizes) if size]
     pieces = _pieces(weight)
     few = _FEW_ROWS if pieces is not None else 0
@@ -342,7 +345,7 @@ def _matmul(a: Tensor, weight: Tensor, rows: _Rows) -> Tensor:
 
 
 def _pieces(weight: Tensor) -> Tensor | None:
-    """`weight [E, P, Q]` as `[E, B, Q / B, P]` for `_few_rows`, or None where a plain product is as fast.
+    """Return `weight [E, P, Q]` as `[E, B, Q / B, P]` for `_few_rows`, or None where a plain product is as fast.
 
     That is: where its columns do not lie one after the other, in another dtype than float32, in a cache, without MKL.
     """
@@ -356,8 +359,8 @@ def _pieces(weight: Tensor) -> Tensor | None:
 def _few_rows(x: Tensor, pieces: Tensor, out: Tensor) -> None:
     """Write x w^T as (w x^T)^T, x `[m, P]` and w in pieces `[B, Q / B, P]`, to out `[m, Q]`.
 
-    Few rows' time is the reading of w, and MKL's batched product reads faster: 2048x2048 on two cores of an EPYC at
-    33 GB/s on one core and 60 on both with one row, where mm has 23 and 22; with two and three rows 2.0 and 1.3 times mm.
+    Few rows' time is the reading of w, and MKL's batched product reads faster than its plain one: 2048x2048 and one
+    row at 33 GB/s on one core of an EPYC and 60 on two, against 23 and 22; two and three rows take 1/2 and 3/4 of mm.
     """
     columns = x.T.expand(_PIECES, x.size(1), x.size(0))
     if x.size(0) == 1:
@@ -367,9 +370,9 @@ def _few_rows(x: Tensor, pieces: Tensor, out: Tensor) -> None:
 
 
 def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype, into: Tensor | None) -> Tensor:
-    """Per expert a^T b over its rows of `a [n, P]` and `b [n, Q]` -> `[E, P, Q]` in `dtype`, accumulated in float32.
+    """Multiply per expert a^T b over its rows of `a [n, P]` and `b [n, Q]` -> `[E, P, Q]` in `dtype`.
 
-    With `into [E, P, Q]` added to that in place, which leaves the experts not in use alone.
+    Accumulated in float32. With `into [E, P, Q]` added to that in place, which leaves the experts not in use alone.
     """
     if into is None and dtype == a.dtype and rows.n and _grouped_mm_serves(a, b):
         return F.grouped_mm(a.T, b, offs=rows.offsets())
@@ -389,7 +392,10 @@ def _matmul_over_rows(a: Tensor, b: Tensor, rows: _Rows, dtype: torch.dtype, int
 
 
 def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
-    """torch's loop over the experts in C++: 4 % of a GEMM over 4 rows an expert less than ours; it wants 16-byte rows."""
+    """Tell whether torch's loop over the experts can be used, which is C++; it wants rows of 16 bytes.
+
+    It takes 4 % less time than ours at 4 rows an expert.
+    """
     if a.dtype not in (torch.float32, torch.bfloat16) or not _has_fast_gemm(a.dtype):
         return False
     return all(t.data_ptr() % 16 == 0 and max(t.stride()) * t.element_size() % 16 == 0 for t in (a, b)) and all(
@@ -399,9 +405,10 @@ def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
 
 @functools.cache
 def _has_fast_gemm(dtype: torch.dtype) -> bool:
-    """Whether this CPU's GEMM for `dtype` beats float32's on the converted operands.
+    """Tell whether this CPU's GEMM for `dtype` beats float32's on the converted operands.
 
-    Without the instructions (AVX-512 or AMX on x86) torch's is a plain loop: from three rows on it is slower, at 64 rows 7 times.
+    Without the instructions (AVX-512 or AMX on x86) torch's is a plain loop: slower from three rows on, at 64 rows 7
+    times.
     """
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -415,7 +422,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _halves(columns: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Gate and up, views of `[n, I]` each."""
+    """Return gate and up, views of `[n, I]` each."""
     if spec.is_concatenated:
         I = columns.size(1) // 2
         return columns[:, :I], columns[:, I:]
@@ -423,7 +430,7 @@ def _halves(columns: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def _activate(gate: Tensor, up: Tensor, spec: Spec, with_gradient: bool = False) -> tuple[Tensor, ...]:
-    """act(gate) * up `[n, I]`; with its derivatives by gate and by up if `with_gradient`."""
+    """Return act(gate) * up `[n, I]`; with its derivatives by gate and by up if `with_gradient`."""
     is_clamped = spec.activation in ("clamped_swiglu", "clamped_silu")
     limit = spec.swiglu_limit
     gate_in, up_in = gate, up
