@@ -30,7 +30,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo model-card seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu tune compile-table untied-check hf-tests clean
+.PHONY: demo model-card seeds study-conversion test fuzz style bench bench-conversion gpu-test bench-gpu gpu-check gpu-cache tune compile-table untied-check hf-tests clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -76,6 +76,17 @@ bench-conversion: $(INSTALLED)  ## memory and throughput of a 20 GB conversion a
 
 bench-gpu: $(INSTALLED)  ## the kernels on this GPU against transformers' own and other libraries'
 	$(PY) benchmarks/experts_gpu.py --output benchmarks/results/experts_gpu $(ARGS)
+
+STAGE ?= a
+RESULTS ?= build/gpu-check-$(STAGE)
+gpu-check: $(INSTALLED)  ## four minutes of a GPU (STAGE=a), then seven (STAGE=b PREVIOUS=results of a): right? tuned, beside peers
+	$(PY) benchmarks/gpu_check.py --stage $(STAGE) --results $(RESULTS) $(if $(PREVIOUS),--previous $(PREVIOUS)) $(ARGS)
+
+# The triton of a GPU machine with torch 2.11, not the one that is imported here.
+gpu-cache: $(INSTALLED) $(TRITON_OLDEST)  ## what gpu-check launches, compiled without a GPU for sm_90: .gpu-cache.tar.xz
+	rm -rf build/gpu-cache
+	$(if $(TRITON_OLDEST),PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6:$(CURDIR)/kernels/torch-ext) $(PY) benchmarks/gpu_cache.py build $(ARGS)
+	$(if $(TRITON_OLDEST),PYTHONPATH=$(CURDIR)/$(VENV)/triton-3.6:$(CURDIR)/kernels/torch-ext) $(PY) benchmarks/gpu_cache.py verify
 
 tune: $(INSTALLED)  ## search launch parameters for this GPU: configs/*.json of the kernels
 	$(PY) -m tiedmoe_kernels.tune $(ARGS)

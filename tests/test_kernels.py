@@ -5,6 +5,7 @@ tiles, full and partly filled; `make gpu-test` runs the same tests on the device
 Uninitialised memory is NaN.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -581,25 +582,53 @@ class TestConfigurations:
         assert tuning.choose.__wrapped__("rows", 2, 65, 256, 256, True, 0).num_stages != 7
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes CPU tensors, in the interpreter")
-    def test_tune_keeps_the_fastest_and_leaves_out_what_fails(self, capsys, monkeypatch):
-        monkeypatch.setattr(tune, "DECODE_TOKENS", (1,))
+    def test_tune_keeps_the_fastest_and_leaves_out_what_fails(self, capsys):
         slow, fast, broken = (tuning.Config(16, 16, block_k, 1, 4, 2) for block_k in (16, 32, 64))
+        launched, forced = [], tune.forced
+
+        def watched(kernel, config):
+            launched[:] = [config]
+            return forced(kernel, config)
 
         def timer(run):
-            (config,) = tuning.FORCED.values()
-            if config == broken:
+            if launched == [broken]:
                 raise RuntimeError("too large")
             run()
-            return 2.0 if config == slow else 1.0
+            return {slow: 2.0, fast: 1.0}.get(*launched, 3.0)
 
-        shape, classes = tune.Shape(E=2, H=32, I=32, K=1), {32: 2, None: 3}
-        entries = tune.tune("cpu", shape, classes, timer, lambda *_: [slow, broken, fast])
-        assert {entry["kernel"] for entry in entries} == set(tuning.KERNELS)
-        assert all((entry["block_k"], entry["milliseconds"]) == (32, 1.0) for entry in entries)
+        problems = [problem._replace(tokens=3) for problem in tune.PROBLEMS[:4]]
+        written = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "forced", watched)
+            entries = tune.tune(
+                "cpu", tune.TINY, problems, timer, lambda *_: [slow, broken, fast], done=written.append
+            )
+            with pytest.raises(RuntimeError, match="no configuration of gate_up runs"):
+                tune.fastest(problems[0], lambda: None, [broken], timer)
+        assert [entry["kernel"] for entry in entries] == ["gate_up", "rows", "weight_grad", "decode_gate_up"]
+        assert all(tuning.Config(*(entry[f] for f in tuning.Config._fields)) == fast for entry in entries)
+        assert [entry["milliseconds"] for entry in entries] == [1.0, 1.0, 1.0, 1.0 / tune._DRAWS]
         assert "left out, does not compile: too large" in capsys.readouterr().out
         assert not tuning.FORCED
-        with pytest.raises(RuntimeError, match="no configuration of gate_up runs"):
-            tune.tune("cpu", shape, classes, timer, lambda *_: [broken])
+        assert [sum("milliseconds" in entry for entry in each) for each in written] == [1, 2, 3, 4]
+        assert json.loads(tune.text({"device": "x", "entries": entries})) == {"device": "x", "entries": entries}
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes CPU tensors, in the interpreter")
+    def test_what_the_clock_leaves_out_keeps_its_default(self, capsys):
+        entries = tune.tune("cpu", tune.TINY, tune.TINY_PROBLEMS, seconds=0)
+        assert capsys.readouterr().out.count("keeps the default") == len(entries) == len(tune.PROBLEMS)
+        for problem, entry in zip(tune.TINY_PROBLEMS, entries):
+            config = tune.default(problem, "cpu")
+            assert entry["max_rows"] == problem.max_rows
+            assert tuning.Config(*(entry[f] for f in tuning.Config._fields)) == config
+
+    def test_decoding_is_chosen_by_its_slots(self, monkeypatch):
+        asked, choose = [], tuning.choose
+        monkeypatch.setattr(tuning, "choose", lambda *key: asked.append(key) or choose(*key))
+        x, index, weights = torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+        pool = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+        triton_backend.forward(x, index, weights, *pool, None, None, None, tune.SPEC, False)
+        assert [(kernel, rows) for kernel, _, rows, *_ in asked] == [("decode_gate_up", 8), ("decode_down", 8)]
 
     def test_a_missing_entry_is_named(self, monkeypatch):
         with pytest.raises(LookupError, match="no entry for kernel 'rows' of 8-byte elements"):

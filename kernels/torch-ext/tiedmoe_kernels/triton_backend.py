@@ -404,7 +404,7 @@ def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map,
     hidden, out, y = x.new_empty(N, I), x.new_empty(N, H, dtype=torch.float32), torch.empty_like(x)
 
     up = _Matrices(gate_up, k_is_last=not spec.is_transposed)
-    config = _choose("decode_gate_up", x, N, E, I, H)
+    config = _choose("decode_gate_up", x, N, 1, I, H)
     w, flags = up.arguments(config, I)
     decode.decode_gate_up_kernel[(triton.cdiv(I, config.block_n), programs)](
         x, w, gate_up_bias, hidden, index, slot_map, N, H, I, R, E, *up.strides, spec.swiglu_alpha, spec.swiglu_limit,
@@ -412,7 +412,7 @@ def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map,
         **flags, **common, **_options(config, x),
     )  # fmt: skip
     to_h = _Matrices(down, k_is_last=not spec.is_transposed)
-    config = _choose("decode_down", x, N, E, H, I)
+    config = _choose("decode_down", x, N, 1, H, I)
     w, flags = to_h.arguments(config, H)
     decode.decode_down_kernel[(triton.cdiv(H, config.block_n), programs)](
         hidden, w, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides,

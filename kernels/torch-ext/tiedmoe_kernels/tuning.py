@@ -1,7 +1,8 @@
 """Which tile sizes a kernel runs with: a file tuned on this very GPU if there is one, else the defaults of its architecture.
 
 Files are `configs/<device name>.json`, written by `make tune`, and `configs/default.json`; nothing is tuned at run time.
-An entry serves one kernel, one element size (bytes) and up to `max_rows` rows per active expert; the first that fits is used.
+An entry serves one kernel, one element size (bytes) and up to `max_rows` rows per active expert (for the decode kernels: slots
+of the call); the first that fits is used.
 One with `tma` reads the weights through a tensor descriptor and is passed over where their layout does not allow it.
 """
 
@@ -74,7 +75,8 @@ def choose(
     Args:
         kernel: its name here, the function's without `_kernel`.
         element_size: bytes of an element of the weights, 2 or 4.
-        rows_per_expert: about how many rows an active expert has (the host does not know the true numbers).
+        rows_per_expert: about how many rows an active expert has (the host does not know the true numbers); for the decode
+            kernels all slots of the call.
         n_size: columns of what one program's columns are part of.
         k_size: length of the contraction.
         tma: whether a tensor descriptor can read the weights: contiguous, rows of a multiple of 16 bytes.

@@ -1,0 +1,212 @@
+"""Triton's compile cache for `gpu_check.py`, made without a GPU: `make gpu-cache` writes `.gpu-cache.tar.xz`.
+
+    python benchmarks/gpu_cache.py build                     # compile for sm_90 what stages a and b launch, and pack it
+    python benchmarks/gpu_cache.py unpack                    # there; on a GPU, compile what it lacks on all cores
+    python benchmarks/gpu_cache.py verify                    # launches with real tensors must find every kernel
+
+Triton's keys are made of its own sources, the kernel's source, its arguments' types and alignments, the options and the target:
+the launches are the checks' and the tuner's own, on the meta device under a driver that names the chip. The files that group a
+kernel's others hold absolute paths; packed they hold names, and unpacking writes the paths of the place.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no intermediate code: cubin and json are what a launch needs
+
+import torch
+import triton
+from gpu_check import CACHE, ROOT
+from gpu_steps import CASES, Case, make, outputs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tiedmoe_kernels import backends, experts_forward, triton_backend, tune, tuning
+
+ARCHIVE = ROOT / ".gpu-cache.tar.xz"
+QWEN3 = tune.Shape(E=128, H=2048, I=768, K=8)  # Qwen3-30B
+# What the benchmark's cases launch besides: steps of groups of one and two.
+MORE = (Case(8192, 2), Case(512, 2), Case(8192, 4))
+
+
+class Driver:
+    """What `JITFunction` asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target: GPUTarget) -> Iterator[None]:
+    """Every launch is compiled for the target instead, into triton's cache; any device's tensors reach the kernels."""
+
+    def compile_instead(self, grid):
+        return partial(self.warmup, grid=grid)
+
+    triton.runtime.driver.set_active(Driver(target))
+    tuning.choose.cache_clear()
+    with (
+        mock.patch.object(JITFunction, "__getitem__", compile_instead),
+        mock.patch.object(backends, "backend_of", return_value=triton_backend),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know meta
+    ):
+        yield
+
+
+def jobs(device: str, tma: bool) -> list[Callable[[], object]]:
+    """What makes the launches of stages a and b: their checks and benchmarks as it ships, then the tuner's candidates."""
+    found: list[Callable[[], object]] = []
+    for shape in (tune.OLMOE, QWEN3):
+        for case in (*CASES, *MORE):
+            found.append(lambda case=case, shape=shape: outputs(experts_forward, make(case, shape, device)))
+    for tokens in tune.DEFAULTS_AT:
+        is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
+        for kernel in ("decode",) if is_decode else ("rows", "weight_grad"):
+            found.append(lambda kernel=kernel, tokens=tokens: tune.calls(kernel, tokens, tune.OLMOE, device)[0]())
+    for problem in tune.PROBLEMS:
+        found += [partial(try_candidate, problem, config, device) for config in tune.candidates(problem, tma)]
+    return found
+
+
+def try_candidate(problem: tune.Problem, config: tuning.Config, device: str) -> None:
+    call, _ = tune.calls(problem.kernel, problem.tokens, tune.OLMOE, device)
+    with tune.forced(problem.kernel, config):
+        call()
+
+
+def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
+    """Compile every `parts`-th job into the folder, and say how many kernels there were."""
+    triton.knobs.cache.dir = folder
+    tma = target.backend == "cuda" and target.arch >= 90
+    with compiling(target), tune.counted():
+        for job in jobs("meta", tma)[part::parts]:
+            job()
+
+
+def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float) -> bool:
+    """Compile every job in that many processes; whether all ended well in time. What was compiled by then is kept."""
+    context, end = multiprocessing.get_context("spawn"), time.monotonic() + min(seconds, 1e6)
+    running = [
+        context.Process(target=compile_part, args=(str(folder), target, part, processes), daemon=True)
+        for part in range(processes)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.join()
+    return all(process.exitcode == 0 for process in running)
+
+
+def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
+    """Pack what a launch reads of triton's cache; what is in it."""
+    kept = sorted(path for path in folder.glob("*/*") if path.suffix in (".cubin", ".json", ".hsaco"))
+    about = {
+        "triton": triton.__version__,
+        "target": f"{target.backend} {target.arch}",
+        "kernels": sum(p.suffix != ".json" for p in kept),
+    }
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
+        _add(tar, "about.json", json.dumps(about))
+        for path in kept:
+            if path.name.startswith("__grp__"):
+                children = [Path(child) for child in json.loads(path.read_text())["child_paths"].values()]
+                names = {child.name: child.name for child in children if child.suffix in (".cubin", ".json", ".hsaco")}
+                _add(tar, f"{path.parent.name}/{path.name}", json.dumps({"child_paths": names}))
+            else:
+                _add(tar, f"{path.parent.name}/{path.name}", path.read_bytes())
+    return about | {"kilobytes": round(archive.stat().st_size / 1e3)}
+
+
+def _add(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:
+    content = content.encode() if isinstance(content, str) else content
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def unpack(archive: Path, folder: Path) -> dict:
+    """Unpack an archive into triton's cache; what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    for path in folder.glob("*/__grp__*.json"):
+        children = json.loads(path.read_text())["child_paths"]
+        path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in children}}))
+    about = folder / "about.json"
+    found = json.loads(about.read_text())
+    about.unlink()
+    return found
+
+
+def verify(folder: Path, target: GPUTarget) -> bool:
+    """Whether launches with tensors that have memory find every kernel in the folder, in this fresh process."""
+    triton.knobs.cache.dir = str(folder)
+    missed: list[str] = []
+    hits = 0
+
+    def listen(*, src, cache_hit: bool, **_) -> None:
+        nonlocal hits
+        hits += cache_hit
+        missed.extend([] if cache_hit else [src.name])
+
+    triton.knobs.compilation.listener = listen
+    narrow = tune.Shape(E=64, H=1024, I=1024, K=8)  # sizes are arguments: from 1024 on the kernels are those of OLMoE
+    with compiling(target):
+        for case in (Case(1, 0), Case(32, 0), Case(64, 1), Case(512, 1), Case(512, 4)):
+            outputs(experts_forward, make(case, narrow, "cpu"))
+    print(json.dumps({"found": hits, "missed": missed}))
+    return hits > 0 and not missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("build", "unpack", "verify"))
+    parser.add_argument("--archive", type=Path, default=ARCHIVE)
+    parser.add_argument("--folder", type=Path, default=CACHE, help="triton's cache")
+    parser.add_argument("--arch", type=int, default=90, help="build: of a CUDA chip")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, help="compile no longer: unpack 15, build without an end")
+    parser.add_argument("--stand-in", action="store_true", help="unpack: there is no GPU to compile for")
+    options = parser.parse_args()
+    target = GPUTarget("cuda", options.arch, 32)
+    if options.what == "verify":
+        return int(not verify(options.folder, target))
+    if options.what == "build":
+        if not compile_all(options.folder, target, options.processes, options.seconds or float("inf")):
+            return 1
+        print(json.dumps(pack(options.folder, options.archive, target)))
+        return 0
+    if options.archive.exists():
+        print(json.dumps({"unpacked": unpack(options.archive, options.folder)}), flush=True)
+    else:
+        print(json.dumps({"missing": f"{options.archive.name}: `make gpu-cache` builds it, for an H100"}), flush=True)
+    if not options.stand_in:
+        here = triton.runtime.driver.active.get_current_target()
+        compile_all(options.folder, here, options.processes, options.seconds or 15)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""What a few minutes of a GPU can tell: `make gpu-check STAGE=a RESULTS=DIR`, then `STAGE=b` with `PREVIOUS=DIR`.
+
+    python benchmarks/gpu_check.py --stage a --results DIR                  # 240 s: is it right, and how fast as it ships
+    python benchmarks/gpu_check.py --stage b --results DIR2 --previous DIR  # 430 s: tuned, and beside its peers
+    python benchmarks/gpu_check.py --stage c --results DIR3                 # peers whose kernels come from the Hub
+
+Every step is a process of its own with a budget of seconds. One that fails or runs out of it does not stop the next, and what is
+known is written after each: `a.json` (a row a line), `a.txt` (what the steps printed), and the files that steps leave. At most 8
+files of 16 MiB each, in one folder. The exit status is 1 only where a step that judges correctness failed. `--stand-in` runs the
+same steps on a CPU, at tiny sizes: it tries this script, and its figures mean nothing.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+CACHE = ROOT / "build" / "gpu-cache"  # git ignores it, and a machine that is held keeps it
+SECONDS = {"a": 240, "b": 430, "c": 430}  # of a whole stage
+MAX_FILES, MAX_BYTES = 8, 16 << 20
+PRINTED_BYTES = 1 << 20  # of each step, the end of what it printed
+GRACE_SECONDS = 3  # between a step's interrupt, at which pytest still writes its report, and its end
+REST = math.inf  # the budget of a step that takes what is left
+LEFT = "{seconds left}"  # in a command: until when it must have ended by itself
+END_SECONDS = 8  # of these, for what a command has begun
+MORE_CASES = "7,9,11-17"  # of experts_gpu.py: Qwen3-30B, Zipf routing, 512 and 2048 tokens
+
+
+class Step(NamedTuple):
+    """A command, how long it may take, and what of it is kept."""
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    judges: bool = False  # correctness: its failure is the check's
+    keeps: tuple[Path, ...] = ()  # files that it writes; a `.xml` is a report of pytest
+
+
+class Result(NamedTuple):
+    """How a step ended: `state` is "passed", "failed", "out of time", or "skipped" where no test of its report ran."""
+
+    name: str
+    state: str
+    seconds: float
+    rows: list[dict]
+    printed: str
+    judges: bool
+
+
+def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> list[Step]:
+    """The steps of a stage, in their order."""
+    python = (sys.executable, "-u")
+    own, cpu = (*python, str(HERE / "gpu_steps.py")), ("--stand-in",) if stand_in else ()
+    tune = (*python, "-m", "tiedmoe_kernels.tune", *cpu)
+    cache = Step("cache", 20, (*python, str(HERE / "gpu_cache.py"), "unpack", *cpu))
+    if stage == "a":
+        tests, sanitizer = scratch / "a_tests.xml", scratch / "a_sanitizer.xml"
+        return [
+            Step("machine", 10, (*own, "machine", *cpu)),
+            cache,
+            Step("float64", 50, (*own, "float64", *cpu), judges=True),
+            Step("tests", 100, pytest(tests, "not sanitizer and not two_to_the_31", stand_in), True, (tests,)),
+            Step("times", 40, (*tune, "--defaults")),
+            Step("sanitizer", REST, pytest(sanitizer, "sanitizer", False, workers=2), True, (sanitizer,)),
+        ]
+
+    def bench(name: str, seconds: float, cases: str, peers: str) -> Step:
+        prefix = scratch / f"{stage}_{name}"
+        where = ("--device", "cpu") if stand_in else ("--cases", cases)
+        command = (
+            *python,
+            str(HERE / "experts_gpu.py"),
+            "--output",
+            str(prefix),
+            *where,
+            "--peers",
+            peers,
+            "--budget-s",
+            LEFT,
+        )
+        return Step(name, seconds, command, keeps=(prefix.with_suffix(".jsonl"), prefix.with_suffix(".md")))
+
+    if stage == "c":
+        return [cache, bench("hub", REST, "0-6", "sonicmoe,deepgemm")]
+    again, tuned = scratch / "b_again.xml", scratch / "b_tuned.json"
+    options = ("--previous", str(previous), "--report", str(again)) if previous else ()
+    return [
+        cache,
+        Step("again", 60, (*own, "again", *options, *cpu), True, (again,)),
+        Step(
+            "tune", 130, (*tune, "--seconds", LEFT, "--output" if stand_in else "--copy", str(tuned)), keeps=(tuned,)
+        ),
+        bench("bar", 130, "0-6", "grouped_mm,batched_mm,liger"),
+        bench("more", REST, MORE_CASES, "grouped_mm,liger"),
+    ]
+
+
+def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tuple[str, ...]:
+    """The tests marked gpu of which `selected` is true; for a stand-in some of those that need none."""
+    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    marks = ("-m", "gpu", "-k", selected)
+    if stand_in:
+        files, marks = [ROOT / "tests" / "test_reference.py"], ("-m", "not gpu and not slow")
+    names = [str(path.relative_to(ROOT)) for path in files]
+    options = ["-p", "no:cacheprovider", "-v", "--maxfail", "20", f"--junitxml={report}"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "2" if stand_in else str(workers), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "90"]
+    return (sys.executable, "-m", "pytest", *marks, *options, *names)
+
+
+# --- running the steps -----------------------------------------------------------------------------------------------
+
+
+def check(
+    steps: Iterable[Step], seconds: float, results: Path, stage: str, environment: dict[str, str] | None = None
+) -> list[Result]:
+    """Run the steps one after another within `seconds` and write what is known to `results` after each."""
+    steps, start, found = list(steps), time.monotonic(), []
+    if 2 + sum(len(step.keeps) for step in steps) > MAX_FILES:
+        raise ValueError(f"stage {stage} would leave more than {MAX_FILES} files; let its steps keep fewer")
+    results.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        print(f"{time.monotonic() - start:5.0f} s  {step.name} ...", flush=True)
+        budget = min(step.seconds, seconds - (time.monotonic() - start))
+        result = run(step, budget, environment)
+        rows = kept(step.keeps, results)
+        if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
+            result = result._replace(state="skipped")
+        found.append(result._replace(rows=[*result.rows, *rows]))
+        write(found, results, stage, time.monotonic() - start, [later.name for later in steps[len(found) :]])
+    print(summary(found, stage))
+    return found
+
+
+def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result:
+    """One step in a group of processes of its own, which ends with it or with its budget."""
+    start = time.monotonic()
+    if budget <= 0:
+        return Result(step.name, "out of time", 0.0, [{"reason": "no time was left to start it"}], "", step.judges)
+    before = compiled()
+    command = [word.replace(LEFT, f"{max(1.0, budget - END_SECONDS):.0f}") for word in step.command]
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            state = "failed" if process.wait(budget) else "passed"
+        except subprocess.TimeoutExpired:
+            state = "out of time"
+            end(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+        end(process.pid, signal.SIGKILL)  # what it left behind, too
+        process.wait()
+        printed.seek(max(0, printed.seek(0, os.SEEK_END) - PRINTED_BYTES))
+        text = printed.read().decode(errors="replace")
+    rows = rows_in(text)
+    if state == "failed":
+        rows.append({"exit_status": process.returncode, "last_line": text.strip().rpartition("\n")[2][-300:]})
+    if new := compiled() - before:
+        rows.append({"kernels_compiled": new})
+    return Result(step.name, state, time.monotonic() - start, rows, text, step.judges)
+
+
+def end(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(group, number)
+
+
+def compiled() -> int:
+    """Kernels in triton's cache."""
+    return sum(1 for _ in CACHE.glob("*/*.cubin")) + sum(1 for _ in CACHE.glob("*/*.hsaco"))
+
+
+def rows_in(text: str) -> list[dict]:
+    """The lines of what a step printed that are JSON objects."""
+    rows = []
+    for line in text.splitlines():
+        if line.startswith("{"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # cut by the end of the budget, or no row
+    return rows
+
+
+def kept(paths: Iterable[Path], results: Path) -> list[dict]:
+    """Copy a step's files to the results; what each report of pytest says, and which files are not there, as rows."""
+    rows = []
+    for path in paths:
+        if not path.exists():
+            rows.append({"missing": path.name})
+        elif path.stat().st_size > MAX_BYTES:
+            rows.append({"left_out": path.name, "bytes": path.stat().st_size})
+        else:
+            shutil.copyfile(path, results / path.name)
+            rows += [report_of_pytest(path)] if path.suffix == ".xml" else []
+    return rows
+
+
+def report_of_pytest(path: Path) -> dict:
+    """How many tests passed, failed and were skipped, and the failed ones by the names that pytest takes."""
+    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        fault = next((each for each in case if each.tag in ("failure", "error")), None)
+        state = "failed" if fault is not None else "passed" if case.find("skipped") is None else "skipped"
+        counts[state] += 1
+        if fault is not None:
+            failed[node(case)] = (fault.get("message") or "").partition("\n")[0][:200]
+    return {**counts, "failures": failed}
+
+
+def node(case: ElementTree.Element) -> str:
+    """`tests.test_x.TestY`, `test_z[1]` -> `tests/test_x.py::TestY::test_z[1]`."""
+    module, _, classes = re.sub(r"\.(?=[A-Z])", "::", case.get("classname", "")).partition("::")
+    return "::".join(filter(None, [module.replace(".", "/") + ".py", classes, case.get("name")]))
+
+
+def write(found: list[Result], results: Path, stage: str, seconds: float, to_come: list[str]) -> None:
+    """`<stage>.json`, a row a line, and `<stage>.txt`."""
+    steps = []
+    for result in found:
+        head = {"name": result.name, "state": result.state, "seconds": round(result.seconds, 1)}
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in result.rows)
+        steps.append(f'  {json.dumps(head)[:-1]}, "rows": [' + (f"\n{rows}\n  ]}}" if rows else "]}"))
+    head = {"stage": stage, "date": datetime.date.today().isoformat(), "seconds": round(seconds), "to_come": to_come}
+    text = f'{json.dumps(head)[:-1]}, "steps": [\n' + ",\n".join(steps) + "\n]}\n"
+    (results / f"{stage}.json").write_text(text)
+    printed = [f"===== {r.name}: {r.state}, {r.seconds:.1f} s\n{r.printed}\n" for r in found]
+    (results / f"{stage}.txt").write_text("".join(printed) + summary(found, stage))
+
+
+def summary(found: list[Result], stage: str) -> str:
+    """A line a step, and what follows from them."""
+    lines = [f"===== stage {stage}"]
+    for result in found:
+        last = next((json.dumps(row) for row in reversed(result.rows) if result.state != "passed"), "")
+        lines.append(f"{result.name:10} {result.state:12} {result.seconds:6.1f} s  {last[:200]}".rstrip())
+    wrong = [r.name for r in found if r.judges and r.state == "failed"]
+    unknown = [f"{r.name} ({r.state})" for r in found if r.judges and r.state in ("out of time", "skipped")]
+    lines.append("wrong: " + ", ".join(wrong) if wrong else "nothing was found wrong")
+    if unknown:
+        lines.append("not known: " + ", ".join(unknown))
+    return "\n".join(lines) + "\n"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def environment_of(scratch: Path, wheels: Path, stand_in: bool) -> dict[str, str]:
+    """The checkout's packages and the pure Python wheels beside it, importable; triton's cache in its place."""
+    site = scratch / "site"
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    folders = [ROOT / "src", ROOT / "kernels" / "torch-ext", ROOT / "conversion", ROOT / "examples", site]
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_CACHE_DIR": str(CACHE)}
+    return found | ({"TRITON_INTERPRET": "1"} if stand_in else {})
+
+
+def budget(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    return name, float(seconds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=SECONDS, required=True)
+    parser.add_argument("--results", type=Path, required=True, help="a folder, made if it is not there")
+    parser.add_argument("--previous", type=Path, help="stage b: the results of stage a, whose failures run again")
+    parser.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="peers as wheels; default .whl")
+    parser.add_argument("--seconds", type=float, help=f"of the whole stage; default {SECONDS}")
+    parser.add_argument(
+        "--budget", type=budget, action="append", default=[], metavar="STEP=SECONDS", help="instead of the step's own"
+    )
+    parser.add_argument("--stand-in", action="store_true", help="on a CPU, at tiny sizes")
+    options = parser.parse_args(arguments)
+    if options.previous and not (options.previous / "a.json").exists():
+        parser.error(f"--previous {options.previous} holds no a.json; name the folder that stage a wrote")
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        scratch = Path(folder)
+        steps = tables(options.stage, scratch, options.previous, options.stand_in)
+        changed = dict(options.budget)
+        if unknown := changed.keys() - {step.name for step in steps}:
+            parser.error(f"stage {options.stage} has no step {', '.join(sorted(unknown))}")
+        steps = [step._replace(seconds=changed.get(step.name, step.seconds)) for step in steps]
+        environment = environment_of(scratch, options.wheels, options.stand_in)
+        found = check(steps, options.seconds or SECONDS[options.stage], options.results, options.stage, environment)
+    return int(any(result.judges and result.state == "failed" for result in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

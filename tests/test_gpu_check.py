@@ -1,0 +1,239 @@
+"""`benchmarks/gpu_check.py` with real processes on a CPU: budgets, what is written, what decides the exit status."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load("gpu_check")
+Step = gpu_check.Step
+
+
+def shell(name: str, script: str, seconds: float = 20, **facts) -> Step:
+    return Step(name, seconds, ("sh", "-c", script), **facts)
+
+
+def steps(folder: Path) -> list[Step]:
+    """A table like a stage's own: rows, a report, a failure of each kind."""
+    report = folder / "tests.xml"
+    xml = (
+        '<testsuite><testcase classname="tests.test_x.TestY" name="test_z[1]"><failure message="2 != 3"/></testcase>'
+        '<testcase classname="tests.test_x" name="test_w"/>'
+        '<testcase classname="tests.test_x" name="test_v"><skipped/></testcase></testsuite>'
+    )
+    return [
+        shell("rows", """echo '{"a": 1}'; echo noise; echo '{"cut'; echo '{"b": 2}'"""),
+        shell("tests", f"echo '{xml}' > {report}; exit 1", judges=True, keeps=(report,)),
+        shell("broken", "echo sorry >&2; exit 3"),
+        shell("right", "exit 0", judges=True),
+    ]
+
+
+def results(folder: Path, stage: str = "a") -> tuple[dict, dict]:
+    found = json.loads((folder / f"{stage}.json").read_text())
+    return found, {step["name"]: step for step in found["steps"]}
+
+
+def test_every_step_runs_and_its_rows_are_kept(tmp_path, capsys):
+    found = gpu_check.check(steps(tmp_path), 60, tmp_path / "out", "a")
+    assert [(r.name, r.state) for r in found] == [
+        ("rows", "passed"),
+        ("tests", "failed"),
+        ("broken", "failed"),
+        ("right", "passed"),
+    ]
+    written, by_name = results(tmp_path / "out")
+    assert written["to_come"] == []
+    assert by_name["rows"]["rows"] == [{"a": 1}, {"b": 2}]
+    assert by_name["tests"]["rows"][1:] == [
+        {"passed": 1, "failed": 1, "skipped": 1, "failures": {"tests/test_x.py::TestY::test_z[1]": "2 != 3"}}
+    ]
+    assert by_name["broken"]["rows"] == [{"exit_status": 3, "last_line": "sorry"}]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "a.txt", "tests.xml"]
+    assert "noise" in (tmp_path / "out" / "a.txt").read_text()
+    assert "wrong: tests\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slow", range(4))
+def test_the_clock_runs_out_in_each_step_and_the_others_run(slow, tmp_path, capsys):
+    table = steps(tmp_path)
+    table[slow] = table[slow]._replace(
+        seconds=0.3, command=("sh", "-c", """echo '{"begun": 1}'; sleep 60 & sleep 60""")
+    )
+    start = time.monotonic()
+    found = gpu_check.check(table, 60, tmp_path / "out", "a")
+    assert time.monotonic() - start < 30  # both of its processes were ended
+    assert [r.state for r in found].index("out of time") == slow
+    _, by_name = results(tmp_path / "out")
+    assert by_name[table[slow].name]["rows"][0] == {"begun": 1}
+    for i, (step, fresh) in enumerate(zip(table, gpu_check.check(steps(tmp_path), 60, tmp_path / "all", "a"))):
+        assert i == slow or by_name[step.name]["state"] == fresh.state
+    text = capsys.readouterr().out
+    assert f"{table[slow].name:10} out of time" in text
+    assert (f"not known: {table[slow].name} (out of time)" in text) == table[slow].judges
+
+
+def test_no_step_starts_without_time_and_each_is_named(tmp_path):
+    table = [shell("long", "sleep 60", seconds=gpu_check.REST), *steps(tmp_path)]
+    found = gpu_check.check(table, 0.2, tmp_path / "out", "b")
+    assert {r.state for r in found} == {"out of time"}
+    _, by_name = results(tmp_path / "out", "b")
+    assert by_name["right"]["rows"] == [{"reason": "no time was left to start it"}]
+
+
+def test_a_step_without_a_test_that_ran_is_no_success(tmp_path, capsys):
+    report = tmp_path / "tests.xml"
+    xml = '<testsuite><testcase classname="tests.test_x" name="test_v"><skipped/></testcase></testsuite>'
+    gpu_check.check(
+        [shell("tests", f"echo '{xml}' > {report}", judges=True, keeps=(report,))], 60, tmp_path / "out", "a"
+    )
+    assert "not known: tests (skipped)" in capsys.readouterr().out
+
+
+def test_a_step_is_told_what_it_has_left(tmp_path):
+    (result,) = gpu_check.check(
+        [shell("long", f"echo '{{\"left\": {gpu_check.LEFT}}}'", 40)], 30, tmp_path / "out", "a"
+    )
+    assert result.rows == [{"left": 30 - gpu_check.END_SECONDS}]
+
+
+def test_what_is_known_is_written_after_each_step(tmp_path):
+    out = tmp_path / "out"
+    table = [
+        shell("first", "echo '{\"a\": 1}'"),
+        shell("second", f"cp {out}/a.json {tmp_path}/then.json"),
+    ]
+    gpu_check.check(table, 60, out, "a")
+    then = json.loads((tmp_path / "then.json").read_text())
+    assert [step["name"] for step in then["steps"]] == ["first"]
+    assert then["to_come"] == ["second"]
+
+
+def test_files_are_few_and_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "MAX_BYTES", 100)
+    monkeypatch.setattr(gpu_check, "PRINTED_BYTES", 50)
+    large = tmp_path / "large.json"
+    table = [shell("large", f"head -c 101 /dev/zero > {large}; yes | head -c 5000; echo end", keeps=(large,))]
+    (result,) = gpu_check.check(table, 60, tmp_path / "out", "a")
+    assert result.rows == [{"left_out": "large.json", "bytes": 101}]
+    assert len(result.printed) == 50
+    assert result.printed.endswith("end\n")
+    many = tuple(tmp_path / f"{i}.json" for i in range(7))
+    with pytest.raises(ValueError, match="more than 8 files"):
+        gpu_check.check([shell("many", "true", keeps=many)], 60, tmp_path / "out", "a")
+
+
+@pytest.mark.parametrize("stage", gpu_check.SECONDS)
+@pytest.mark.parametrize("stand_in", [False, True])
+def test_the_tables_fit_their_stage(stage, stand_in, tmp_path):
+    table = gpu_check.tables(stage, tmp_path, tmp_path, stand_in)
+    assert 2 + sum(len(step.keeps) for step in table) <= gpu_check.MAX_FILES
+    assert table[-1].seconds == gpu_check.REST
+    assert sum(step.seconds for step in table[:-1]) < gpu_check.SECONDS[stage]
+    assert [step.name for step in table] == [step.name for step in gpu_check.tables(stage, tmp_path, None, False)]
+    names = [path.name for step in table for path in step.keeps]
+    assert len(set(names)) == len(names)
+    for step in table:
+        script = next((word for word in step.command if word.endswith(".py") and "benchmarks" in word), None)
+        assert script is None or Path(script).exists()
+
+
+def test_only_a_step_that_judges_decides_the_exit_status(tmp_path, monkeypatch):
+    table = steps(tmp_path)
+    monkeypatch.setattr(gpu_check, "tables", lambda *_: [table[0], table[2], table[3]])
+    arguments = ["--stage", "a", "--results", str(tmp_path / "out")]
+    assert gpu_check.main(arguments) == 0
+    assert gpu_check.main([*arguments, "--budget", "right=0"]) == 0  # not known is not wrong, and the summary says it
+    assert "not known: right (out of time)" in (tmp_path / "out" / "a.txt").read_text()
+    monkeypatch.setattr(gpu_check, "tables", lambda *_: table)
+    assert gpu_check.main(arguments) == 1
+
+
+def test_wrong_arguments_are_named(tmp_path, capsys):
+    for more, message in (
+        (["--budget", "nothing=1"], "stage b has no step nothing"),
+        (["--previous", str(tmp_path)], "holds no a.json"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu_check.main(["--stage", "b", "--results", str(tmp_path / "out"), *more])
+        assert message in capsys.readouterr().err
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    paths = [str(ROOT / part) for part in ("kernels/torch-ext", "src")] + [os.environ.get("PYTHONPATH", "")]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=ROOT)
+
+
+# One kernel, compiled into a cache, packed, unpacked elsewhere, and asked for by a launch on tensors with memory.
+ROUND_TRIP = """
+import sys; sys.path.insert(0, "benchmarks")
+import gpu_cache, triton
+from pathlib import Path
+what, folder, archive = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+triton.knobs.cache.dir = str(folder)
+target = gpu_cache.GPUTarget("cuda", 90, 32)
+if what == "unpack":
+    print(gpu_cache.unpack(archive, folder))
+with gpu_cache.compiling(target), gpu_cache.tune.counted():
+    device = "meta" if what == "pack" else "cpu"
+    shape = gpu_cache.tune.OLMOE if what == "pack" else gpu_cache.tune.Shape(E=16, H=1024, I=1024, K=8)
+    gpu_cache.outputs(gpu_cache.experts_forward, gpu_cache.make(gpu_cache.Case(1, 0), shape, device))
+if what == "pack":
+    print(gpu_cache.pack(folder, archive, target))
+"""
+
+
+def test_a_cache_made_without_a_gpu_is_found_at_another_place(tmp_path):
+    pytest.importorskip("triton")
+    archive = str(tmp_path / "cache.tar.xz")
+    made = python("-c", ROUND_TRIP, "pack", str(tmp_path / "a"), archive)
+    assert made.returncode == 0, made.stderr[-3000:]
+    counts = json.loads(made.stdout.splitlines()[0])
+    assert counts["cache_hits"] == 0
+    assert counts["cache_misses"] > 0
+    (tmp_path / "a").rename(tmp_path / "gone")
+    found = python("-c", ROUND_TRIP, "unpack", str(tmp_path / "b"), archive)
+    assert found.returncode == 0, found.stderr[-3000:]
+    again = json.loads(found.stdout.splitlines()[1])
+    assert (again["cache_hits"], again["cache_misses"]) == (counts["cache_misses"], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["a", "b"])
+def test_a_stage_runs_end_to_end_on_a_stand_in(stage, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "out"
+    arguments = ["--stage", stage, "--results", str(out), "--stand-in"]
+    if stage == "b":
+        failed = {"name": "float64", "state": "failed", "rows": []}
+        (tmp_path / "a.json").write_text(
+            json.dumps({"steps": [failed, {"name": "tests", "state": "passed", "rows": []}]})
+        )
+        arguments += ["--previous", str(tmp_path)]
+    run = python("benchmarks/gpu_check.py", *arguments)
+    _, by_name = results(out, stage)
+    assert run.returncode == 0, run.stdout
+    states = {name: step["state"] for name, step in by_name.items()}
+    assert states.pop("sanitizer", "skipped") == "skipped"
+    assert states == dict.fromkeys(states, "passed"), run.stdout
+    assert len(list(out.iterdir())) <= gpu_check.MAX_FILES
+    if stage == "a":
+        assert all(row["right"] for row in by_name["float64"]["rows"] if "right" in row)
+        assert by_name["tests"]["rows"][-1]["passed"] > 0
