@@ -32,6 +32,7 @@ from tiedmoe_kernels import (
     tune,
     tuning,
 )
+from tiedmoe_kernels.spec import Segment, Spec
 
 DEVICES = [
     pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")),
@@ -400,6 +401,47 @@ def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, back
         sum(forward(experts_forward, one, case).square().sum() for one in layers).backward()
     for leaf, want in zip(pool.leaves[2:], expected_gradients):
         assert relative_error(leaf.grad, want + 1) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "top_ks"),
+    [
+        pytest.param([[16, 0, 1], [0, 0, 17], [33, 0, 15]], (2, 2, 2), id="blocks exactly full, tails of one row"),
+        pytest.param([[0, 0, 0], [0, 5, 0], [0, 0, 0]], (1, 1, 1), id="one segment with rows between two without"),
+        pytest.param([[3, 32, 0], [18, 1, 0]], (2, 3), id="layers of different K"),
+        pytest.param([[0, 0, 0]], (2,), id="no rows at all"),
+    ],
+)
+def test_weight_gradient_of_segments_of_any_length(counts, top_ks, is_transposed, device, backend):
+    """Blocks of 16 rows; what the kernel may not read is NaN: rows past the last, tokens that no slot of an expert has."""
+    H, I, E = 24, 20, 3
+    spec = Spec("silu", 1.702, 7.0, is_transposed=is_transposed, is_concatenated=True)
+    segments, expected_gate_up, expected_down = [], torch.zeros(E, 2 * I, H), torch.zeros(E, H, I)
+    for count, K in zip(counts, top_ks):
+        T = sum(count) + 2
+        order = torch.randperm(T * K, dtype=torch.int32)
+        offsets = torch.tensor([0, *count], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        active = int(offsets[-1])
+        x, dy = (torch.full((T, H), torch.nan) for _ in range(2))
+        grad_pre, hidden = torch.full((T * K, 2 * I), torch.nan), torch.full((T * K, I), torch.nan)
+        token = (order[:active] // K).long()
+        x[token], dy[token] = torch.randn(active, H), torch.randn(active, H)
+        grad_pre[:active], hidden[:active] = torch.randn(active, 2 * I), torch.randn(active, I)
+        for e in range(E):
+            rows = slice(int(offsets[e]), int(offsets[e + 1]))
+            expected_gate_up[e] += grad_pre[rows].T @ x[token[rows]]
+            expected_down[e] += dy[token[rows]].T @ hidden[rows]
+        segments.append(Segment(*(t.to(device) for t in (x, dy, grad_pre, hidden, order, offsets, torch.ones(T, K)))))
+
+    for into in ((None,) * 4, (torch.ones(E, 2 * I, H), torch.ones(E, H, I), None, None)):
+        into = [None if t is None else (t.mT if is_transposed else t).contiguous().to(device) for t in into]
+        needs = (True, True, False, False)
+        got = triton_backend.backward_weight(segments, spec, torch.float32, needs, into)
+        for grad, want in zip(got, (expected_gate_up, expected_down)):
+            want = want if into[0] is None else want + 1
+            torch.testing.assert_close(grad.cpu(), want.mT if is_transposed else want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)

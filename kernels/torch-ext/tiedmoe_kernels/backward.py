@@ -85,8 +85,58 @@ def add_to(out, tile, e, p, q, first_p, first_q, P, Q):
 
 
 @triton.jit
+def load_rows(
+    rows, first_row, i, slot, rest, column, SIZE: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """`[BLOCK_K, columns]` of a segment's rows: of the slots' tokens, or the sorted rows first_row + i, 0 from i = rest on.
+
+    Rows past the last of the expert need to be 0 in one operand only: the gathered one repeats its last row.
+    """
+    if GATHER:
+        pointers = (rows + column)[None, :] + (slot.to(tl.uint32) // K).to(tl.uint64)[:, None] * SIZE
+        if EVEN:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
+    else:
+        pointers = rows + first_row.to(tl.int64) * SIZE + (i[:, None] * SIZE + column[None, :])
+        mask = (i < rest)[:, None]
+        if not EVEN:
+            mask = mask & (column < SIZE)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_slots(order, row, end, i):
+    """The slots of the sorted rows row + i; the last one again and again from `end` on; nothing is read where there is none."""
+    return tl.load(order + row + tl.minimum(i, tl.maximum(end - row - 1, 0)), mask=row + 0 * i < end, other=0)
+
+
+@triton.jit
+def next_segment(first, number, row, end, offsets, e):
+    """Number, first row and end of the first segment from number `first` on that has rows of expert e; else what was given."""
+    for s in tl.static_range(len(offsets) - 1, -1, -1):
+        start_s = tl.load(offsets[s] + e)
+        end_s = tl.load(offsets[s] + e + 1)
+        if (s >= first) & (start_s < end_s):
+            number = tl.full((), s, tl.int32)
+            row = start_s
+            end = end_s
+    return number, row, end
+
+
+@triton.jit
+def of_segment(tensors, number):
+    """The tensor of one segment."""
+    found = tensors[0]
+    for s in tl.static_range(1, len(tensors)):
+        found = tl.where(number == s, tensors[s], found)
+    return found
+
+
+@triton.jit
 def weight_grad_kernel(
-    a_segments, b_segments, orders, offsets, out, P, Q, E,
+    a_segments, b_segments, orders, offsets, out, P: tl.constexpr, Q: tl.constexpr, E,
     K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,36 +152,26 @@ def weight_grad_kernel(
     first_q = first_column(tile_q, Q, BLOCK_N, EVEN)
     q = first_q + tl.arange(0, BLOCK_N)
 
+    num_blocks = 0
+    for s in tl.static_range(len(orders)):
+        num_blocks += tl.cdiv(tl.load(offsets[s] + e + 1) - tl.load(offsets[s] + e), BLOCK_K)
     if ADD:
-        num_rows = 0
-        for s in tl.static_range(len(a_segments)):
-            num_rows += tl.load(offsets[s] + e + 1) - tl.load(offsets[s] + e)
-        if num_rows == 0:
+        if num_blocks == 0:
             return
 
+    i = tl.arange(0, BLOCK_K)
+    none = tl.zeros((), tl.int32)
+    number, row, end = next_segment(0, none, none, none, offsets, e)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for s in tl.static_range(len(a_segments)):
-        start = tl.load(offsets[s] + e)
-        end = tl.load(offsets[s] + e + 1)
-        for r0 in range(start, end, BLOCK_K):
-            row = r0 + tl.arange(0, BLOCK_K)
-            mask = row < end
-            a_row = row.to(tl.int64)
-            b_row = a_row
-            if GATHER_A or GATHER_B:
-                token = (tl.load(orders[s] + row, mask=mask, other=0) // K[s]).to(tl.int64)
-                if GATHER_A:
-                    a_row = token
-                if GATHER_B:
-                    b_row = token
-            mask_a = mask[:, None]
-            mask_b = mask[:, None]
-            if not EVEN:
-                mask_a = mask_a & (p < P)[None, :]
-                mask_b = mask_b & (q < Q)[None, :]
-            a = tl.load(a_segments[s] + a_row[:, None] * P + p[None, :], mask=mask_a, other=0.0)
-            b = tl.load(b_segments[s] + b_row[:, None] * Q + q[None, :], mask=mask_b, other=0.0)
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    slot = load_slots(of_segment(orders, number), row, end, i)
+    for _ in range(num_blocks):
+        a_block = load_rows(of_segment(a_segments, number), row, i, slot, end - row, p, P, K, GATHER_A, EVEN)
+        b_block = load_rows(of_segment(b_segments, number), row, i, slot, end - row, q, Q, K, GATHER_B, EVEN)
+        row += BLOCK_K
+        if row >= end:
+            number, row, end = next_segment(number + 1, number, row, end, offsets, e)
+        slot = load_slots(of_segment(orders, number), row, end, i)
+        acc = tl.dot(tl.trans(a_block), b_block, acc, input_precision=PRECISION)
 
     if ADD:  # one half of the columns after the other: the old gradient of the whole tile has no room in registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -214,6 +214,10 @@ class _Group:
         self.orders, self.offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
         self.top_k, self.out_dtype = tuple(s.weights.size(1) for s in segments), out_dtype
         self.E, self.N = self.offsets[0].numel() - 1, max(1, sum(order.numel() for order in self.orders))
+        # The weight gradient's kernel takes one K for all segments: where they differ it is handed tokens instead of slots.
+        one_k = len(set(self.top_k)) == 1
+        self.gather_k = self.top_k[0] if one_k else 1
+        self.gather_orders = self.orders if one_k else tuple(o // k for o, k in zip(self.orders, self.top_k))
 
 
 def _on_device_of(tensor: Tensor):
@@ -373,8 +377,8 @@ def _weight_grad(
     config = _choose("weight_grad", a[0], group.N, group.E, Q, _LONG)
     config = config._replace(block_m=tuning.at_most(config.block_m, P))
     bwd.weight_grad_kernel[(group.E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
-        a, b, group.orders, group.offsets, out, P, Q, group.E,
-        K=group.top_k, GATHER_A=gather and token_first, GATHER_B=gather and not token_first, ADD=into is not None,
+        a, b, group.gather_orders, group.offsets, out, P, Q, group.E,
+        K=group.gather_k, GATHER_A=gather and token_first, GATHER_B=gather and not token_first, ADD=into is not None,
         EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0]),
     )  # fmt: skip
     return out
