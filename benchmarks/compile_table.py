@@ -5,7 +5,7 @@
 
 The launches are the backend's own, made with tensors on the meta device under a driver that names another chip, so a kernel
 is compiled from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel, counts registers and stack
-(a stack above 0 bytes is spilled registers); for AMD both are in the assembly's notes.
+(a stack above 0 bytes is spilled registers) and prints the machine code; for AMD registers and stack are in the assembly's notes.
 """
 
 import argparse
@@ -181,20 +181,46 @@ def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, o
     return iter(kernels.values())
 
 
-def resources(kernel) -> dict[str, int]:
-    """Registers a thread, stack (or scratch) bytes a thread, shared memory bytes a block."""
+def main_loop(sass: str) -> int:
+    """Instructions of an iteration of the main loop: the longest loop with products and no other such loop inside; 0 without.
+
+    Waits on a barrier are loops, too, out of line behind the kernel's end: what jumps back over an EXIT is none of these.
+    """
+    code = {int(at, 16): text for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)}
+    loops: list[tuple[int, int]] = []
+    for end, text in code.items():
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump and (start := int(jump[1], 16)) <= end:
+            body = [code[at] for at in code if start <= at <= end]
+            if any(re.search(r"MMA\b|\bFFMA", line) for line in body) and "EXIT" not in "".join(body):
+                loops.append((start, end))
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= s and e <= end for s, e in loops if (s, e) != (start, end))
+    ]
+    return max((sum(start <= at <= end for at in code) for start, end in innermost), default=0)
+
+
+def resources(kernel) -> dict[str, int | None]:
+    """Registers a thread, stack (or scratch) bytes a thread, shared memory bytes a block, instructions of the main loop."""
+    loop = None  # AMD's assembly is not taken apart
     if "cubin" in kernel.asm:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            text, sass = (
+                subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("-res-usage", "-sass")
+            )
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+        loop = main_loop(sass)
     else:
         text = kernel.asm["amdgcn"]
         registers = re.search(r"\.vgpr_count:\s+(\d+)", text)[1]
         stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]
-    return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
+    return {"loop": loop, "registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
 
 
 def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
@@ -251,12 +277,14 @@ def markdown(found: list[dict]) -> str:
     lines: dict[tuple, dict[str, list[dict]]] = {}
     for row in found:
         lines.setdefault(tuple(row[c] for c in columns), {}).setdefault(row["triton"], []).append(row)
-    head = [*columns, *(f"{what}, triton {v}" for v in versions for what in ("registers", "stack", "shared"))]
+    taken = ("loop", "registers", "stack", "shared")
+    head = [*columns, *(f"{what}, triton {v}" for v in versions for what in taken)]
     text = [
         "# What each kernel takes of a chip, compiled ahead of time",
         "",
-        "`make compile-table` writes this table. Registers and stack (bytes; above 0: registers spilled) are of one thread, shared",
-        "memory is in bytes of one block; where one kernel serves several products, the most that any takes. Limits of a block: "
+        "`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA only). Registers",
+        "and stack (bytes; above 0: registers spilled) are of one thread, shared memory is in bytes of one block; where one kernel",
+        "serves several products or numbers of segments, the most that any takes. Limits of a block: "
         + ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items() if name in TARGETS)
         + ".",
         "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, no larger block).",
@@ -268,7 +296,7 @@ def markdown(found: list[dict]) -> str:
         cells = [str(c) for c in key]
         for version in versions:
             same = by_version.get(version, [])
-            cells += [str(max(r[what] for r in same)) if same else "-" for what in ("registers", "stack", "shared")]
+            cells += [str(max(r[what] for r in same)) if same and same[0].get(what) else "-" for what in taken]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
@@ -293,7 +321,7 @@ def main() -> None:
             for architecture in arguments.architectures
             for row in rows(architecture, QUICK_CASES if arguments.quick else CASES)
         ]
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")  # a row a line
     wrong = [f"{row}: {fault}" for row in found for fault in faults(row)]
     wrong += [f"{e['architecture']}: no case compiles the entry {e}" for e in unused_entries(found)]
     if wrong:

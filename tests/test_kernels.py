@@ -7,6 +7,7 @@ Uninitialised memory is NaN.
 
 import json
 import math
+import mmap
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from tiedmoe_kernels import (
     backends,
+    backward,
     deferred,
     deferred_weight_gradients,
     experts_forward,
@@ -415,7 +417,7 @@ def test_tied_layers_share_one_weight_gradient(segments_per_launch, device, back
     ],
 )
 def test_weight_gradient_of_segments_of_any_length(counts, top_ks, is_transposed, device, backend):
-    """Blocks of 16 rows; what the kernel may not read is NaN: rows past the last, tokens that no slot of an expert has."""
+    """Blocks of 16 rows; what the kernel may not read is NaN: rows past the last, tokens that no active slot has."""
     H, I, E = 24, 20, 3
     spec = Spec("silu", 1.702, 7.0, is_transposed=is_transposed, is_concatenated=True)
     segments, expected_gate_up, expected_down = [], torch.zeros(E, 2 * I, H), torch.zeros(E, H, I)
@@ -442,6 +444,27 @@ def test_weight_gradient_of_segments_of_any_length(counts, top_ks, is_transposed
         for grad, want in zip(got, (expected_gate_up, expected_down)):
             want = want if into[0] is None else want + 1
             torch.testing.assert_close(grad.cpu(), want.mT if is_transposed else want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter; test_kernels_gpu.py has the true sizes")
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_weight_gradient_reads_beyond_2_31_elements(is_transposed):
+    """One program over x `[T, H]` and dpre `[N, H]` of 8.6 GB each; only the rows that are read take memory."""
+    T, H = 2**17 + 2, 2**15  # beyond 2^32, too: some numbers are unsigned before they are widened
+    x, grad_pre = (torch.frombuffer(mmap.mmap(-1, 2 * T * H), dtype=torch.float16).view(T, H) for _ in range(2))
+    rows = torch.arange(T - 2, T)
+    x[rows, :16], grad_pre[rows, :16] = torch.randn(2, 16).half(), torch.randn(2, 16).half()
+    order = torch.arange(T, dtype=torch.int32)  # K = 1
+    offsets = torch.tensor([T - 2, T], dtype=torch.int32)
+    out = torch.zeros(16, H)
+    a, b = (x, grad_pre) if is_transposed else (grad_pre, x)
+    backward.weight_grad_kernel[(1,)](
+        (a,), (b,), (order,), (offsets,), out, H, H, 1,
+        K=1, GATHER_A=is_transposed, GATHER_B=not is_transposed, ADD=False, EVEN=True,
+        BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP_M=1, PRECISION="ieee", num_warps=4, num_stages=2,
+    )  # fmt: skip
+    expected = a[rows, :16].float().T @ b[rows, :16].float()
+    torch.testing.assert_close(out[:, :16], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,7 +15,8 @@ from .forward import first_column, tile_of
 
 @triton.jit(do_not_specialize=["num_slots"])
 def gate_backward_kernel(
-    pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, order, offsets, num_slots, H, I, E, alpha, limit,
+    pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, order, offsets,
+    num_slots, H, I, E, alpha, limit,
     K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +72,7 @@ def gate_backward_kernel(
 
 @triton.jit
 def output_tile(out, e, p, q, first_p, first_q, P, Q):
-    """Pointers to the tile (p, q) of out `[E, P, Q]`, and which of them are no other tile's: the last one repeats columns."""
+    """Pointers to the tile (p, q) of out `[E, P, Q]`; which are no other tile's: the last one repeats columns."""
     pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
     return pointers, ((p >= first_p) & (p < P))[:, None] & ((q >= first_q) & (q < Q))[None, :]
 
@@ -85,12 +86,40 @@ def add_to(out, tile, e, p, q, first_p, first_q, P, Q):
 
 
 @triton.jit
-def load_rows(
-    rows, first_row, i, slot, rest, column, SIZE: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """`[BLOCK_K, columns]` of a segment's rows: of the slots' tokens, or the sorted rows first_row + i, 0 from i = rest on.
+def next_segment(first, number, row, rest, offsets, e):
+    """Of the first segment from number `first` on with rows of expert e: number, first row, rows; else what was given."""
+    for s in tl.static_range(len(offsets) - 1, -1, -1):
+        start = tl.load(offsets[s] + e)
+        num_rows = tl.load(offsets[s] + e + 1) - start
+        if (s >= first) & (num_rows > 0):
+            number = tl.full((), s, tl.int32)
+            row = start
+            rest = num_rows
+    return number, row, rest
 
-    Rows past the last of the expert need to be 0 in one operand only: the gathered one repeats its last row.
+
+@triton.jit
+def of_segment(tensors, number):
+    """One segment's tensor, chosen at every block: triton 3.6 fails for AMD on pointers that a loop carries."""
+    found = tensors[0]
+    for s in tl.static_range(1, len(tensors)):
+        found = tl.where(number == s, tensors[s], found)
+    return found
+
+
+@triton.jit
+def load_slots(order, row, rest, i):
+    """The slots of the sorted rows row + i; from i = rest on the last one again; nothing is read where there is none."""
+    return tl.load(order + row + tl.minimum(i, tl.maximum(rest - 1, 0)), mask=rest > 0 * i, other=0)
+
+
+@triton.jit
+def load_rows(
+    rows, row, rest, i, slot, column, SIZE: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """`[BLOCK_K, columns]`: the rows of the slots' tokens, or the sorted rows row + i, 0 from i = rest on.
+
+    Zeros in one operand are enough, and the sorted one needs them: its rows past the last active one are undefined.
     """
     if GATHER:
         pointers = (rows + column)[None, :] + (slot.to(tl.uint32) // K).to(tl.uint64)[:, None] * SIZE
@@ -99,7 +128,7 @@ def load_rows(
         else:
             return tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
     else:
-        pointers = rows + first_row.to(tl.int64) * SIZE + (i[:, None] * SIZE + column[None, :])
+        pointers = rows + row.to(tl.int64) * SIZE + (i[:, None] * SIZE + column[None, :])
         mask = (i < rest)[:, None]
         if not EVEN:
             mask = mask & (column < SIZE)[None, :]
@@ -107,42 +136,18 @@ def load_rows(
 
 
 @triton.jit
-def load_slots(order, row, end, i):
-    """The slots of the sorted rows row + i; the last one again and again from `end` on; nothing is read where there is none."""
-    return tl.load(order + row + tl.minimum(i, tl.maximum(end - row - 1, 0)), mask=row + 0 * i < end, other=0)
-
-
-@triton.jit
-def next_segment(first, number, row, end, offsets, e):
-    """Number, first row and end of the first segment from number `first` on that has rows of expert e; else what was given."""
-    for s in tl.static_range(len(offsets) - 1, -1, -1):
-        start_s = tl.load(offsets[s] + e)
-        end_s = tl.load(offsets[s] + e + 1)
-        if (s >= first) & (start_s < end_s):
-            number = tl.full((), s, tl.int32)
-            row = start_s
-            end = end_s
-    return number, row, end
-
-
-@triton.jit
-def of_segment(tensors, number):
-    """The tensor of one segment."""
-    found = tensors[0]
-    for s in tl.static_range(1, len(tensors)):
-        found = tl.where(number == s, tensors[s], found)
-    return found
-
-
-@triton.jit
 def weight_grad_kernel(
     a_segments, b_segments, orders, offsets, out, P: tl.constexpr, Q: tl.constexpr, E,
     K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32, written once or added to what is there.
+    """out `[E, P, Q]`: per expert A^T B over the rows of all segments, in float32; written once or added to out.
 
-    A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token where gathered; K is one per segment.
+    A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token, order // K, where gathered.
+
+    One loop over the blocks of all segments, so that the pipeline of loads fills once; the tail of a segment is a block
+    with zeros in it. The slots of a block are loaded during the one before: an indirect load would take a stage.
     """
     tiles_p = tl.cdiv(P, BLOCK_M)
     tiles_q = tl.cdiv(Q, BLOCK_N)
@@ -155,23 +160,24 @@ def weight_grad_kernel(
     num_blocks = 0
     for s in tl.static_range(len(orders)):
         num_blocks += tl.cdiv(tl.load(offsets[s] + e + 1) - tl.load(offsets[s] + e), BLOCK_K)
-    if ADD:
+    if ADD:  # noqa: SIM102  # a constexpr: what is inside is not compiled without it
         if num_blocks == 0:
             return
 
     i = tl.arange(0, BLOCK_K)
-    none = tl.zeros((), tl.int32)
-    number, row, end = next_segment(0, none, none, none, offsets, e)
+    zero = tl.zeros((), tl.int32)
+    number, row, rest = next_segment(0, zero, zero, zero, offsets, e)
+    slot = load_slots(of_segment(orders, number), row, rest, i)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    slot = load_slots(of_segment(orders, number), row, end, i)
     for _ in range(num_blocks):
-        a_block = load_rows(of_segment(a_segments, number), row, i, slot, end - row, p, P, K, GATHER_A, EVEN)
-        b_block = load_rows(of_segment(b_segments, number), row, i, slot, end - row, q, Q, K, GATHER_B, EVEN)
+        a = load_rows(of_segment(a_segments, number), row, rest, i, slot, p, P, K, GATHER_A, EVEN)
+        b = load_rows(of_segment(b_segments, number), row, rest, i, slot, q, Q, K, GATHER_B, EVEN)
         row += BLOCK_K
-        if row >= end:
-            number, row, end = next_segment(number + 1, number, row, end, offsets, e)
-        slot = load_slots(of_segment(orders, number), row, end, i)
-        acc = tl.dot(tl.trans(a_block), b_block, acc, input_precision=PRECISION)
+        rest -= BLOCK_K
+        if rest <= 0:
+            number, row, rest = next_segment(number + 1, number, row, rest, offsets, e)
+        slot = load_slots(of_segment(orders, number), row, rest, i)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     if ADD:  # one half of the columns after the other: the old gradient of the whole tile has no room in registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -214,7 +214,7 @@ class _Group:
         self.orders, self.offsets = tuple(s.order for s in segments), tuple(s.offsets for s in segments)
         self.top_k, self.out_dtype = tuple(s.weights.size(1) for s in segments), out_dtype
         self.E, self.N = self.offsets[0].numel() - 1, max(1, sum(order.numel() for order in self.orders))
-        # The weight gradient's kernel takes one K for all segments: where they differ it is handed tokens instead of slots.
+        # The weight gradient's kernel takes one K for all segments: where they differ it is handed tokens, not slots.
         one_k = len(set(self.top_k)) == 1
         self.gather_k = self.top_k[0] if one_k else 1
         self.gather_orders = self.orders if one_k else tuple(o // k for o, k in zip(self.orders, self.top_k))
