@@ -17,13 +17,15 @@ The cases, in bfloat16; a step is forward and backward of a tied group of g laye
 
 One row is a peer (peers.py) in a case. A row is written to PREFIX.jsonl, one JSON object a line, as soon as it is
 measured, after a first line that describes machine, versions and the machine's own rates; PREFIX.md, the table, is
-written again after each. A row that would not end within --budget-s is not begun, and named in the table. A peer that
-breaks the device is left out, and the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
+written again after each. Peers that compile and tune for a minute come after all others, in every case. A row that
+would not end within --budget-s is not begun, and named in the table. A peer that breaks the device is left out, and
+the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
 `--device cpu` tries the script on tiny shapes; those figures mean nothing.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import sys
@@ -90,6 +92,12 @@ class Task(NamedTuple):
     @property
     def key(self) -> str:
         return f"{self.number}: {self.case.key}, {self.peer.name}"
+
+
+def plan(cases: list[Case], numbers: list[int], names: set[str]) -> list[Task]:
+    """Every case with every peer, case by case; then again with the peers that take a minute to compile and tune."""
+    tasks = [Task(number, cases[number], peer) for number in numbers for peer in PEERS if peer.name in names]
+    return sorted(tasks, key=lambda task: task.peer.slow_to_prepare)
 
 
 def parse_cases(text: str, total: int) -> list[int]:
@@ -244,7 +252,6 @@ def main(arguments: list[str] | None = None) -> None:
             }
         )
     numbers = parse_cases(options.cases or ("all" if device.type == "cpu" else QUICK), len(cases))
-    tasks = [Task(number, cases[number], peer) for number in numbers for peer in PEERS if peer.name in names]
     limits = {"seconds": 0.05, "most": 4} if device.type == "cpu" else {}
     bench: Bench | None = None
 
@@ -253,11 +260,11 @@ def main(arguments: list[str] | None = None) -> None:
         begun = time.monotonic()
         if bench is None or bench.case != task.case:
             bench = None  # its memory first
+            gc.collect()
             if device.type != "cpu":
                 torch.cuda.empty_cache()
-            bench = Bench(task.case, device, results.entries[0]["rates"], **limits)
-            if results.status(task.number, TIEDMOE) == "measured":
-                bench.prepare_ours()
+            has_ours = results.status(task.number, TIEDMOE) == "measured"
+            bench = Bench(task.case, device, results.entries[0]["rates"], has_ours, **limits)
         row = {"case": task.number, "key": task.case.key, "peer": task.peer.name} | bench.row(task.peer)
         results.add(row | {"seconds": round(time.monotonic() - begun, 1)})
         print(
@@ -268,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
             os.execv(sys.executable, [sys.executable, __file__, *given, "--resume", "--budget-s", str(left)])
         return row
 
-    todo = [task for task in tasks if results.status(task.number, task.peer.name) is None]
+    todo = [task for task in plan(cases, numbers, names) if not results.status(task.number, task.peer.name)]
     left = options.budget_s - (time.monotonic() - start)
     _, left_out = run_plan(todo, execute, left, kind=lambda task: (task.case.kind, task.peer.name))
     results.write_table(left_out)

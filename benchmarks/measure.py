@@ -4,6 +4,7 @@ A peer's result is first compared with float64: one that is wrong is reported as
 timed in turn with ours, round by round, so that their ratio is one of the same minute; memory is measured apart.
 """
 
+import functools
 import gc
 import re
 import statistics
@@ -234,19 +235,26 @@ def peak_bytes(call: Callable[[int], Any], device: torch.device) -> int | None:
 
 
 class Bench:
-    """A case, and a row for each peer that is asked for: ours first, then the others have a ratio to it."""
+    """A case, and a row for each peer that is asked for: ours first, then the others have a ratio to it.
 
-    def __init__(self, case: Case, device: torch.device, rates: dict, **limits):
-        self.case, self.device, self.rates = case, device, rates
-        self.limits = {"seconds": 2.0, "least": 3, "most": 9} | limits  # of `interleave`
-        self.problem = make_problem(case, device)
+    Args:
+        has_ours: our own row is there already, from a process before this one.
+        limits: `seconds`, `least` and `most` of `interleave`.
+    """
+
+    def __init__(self, case: Case, device: torch.device, rates: dict, has_ours: bool = False, **limits):
+        self.case, self.device, self.rates, self.has_ours = case, device, rates, has_ours
+        self.limits = {"seconds": 1.5, "least": 3, "most": 9} | limits
         self.memory = 4 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-        self.expected: list[Tensor] | None = None
         self.ours: Prepared | None = None
 
-    def prepare_ours(self) -> None:
-        """Make ours ready without a row of its own, for a run that goes on after it."""
-        self.ours = prepare(PEERS[0], self.problem)
+    @functools.cached_property
+    def problem(self) -> Problem:
+        return make_problem(self.case, self.device)
+
+    @functools.cached_property
+    def expected(self) -> list[Tensor]:
+        return expected_outcome(self.problem)
 
     def row(self, peer: Peer) -> dict:
         """Return what was measured. `status`: measured, wrong, failed or left out; but for the first with a reason."""
@@ -268,7 +276,8 @@ class Bench:
 
     def _measure(self, peer: Peer) -> dict:
         prepared = prepare(peer, self.problem)
-        self.expected = self.expected or expected_outcome(self.problem)
+        if self.has_ours and self.ours is None:
+            self.ours = prepare(PEERS[0], self.problem)
         found = outcome(peer, self.problem, self.problem.pools[0])
         errors = {name: relative_error(*pair) for name, *pair in zip(CHECKED, found, self.expected)}
         del found

@@ -26,6 +26,7 @@ class Peer:
     build: Callable[[nn.Parameter, nn.Parameter], Layer]
     trains: bool = True
     capturable: bool = True  # False: it waits for the device, which no CUDA graph can hold
+    slow_to_prepare: bool = False  # compiles and tunes for a minute: its turn comes when all others are measured
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around one forward of a model
 
 
@@ -95,11 +96,11 @@ PEERS = (
     Peer("grouped_mm", functools.partial(transformers_layer, "grouped_mm")),
     Peer("batched_mm", functools.partial(transformers_layer, "batched_mm")),
     Peer("eager", functools.partial(transformers_layer, "eager"), capturable=False),
-    Peer("grouped_mm compiled", compiled_layer),
-    Peer("liger", liger_layer, capturable=False),
+    Peer("grouped_mm compiled", compiled_layer, slow_to_prepare=True),
+    Peer("liger", liger_layer, capturable=False, slow_to_prepare=True),
     # These two load a kernel from the Hub.
-    Peer("sonicmoe", functools.partial(transformers_layer, "sonicmoe")),
-    Peer("deepgemm", functools.partial(transformers_layer, "deepgemm"), trains=False),
+    Peer("sonicmoe", functools.partial(transformers_layer, "sonicmoe"), slow_to_prepare=True),
+    Peer("deepgemm", functools.partial(transformers_layer, "deepgemm"), trains=False, slow_to_prepare=True),
 )
 
 

@@ -109,6 +109,12 @@ def test_cases_are_chosen_by_number():
         experts_gpu.parse_cases("4-6", 6)
 
 
+def test_plan_has_peers_that_tune_themselves_after_all_others():
+    tasks = experts_gpu.plan(experts_gpu.CASES, [0, 2], {"tiedmoe", "liger", "eager"})
+    order = [(0, "tiedmoe"), (0, "eager"), (2, "tiedmoe"), (2, "eager"), (0, "liger"), (2, "liger")]
+    assert [(task.number, task.peer.name) for task in tasks] == order
+
+
 def test_run_plan_leaves_out_what_would_not_end_in_time():
     clock = [0.0]
 
@@ -275,6 +281,15 @@ def test_a_wrong_a_failing_and_a_missing_peer_are_reported():
     json.dumps(rows, allow_nan=False)
 
 
+def test_a_case_that_does_not_fit_is_a_failed_row(monkeypatch):
+    def make_problem(case, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measure, "make_problem", make_problem)
+    row = rows_of(Case("forward", TINY, 8), [BY_NAME["tiedmoe"]])["tiedmoe"]
+    assert row == {"status": "failed", "reason": "OutOfMemoryError: CUDA out of memory"}
+
+
 def test_a_wrong_gradient_is_found():
     class Halved(torch.autograd.Function):
         @staticmethod
@@ -318,7 +333,7 @@ def test_decoding_that_no_graph_can_hold_is_timed_without_one(monkeypatch):
             return 1e-3 if call in self.in_graph else 2e-3
 
     bench = Bench(Case("decode", TINY, 2), CPU, RATES)
-    bench.prepare_ours()
+    bench.ours = measure.prepare(BY_NAME["tiedmoe"], bench.problem)
     bench.device = types.SimpleNamespace(type="cuda")
     monkeypatch.setattr(measure, "clock_for", lambda device, in_graph: Clock(in_graph))
     for name, why in (("eager", "waits for the device"), ("batched_mm", "not permitted when stream")):
