@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels/README.md") if path.is_file()]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 MADE = (
+    ".whl/",
     "_ops.py",
+    *("a.json", "b.json", "b_tuned.json"),
     "demo/report.md",
     "tiedmoe_conversion.json",
     "tokenizer.json",
