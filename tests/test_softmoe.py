@@ -249,7 +249,9 @@ def test_router_losses_and_active_experts_in_the_outputs(tokens):
     out = model(tokens, attention_mask=mask, labels=tokens)
     kept, losses, active = mask.flatten().bool(), [], []
     for router, (_, (logits, _, index)) in zip(routers(model), seen):
-        p = soft_top_k(logits.softmax(-1), model.base_model.expert_budget(router.place), 0.1)[kept]
+        p = soft_top_k(logits.softmax(-1), model.base_model.expert_budget(router.place, model.config.softmoe), 0.1)[
+            kept
+        ]
         used = torch.stack([(index[kept] == expert).any(-1) for expert in range(4)], -1).float()
         losses.append(4 * (used.mean(0) * (p / p.sum(-1, keepdim=True)).mean(0)).sum())
         active.append(used.sum(-1).mean())

@@ -129,6 +129,9 @@ class TensorMaker:
 
     def make(self, operation: TensorOperation) -> Iterator[torch.Tensor]:
         """Return the operation's tensor in blocks along dimension 0."""
+        if operation.kind == "zeros":
+            yield torch.zeros(operation.shape, dtype=operation.dtype)
+            return
         if operation.pool < 0:
             tensors = self.plan.source.tensors
             for rows in tensors.rows(operation.target) if len(operation.shape) > 2 else [(0, None)]:

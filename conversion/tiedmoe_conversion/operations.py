@@ -18,7 +18,8 @@ class TensorOperation(Planned):
 
     Attributes:
         kind: "copy" (bit for bit), "fuse" (transformers' own rule, e.g. one tensor per expert into one 3-D tensor),
-            "pool" (the methods make it), "slot_map" or "residual" (made with the pool).
+            "pool" (the methods make it), "slot_map" or "residual" (made with the pool), "zeros" (the start of what
+            soft routing learns).
         sources: the source's tensors that it is made from.
         pool: the pool that it belongs to; -1 outside of pools.
         parameter: the name of the pool's parameter, or of a layer's residual factor; "" otherwise.
@@ -64,6 +65,9 @@ def plan_operations(
                 else:
                     dtype = tensors.meta[f"{prefix}{part.rsplit('_residual_')[0]}"].dtype
                     operations.append(TensorOperation(target, shape, dtype, "residual", (), p, part, layer))
+    theta = f"{tied.base_model_prefix}.expert_budget.theta"
+    if theta in expected:
+        operations.append(TensorOperation(theta, tuple(expected[theta].shape), torch.float32, "zeros", ()))
     planned = [operation.target for operation in operations]
     assert sorted(planned) == sorted(expected), f"not planned, or twice: {set(planned) ^ set(expected)}"
     return operations

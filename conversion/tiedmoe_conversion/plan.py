@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
+from transformers_tiedmoe.routing import SoftMoeOptions
 
 from .checkpoint.reader import open_source
 from .checkpoint.writer import into_files
@@ -79,6 +80,7 @@ class Plan:
             "method_options": dict(self.recipe.method_options),
             "then": [dict(each) for each in self.recipe.then],
             "residual_rank": self.recipe.residual_rank,
+            "routing": self.config.routing,
             "groups": [list(group) for group in self.groups],
             "pool_num_experts": list(self.pool_num_experts),
             "parameters_before": self.parameters_before,
@@ -147,6 +149,7 @@ def make_plan(recipe: ConversionRecipe, source: SourceModel | None = None) -> Pl
         pool_num_experts=pool_num_experts,
         slot_maps=[maps or width != num_experts for width in pool_num_experts],
         residual_rank=recipe.residual_rank,
+        **_routing(recipe, source),
     )
     config.architectures = ["TiedMoeForCausalLM"]
     _promise_no_dropped_layers(config, source)
@@ -198,14 +201,26 @@ def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[l
         skip_last=recipe.skip_last,
         groups=None if recipe.groups is None else [list(group) for group in recipe.groups],
     )
-    if not config.groups:
+    if not config.groups and recipe.routing == "top_k":
         raise ConversionError(
             f"nothing to tie: with skip_first={recipe.skip_first} and skip_last={recipe.skip_last} no layer with "
             f"experts of {recipe.source} is left; lower them, or name groups"
         )
-    for group in config.groups:
+    groups = config.groups or []
+    for group in groups:
         layers_read(recipe, group)  # refuses an option's bad value
-    return [list(group) for group in config.groups]
+    return [list(group) for group in groups]
+
+
+def _routing(recipe: ConversionRecipe, source: SourceModel) -> dict[str, Any]:
+    """Return the routing fields of the output's config: the source's top-k, and where healing is to bring it."""
+    if recipe.routing == "top_k":
+        return {}
+    softmoe: dict[str, Any] = {"alpha": 0.0, "target_alpha": SoftMoeOptions.alpha}
+    if recipe.budget_active is not None:
+        top_k = TiedMoeConfig.from_family(source.model.config, groups=[]).experts_per_token
+        softmoe["target_budget"] = recipe.budget_active * top_k * len(source.experts)
+    return {"routing": "softmoe", "softmoe": softmoe}
 
 
 def _check_alike(groups: list[list[int]], source: SourceModel) -> None:

@@ -68,6 +68,13 @@ class ConversionRecipe:
         None,
         "Choose groups and pool sizes: the fewest bytes that add at most this to the held-out loss (nats per token).",
     )
+    routing: kinds.Routing = _option(
+        "top_k",
+        "softmoe: routers whose active experts can adapt. The result starts as the source's top-k; heal softens it.",
+    )
+    budget_active: kinds.Share = _option(
+        None, "With softmoe: the experts per token that healing aims at, a share of the source's such as 0.75."
+    )
     calibration: kinds.Data = _option(
         None, "Text for the methods that need it and for the losses: a file, a folder, a Hub dataset, or austen."
     )
@@ -117,6 +124,11 @@ class ConversionRecipe:
     def _check_together(self) -> None:
         if self.budget is not None and self.max_loss is not None:
             raise refusal(f"budget={self.budget} and max_loss={self.max_loss} are both given; expected one of them")
+        if self.budget_active is not None and self.routing != "softmoe":
+            raise refusal(
+                f"budget_active={self.budget_active} has no effect with routing={self.routing!r}; give "
+                "routing=softmoe, or leave it out"
+            )
         if self.chooses_groups:
             given = [name for name in ("groups", "pool_experts") if getattr(self, name) is not None]
             if given:

@@ -141,6 +141,8 @@ PoolSizes = Annotated[
 Budget = Annotated[
     Annotated[float, Field(gt=0, le=1)] | None, Expected("a fraction of the source's bytes such as 0.6")
 ]
+Routing = Annotated[str, Field(pattern="^(top_k|softmoe)$"), Expected("top_k or softmoe")]
+Share = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Expected("a share such as 0.75")]
 Loss = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Expected("nats such as 0.02")]
 
 

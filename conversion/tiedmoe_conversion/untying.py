@@ -161,6 +161,13 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
     """Return the family's own config; its number of experts is the width of every layer's router."""
+    soft: Any = config.softmoe
+    if soft is not None and soft["alpha"] > 0:
+        raise ConversionError(
+            f"{source.name} is routed softly (alpha={soft['alpha']}), which a {config.family!r} config cannot say: "
+            "its experts per token are one number for all tokens and layers. Keep using it as tiedmoe, or heal it "
+            "with target_alpha=0 in config.json's softmoe first"
+        )
     family_config, field = config.to_family(), config.num_experts_field
     widths = {layer: getattr(config, field) for layer in expert_layers(family_model(family_config))}
     pools = zip(config.groups, config.pool_num_experts, config.slot_maps)  # type: ignore[arg-type]  # resolved to lists

@@ -23,6 +23,9 @@ class SoftMoeOptions:
         cap: the most mass a layer may have; its number of experts by default.
         max_active: the most experts of a token, K_max; as many as can pass the threshold by default. A smaller number
             drops experts of some tokens.
+        target_alpha, target_budget: where healing is to bring `alpha` and `budget`; None where they stay.
+        target_active: the experts that a token is to use on average, all layers together, which `budget` does not
+            bound: healing moves `threshold` towards it. None leaves the threshold alone.
     """
 
     budget: float | None = None
@@ -32,6 +35,9 @@ class SoftMoeOptions:
     threshold: float = 0.05
     cap: float | None = None
     max_active: int | None = None
+    target_alpha: float | None = None
+    target_budget: float | None = None
+    target_active: float | None = None
 
     @classmethod
     def of(cls, given: object, num_layers: int, num_experts: int, top_k: int) -> "SoftMoeOptions":
@@ -74,6 +80,16 @@ class SoftMoeOptions:
             threshold=_number("threshold", self.threshold, above=True, most=1),
             cap=cap,
         )
+        most = num_layers * cap
+        for name, least, highest in (
+            ("target_alpha", 0.0, math.inf),
+            ("target_budget", num_layers, most),
+            ("target_active", num_layers, num_layers * num_experts),
+        ):
+            if (target := getattr(options, name)) is not None:
+                _number(name, target, least, highest)
+        if layers is not None and options.target_budget is not None:
+            raise TiedMoeError("softmoe.target_budget is given beside softmoe.layers, which are fixed; leave one out")
         if options.max_active is not None and (
             type(options.max_active) is not int or not 1 <= options.max_active <= num_experts
         ):

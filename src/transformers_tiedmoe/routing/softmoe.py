@@ -9,6 +9,7 @@ found by trying. How SoftMoE itself schedules alpha and truncates is not public 
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,18 +34,18 @@ EAGER_WITHOUT_SENTINEL = ("gpt_oss", "nemotron_h")
 class ExpertBudget(nn.Module):
     """What the layers share out, k_l: the base model's `expert_budget`.
 
+    Its methods take `config.softmoe` anew at every call, so that a schedule may change it there.
+
     Args:
-        config: a `TiedMoeConfig` with `routing="softmoe"`. Its `softmoe` is read at every call, so that a schedule may
-            change `alpha`, `threshold` or `budget` there.
         num_layers: the layers with experts, L.
+        learns: whether the layers compete, by numbers that are trained.
     """
 
     theta: Any  # `[L]`; None unless the budget is learned
 
-    def __init__(self, config: Any, num_layers: int):
+    def __init__(self, num_layers: int, learns: bool):
         super().__init__()
-        self.config, self.num_layers = config, num_layers
-        learns = config.softmoe["learn_budget"]
+        self.num_layers = num_layers
         self.register_parameter("theta", nn.Parameter(torch.empty(num_layers)) if learns else None)
 
     def init_weights(self) -> None:
@@ -52,18 +53,17 @@ class ExpertBudget(nn.Module):
         if self.theta is not None:
             init.zeros_(self.theta)
 
-    def forward(self, place: int) -> float | torch.Tensor:
+    def forward(self, place: int, soft: Mapping[str, Any]) -> float | torch.Tensor:
         """Return k of the layer at `place` among those with experts: a number, or a float32 scalar if learned."""
-        soft = self.config.softmoe
         if soft["layers"] is not None:
             return soft["layers"][place]
         if self.theta is None:
             return soft["budget"] / self.num_layers
         return layer_budgets(self.theta.float(), soft["budget"], soft["cap"])[place]
 
-    def most(self, place: int) -> float:
+    def most(self, place: int, soft: Mapping[str, Any]) -> float:
         """Return the most that k of this layer can become."""
-        return self.config.softmoe["cap"] if self.theta is not None else float(self(place))
+        return soft["cap"] if self.theta is not None else float(self(place, soft))
 
 
 class SoftRouter(nn.Module):
@@ -115,7 +115,7 @@ class SoftRouter(nn.Module):
                 f"the loop over experts of family {owner.config.family!r} takes no slots that are not used, which "
                 'soft routing has; load with experts_implementation="grouped_mm"'
             )
-        most = most_active(owner.expert_budget.most(self.place), soft["threshold"], self.num_scores)
+        most = most_active(owner.expert_budget.most(self.place, soft), soft["threshold"], self.num_scores)
         width = min(most, soft["max_active"] or most)
         chosen_by: list[torch.Tensor] = []
         with Selection(chosen_by, self.num_scores, self.family_top_k, width):
@@ -127,7 +127,7 @@ class SoftRouter(nn.Module):
                 f"layer {self.place} with experts: the router's scores are not all finite; expected numbers: the "
                 "model has diverged, or its checkpoint is damaged"
             )
-        k = owner.expert_budget(self.place)
+        k = owner.expert_budget(self.place, soft)
         p = soft_top_k(scores, k if isinstance(k, float) else k.to(scores.device), soft["alpha"])
         weights, index = combine(p, weights, index, soft["threshold"], self.normalises)
         record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
@@ -212,7 +212,7 @@ def soften(base_model: Any, expert_paths: dict[int, str]) -> None:
         TiedMoeError: the family's router cannot be softened.
     """
     config = base_model.config
-    base_model.expert_budget = ExpertBudget(config, len(expert_paths))
+    base_model.expert_budget = ExpertBudget(len(expert_paths), config.softmoe["learn_budget"])
     for experts in base_model.modules():
         if is_experts(experts):
             experts._is_expert_parallel = (
@@ -224,7 +224,9 @@ def soften(base_model: Any, expert_paths: dict[int, str]) -> None:
         router_path = _router_beside(base_model, path)
         router = SoftRouter.of(base_model.get_submodule(router_path), base_model, place, num_experts)
         base_model.set_submodule(router_path, router)
-        most = most_active(base_model.expert_budget.most(place), config.softmoe["threshold"], num_experts)
+        most = most_active(
+            base_model.expert_budget.most(place, config.softmoe), config.softmoe["threshold"], num_experts
+        )
         if (config.softmoe["max_active"] or most) < most:
             logger.warning_once(
                 f"max_active={config.softmoe['max_active']} is below the {most} experts of a token that can pass the "
@@ -254,7 +256,8 @@ def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, floa
         quantiles = {f"p{q}": float((cumulative < tokens * q / 100).sum()) for q in (50, 95, 99)}
         mean = float((numbers * counts).sum() / tokens)
         with torch.no_grad():
-            k = float(router._owner[0].expert_budget(router.place))
+            owner = router._owner[0]
+            k = float(owner.expert_budget(router.place, owner.config.softmoe))
         found.append({"k": k, "mean": mean, **quantiles, "tokens": int(tokens)})
         if reset:
             router.active_counts = None
@@ -294,11 +297,11 @@ def _try(router: nn.Module, hidden_size: int, num_experts: int, top_k: int) -> b
     given = []
     for name, parameter in list(inspect.signature(type(router).forward).parameters.items())[2:]:
         if "bias" in name:
-            given.append(0.1 * torch.randn(num_experts))
+            given.append(0.1 * torch.randn(num_experts, dtype=torch.float32))
         elif parameter.default is inspect.Parameter.empty:
             raise _cannot(router, f"it routes by {name}, too")
     try:
-        hidden_states = torch.randn(32, hidden_size)
+        hidden_states = torch.randn(32, hidden_size, dtype=torch.float32)
         try:
             _, weights, index, *_ = trial(hidden_states, *given)
         except ValueError:  # a router that wants `[B, S, H]`
@@ -311,7 +314,7 @@ def _try(router: nn.Module, hidden_size: int, num_experts: int, top_k: int) -> b
         raise _cannot(router, "its code takes no tokens `[T, H]`, or no other number of active experts") from error
     if len(chosen_by) != 1 or not all_index.shape == all_weights.shape == (32, num_experts):
         raise _cannot(router, "it does not choose by one top-k over its experts")
-    own, hard = (torch.zeros(32, num_experts) for _ in range(2))
+    own, hard = (torch.zeros(32, num_experts, dtype=torch.float32) for _ in range(2))
     own.scatter_(-1, index, weights.float())
     hard.scatter_(-1, index, 1.0)
     for normalises in (False, True):

@@ -90,6 +90,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
     train_norms: bool = _ours(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
+    anneal: float = _ours(0.5, "With soft routing: the share of the steps in which it comes to its targets.")
     block_size: int | None = _ours(None, "Tokens in a sequence; by default 512, or as many as the model knows.")
     text_column: str = _ours("text", "Column of the text, if the data has columns.")
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
@@ -199,7 +200,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be a positive number")
-        for name in ("teacher_weight", "validation_fraction"):
+        for name in ("teacher_weight", "validation_fraction", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TiedMoeError(f"{name}={getattr(self, name)}, but it is a share and must lie between 0 and 1")
         for name in ("eval_steps", "logging_steps", "weight_decay", "warmup_steps"):

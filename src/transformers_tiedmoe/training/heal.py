@@ -41,6 +41,7 @@ from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
 from ..hub import MANIFEST, read_manifest, save_healed, versions
 from ..loading import check_folder
+from ..routing import active_experts
 from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
@@ -48,6 +49,7 @@ from .checkpoints import RecordCheckpoints, last_sound, step_of
 from .data import load_blocks, perplexity
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
+from .soft_routing import AnnealRouting
 from .trainer import Diverged, HealTrainer
 
 REPORT = "heal.json"
@@ -76,7 +78,8 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
         The report that `output_dir/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`,
         `tokens`, all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of
         this process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`,
-        `config`, `versions`.
+        `config`, `versions`; with soft routing also `active_experts`, per layer, on the held-out blocks of the main
+        process.
 
     Raises:
         FileNotFoundError: no such data.
@@ -154,6 +157,7 @@ class _Run:
         if self.is_main:
             for name in damaged:
                 shutil.rmtree(self.checkpoints / name)
+        self.is_soft = getattr(self.config, "routing", "") == "softmoe"
         self._tell("loading the model")
         self.teacher = self._load_teacher()
         self.model = self._load_model()
@@ -175,6 +179,7 @@ class _Run:
         history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
         self._tell("evaluating", done=args.max_steps)
         model = self._final_model()
+        active_experts(model, reset=True)
         after = _held_out(trainer.evaluate())
         self._judge(before, after)
         steps = trainer.state.global_step
@@ -193,6 +198,7 @@ class _Run:
             "trainable_parameters": self.trainable,
             "history": history,
             "warnings": self.warnings,
+            **({"active_experts": active_experts(model)} if self.is_soft else {}),
             "num_processes": args.world_size,
             "device": str(args.device),
             "config": args.identity,
@@ -267,7 +273,11 @@ class _Run:
             eval_dataset=self.validation,
             data_collator=default_data_collator,  # blocks need no padding, nor a tokenizer that can pad
             processing_class=self.tokenizer,
-            callbacks=[RecordCheckpoints(), *([ProgressReport(self.progress)] if self.progress else [])],
+            callbacks=[
+                RecordCheckpoints(),
+                *([AnnealRouting(self.model, self.config.softmoe, args.anneal)] if self.is_soft else []),
+                *([ProgressReport(self.progress)] if self.progress else []),
+            ],
             lr_divisor=args.lr_divisor,
             teacher=self.teacher,
             teacher_weight=args.teacher_weight,

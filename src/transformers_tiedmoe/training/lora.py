@@ -41,9 +41,14 @@ def add_lora(model: PreTrainedModel, rank: int = 16):
         lora_alpha=2 * rank,
         target_modules=attention_linears(model),
         target_parameters=pool_matrices(model) or None,
+        modules_to_save=["expert_budget"] if _learns_budget(model) else None,  # L numbers: whole, no adapter
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _learns_budget(model: nn.Module) -> bool:
+    return any(name.endswith("expert_budget.theta") for name, _ in model.named_parameters())
 
 
 def attention_linears(model: nn.Module) -> list[str]:
