@@ -42,7 +42,7 @@ print(json.dumps({"seconds": seconds, "imports_bytes": before, "peak_bytes": pea
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """A Mixtral of as many layers as fit into `gigabytes`; returns their number."""
+    """Write a Mixtral of as many layers as fit into `gigabytes`; returns their number."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
     from transformers import MixtralConfig
@@ -87,7 +87,7 @@ def write_source(folder: Path, gigabytes: float) -> int:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Seconds of `cp` of all files, and of having them on the disk."""
+    """Time `cp` of all files, and having them on the disk, in seconds."""
     target.mkdir()
     start = time.perf_counter()
     subprocess.run(["cp", *map(str, sorted(source.iterdir())), str(target)], check=True)

@@ -99,7 +99,7 @@ def write_results(study: Study, options: argparse.Namespace) -> None:
 
 
 def make_study(options: argparse.Namespace, stack: contextlib.ExitStack) -> Study:
-    """The study that the command line asks for, in its folder until `stack` ends; refuses one of another study."""
+    """Return the study asked for, in its folder until `stack` ends; refuse the folder of another one."""
     data = str(options.output / TEXT) if options.quick else options.data
     study = TINY_STUDY if options.quick else Study(DemoConfig(**SOURCE))
     demo = dataclasses.replace(study.demo, output=str(options.output), data=data)

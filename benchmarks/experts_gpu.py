@@ -18,8 +18,8 @@ The cases, in bfloat16; a step is forward and backward of a tied group of g laye
 One row is a peer (peers.py) in a case. A row is written to PREFIX.jsonl, one JSON object a line, as soon as it is
 measured, after a first line that describes machine, versions and the machine's own rates; PREFIX.md, the table, is
 written again after each. Peers that compile and tune for a minute come after all others, in every case. A row that
-would not end within --budget-s is not begun, and named in the table. A peer that breaks the device is left out, and
-the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
+would not end within --budget-s is not begun, and named in the table. A peer that breaks the device sits out the case,
+the second time all cases, and the run goes on in a new process; --resume goes on after what PREFIX.jsonl holds.
 `--device cpu` tries the script on tiny shapes; those figures mean nothing.
 """
 
@@ -95,13 +95,13 @@ class Task(NamedTuple):
 
 
 def plan(cases: list[Case], numbers: list[int], names: set[str]) -> list[Task]:
-    """Every case with every peer, case by case; then again with the peers that take a minute to compile and tune."""
+    """Return every case with every peer, case by case; those that take a minute to compile and tune come last."""
     tasks = [Task(number, cases[number], peer) for number in numbers for peer in PEERS if peer.name in names]
     return sorted(tasks, key=lambda task: task.peer.slow_to_prepare)
 
 
 def parse_cases(text: str, total: int) -> list[int]:
-    """Numbers of cases from "0-6,12" or "all"."""
+    """Return the numbers of cases that "0-6,12" or "all" means."""
     if text == "all":
         return list(range(total))
     ends = [(part.split("-") * 2)[:2] for part in text.split(",")]
@@ -115,7 +115,7 @@ def parse_cases(text: str, total: int) -> list[int]:
 
 
 def bar(rows: list[dict]) -> list[str]:
-    """The bar of issue 10, a line each: needed, found, and whether that passes."""
+    """Return the bar of issue 10, a line each: needed, found, and whether that passes."""
     ours = {row["key"]: row for row in rows if row["peer"] == TIEDMOE and row["status"] == "measured"}
     lines = []
     for number, figure, sign, needed, unit in BAR:
@@ -204,10 +204,10 @@ class Results:
         self.table.write_text(markdown(self.entries[0], self.entries[1:], left_out))
 
     def status(self, number: int, peer: str) -> str | None:
-        """Of the row, if it is there; a peer that has broken the device has one in every case."""
-        rows = [row for row in self.entries[1:] if row["peer"] == peer]
-        found = [row["status"] for row in rows if row["case"] == number or row["status"] == "broke the device"]
-        return found[0] if found else None
+        """Return that of the row, if it is there; a peer that has broken the device twice has one in every case."""
+        found = {row["case"]: row["status"] for row in self.entries[1:] if row["peer"] == peer}
+        breaks = list(found.values()).count("broke the device")
+        return found.get(number, "broke the device" if breaks > 1 else None)
 
 
 def parser() -> argparse.ArgumentParser:

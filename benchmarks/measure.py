@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0, pools: Pools | None = None) -> Problem:
-    """Random tokens and routing, and random pools unless they are given. Nothing is zero: zeros run faster."""
+    """Draw tokens and routing, and pools unless they are given. Nothing is zero: zeros run faster."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     if pools is None:
@@ -68,7 +68,7 @@ def make_problem(case: Case, device: torch.device, seed: int = 0, pools: Pools |
 
 
 def make_pool(case: Case, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weights that keep sizes near 1 through the layers; for a step with gradients that are there to be added to."""
+    """Draw weights that keep sizes near 1 through the layers; for a step with gradients to be added to."""
     E, H, I = case.shape.E, case.shape.H, case.shape.I
     gate_up = torch.empty(E, 2 * I, H, dtype=case.dtype, device=device).normal_(std=H**-0.5)
     down = torch.empty(E, H, I, dtype=case.dtype, device=device).normal_(std=I**-0.5)
@@ -79,7 +79,7 @@ def make_pool(case: Case, device: torch.device) -> tuple[nn.Parameter, nn.Parame
 
 
 def num_pools(case: Case, device: torch.device) -> int:
-    """How many pools decoding goes through, so that none is in the cache when its turn comes again: 8 at most."""
+    """Count the pools that decoding goes through, so that none is cached when its turn comes again: 8 at most."""
     if case.kind != "decode" or device.type == "cpu":
         return 1
     # An AMD accelerator's memory-side cache is not in the properties.
@@ -92,14 +92,14 @@ def num_pools(case: Case, device: torch.device) -> int:
 
 
 def group_forward(layer: Layer, x: Tensor, index: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """The layers of a tied group, each with its own routing, on a residual stream."""
+    """Run the layers of a tied group, each with its own routing, on a residual stream."""
     for index_TK, weights_TK in zip(index, weights, strict=True):
         x = x + layer(x, index_TK, weights_TK)
     return x
 
 
 def training_step(peer: Peer, layer: Layer, problem: Problem, number: int) -> None:
-    """Forward and backward of a tied group for each microbatch, the pool's gradients added to what is there."""
+    """Run a tied group forward and backward for each microbatch, the pool's gradients added to what is there."""
     for microbatch in range(problem.case.microbatches):
         inputs = problem.sets[(number + microbatch) % len(problem.sets)]
         with peer.scope():
@@ -143,7 +143,7 @@ def prepare(peer: Peer, problem: Problem) -> Prepared:
 
 
 def float64_layer(gate_up: Tensor, down: Tensor) -> Layer:
-    """The layer, one expert after the other; the backward writes the gradient of an expert once, not one of all."""
+    """Return a layer, expert after expert, whose backward writes each one's gradient once, not one of all."""
     experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
 
     def layer(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ FLOAT64 = Peer("float64", float64_layer)
 
 
 def outcome(peer: Peer, problem: Problem, pool: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What must be right: the output, and of a step the gradients, those of the pool as they are added to `.grad`."""
+    """Return what must be right: the output, and of a step the gradients, the pool's as they are added to `.grad`."""
     dtype, is_step = pool[0].dtype, problem.case.kind == "step"
     x, index, weights = problem.sets[0]
     index = [each[:CHECKED_TOKENS] for each in index]
@@ -179,7 +179,7 @@ def outcome(peer: Peer, problem: Problem, pool: tuple[Tensor, Tensor]) -> list[T
 
 
 def expected_outcome(problem: Problem) -> list[Tensor]:
-    """The outcome in float64, kept in float32."""
+    """Compute the outcome in float64; it is kept in float32."""
     pool = tuple(t.detach().double().requires_grad_(problem.case.kind == "step") for t in problem.pools[0])
     return [each.float() for each in outcome(FLOAT64, problem, pool)]
 
@@ -192,7 +192,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def saved_bytes(layer: Layer, problem: Problem) -> int:
-    """Bytes that one layer's forward keeps for its backward, without the pool and the routing that its caller made.
+    """Count bytes that one layer's forward keeps for its backward, without the pool and the routing of its caller.
 
     Counted twice where the device allows it, and the larger taken: storages that autograd was given to keep, and
     memory still allocated after the forward less the output, plus the input, which is kept too.
@@ -219,7 +219,7 @@ def saved_bytes(layer: Layer, problem: Problem) -> int:
 
 
 def peak_bytes(call: Callable[[int], Any], device: torch.device) -> int | None:
-    """Device memory of one call above what was allocated before it; None on a CPU."""
+    """Measure device memory of one call above what was allocated before it; None on a CPU."""
     if device.type == "cpu":
         call(0)  # as a warm-up
         return None
@@ -348,7 +348,7 @@ def run_plan(
 
 
 def one_line(error: BaseException) -> str:
-    """The first line that says something, short enough for a table and without a path of the machine."""
+    """Return the first line that says something, short enough for a table, without a path of the machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
     return re.sub(r" ?\(?(?<!\w)/[\w./+-]+\)?", "", said)[:200].replace("|", "/")

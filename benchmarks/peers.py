@@ -43,7 +43,7 @@ def tiedmoe_scope() -> contextlib.AbstractContextManager:
 
 
 def transformers_layer(implementation: str, gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
-    """OLMoE's experts of transformers, which are those of every gated family here, on the given parameters."""
+    """Return OLMoE's experts of transformers, which are those of every gated family here, on these parameters."""
     from transformers import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -62,7 +62,7 @@ def compiled_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
 
 
 def liger_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
-    """As `LigerExperts.forward` of liger-kernel 0.8.5 calls it: indices in int32."""
+    """Call it as `LigerExperts.forward` of liger-kernel 0.8.5 does: indices in int32."""
     from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels
 
     for kernel in vars(fused_moe_kernels).values():
@@ -105,7 +105,7 @@ PEERS = (
 
 
 def reason_to_leave_out(peer: Peer, case: Case, memory_bytes: float) -> str | None:
-    """Why `peer` does not take part in `case` on a device of that much memory, or None."""
+    """Say why `peer` does not take part in `case` on a device of that much memory, or None."""
     if peer.name == RECOMPUTE and case.kind != "step":
         return "differs from tiedmoe in training only"
     if case.kind == "step" and not peer.trains:

@@ -67,16 +67,16 @@ class Case:
         return forward * 3 * self.g * self.microbatches if self.kind == "step" else forward
 
     def decode_bytes(self, active_experts: float) -> float:
-        """Bytes one layer must move: the experts that some token chose, once, the tokens in and out."""
+        """Count bytes one layer must move: the experts that some token chose, once, the tokens in and out."""
         return (active_experts * self.shape.expert_numbers + 2 * self.T * self.shape.H) * self.dtype.itemsize
 
     def weight_copies_bytes(self) -> int:
-        """Bytes of `batched_mm`'s copies of the weights, one per slot; a backward keeps them and makes gradients."""
+        """Count bytes of `batched_mm`'s weight copies, one per slot; a backward keeps them and makes gradients."""
         copies = self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
         return copies * (self.g + 1) if self.kind == "step" else copies
 
     def activation_bytes(self) -> tuple[int, int]:
-        """What one layer must keep for its backward: the input and the pre-activation, or the input alone."""
+        """Count what one layer must keep for its backward: the input and the pre-activation, or the input alone."""
         inputs = self.T * self.shape.H * self.dtype.itemsize
         return inputs + self.T * self.shape.K * 2 * self.shape.I * self.dtype.itemsize, inputs
 

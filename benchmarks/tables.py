@@ -25,13 +25,13 @@ def _rows(value: Any) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence], left: int = 1) -> list[str]:
-    """The lines of a Markdown table, numbers to the right but for the first `left` columns."""
+    """Return the lines of a Markdown table, numbers to the right but for the first `left` columns."""
     lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
 def mean_of(values: list[float]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (None of one) and the values; None of none."""
+    """Return mean, sample standard deviation (None of one) and the values; None of none."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -39,7 +39,7 @@ def mean_of(values: list[float]) -> dict[str, Any] | None:
 
 
 def plus_minus(found: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:
-    """What `mean_of` found as text; nothing for None."""
+    """Return what `mean_of` found as text; nothing for None."""
     if found is None:
         return ""
     deviation = found["standard_deviation"]

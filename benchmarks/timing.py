@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "kernels", "llama
 
 
 def spread(values: list[float]) -> dict:
-    """Median, 20th and 80th percentile, and how many values there are."""
+    """Return median, 20th and 80th percentile, and how many values there are."""
     if len(values) < 2:
         return {"median": values[0], "p20": values[0], "p80": values[0], "n": 1}
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -29,7 +29,7 @@ def spread(values: list[float]) -> dict:
 
 
 def paired_ratio(values: list[float], base: list[float]) -> dict:
-    """Spread of values[r] / base[r] over the rounds r that both took part in: above 1, `base` is the faster one."""
+    """Spread values[r] / base[r] over the rounds r that both took part in: above 1, `base` is the faster one."""
     return spread([value / reference for value, reference in zip(values, base)])
 
 
@@ -88,7 +88,7 @@ def interleave(calls: dict[str, Call], clock, *, seconds: float, least: int, mos
 
 
 def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 << 30) -> dict:
-    """What this machine does: `size`^3 bf16 matrix product in TFLOP/s, copy in TB/s (bytes read and written)."""
+    """Measure a `size`^3 bf16 matrix product in TFLOP/s and a copy in TB/s (bytes read and written)."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -101,7 +101,7 @@ def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 <<
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part."""
+    """Return the versions of what takes part."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -112,7 +112,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict:
-    """The machine in words, without its name or any path on it."""
+    """Describe the machine, without its name or any path on it."""
     cpuinfo = Path("/proc/cpuinfo")
     processors = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

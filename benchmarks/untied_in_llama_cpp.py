@@ -64,7 +64,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def make_untied(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A random source in `folder`/source, tied and untied beside it."""
+    """Make a random source in `folder`/source, tied and untied beside it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **COMMON, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config)
@@ -87,7 +87,7 @@ def to_gguf(checkpoint: Path, llama_cpp: Path) -> str | None:
 
 
 def logits_in_llama_cpp(path: str, tokens: list[int]) -> torch.Tensor:
-    """(tokens, vocabulary), float32; the cache is float32, too."""
+    """Return logits (tokens, vocabulary) in float32; the cache is float32, too."""
     from llama_cpp import GGML_TYPE_F32, Llama
 
     model = Llama(path, n_ctx=64, logits_all=True, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, verbose=False)

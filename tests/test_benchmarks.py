@@ -519,6 +519,15 @@ def test_experts_gpu_from_end_to_end_on_a_cpu(tmp_path, monkeypatch):
     assert "time_over_tiedmoe" in rows[-1]
 
 
+def test_a_peer_sits_out_where_it_broke_the_device_and_everywhere_the_second_time(tmp_path):
+    results = experts_gpu.Results(tmp_path / "gpu", resume=False)
+    results.entries = [{}, {"case": 0, "peer": "liger", "status": "broke the device"}]
+    assert (results.status(0, "liger"), results.status(1, "liger")) == ("broke the device", None)
+    results.entries.append({"case": 1, "peer": "liger", "status": "broke the device"})
+    assert results.status(2, "liger") == "broke the device"
+    assert results.status(2, "tiedmoe") is None
+
+
 def test_experts_gpu_begins_no_row_that_would_not_end_in_time(tmp_path):
     experts_gpu.main(["--device", "cpu", "--output", str(tmp_path / "gpu"), "--cases", "1", "--budget-s", "1"])
     assert len((tmp_path / "gpu.jsonl").read_text().splitlines()) == 1

@@ -53,7 +53,7 @@ E, WIDE, WIDE_PAIRS = (
 def rows(
     series: str, *sizes: tuple[str, dict], num_seeds: int = 3, heal: Mapping[str, Any] | None = None, **fields: Any
 ) -> list[Row]:
-    """The rows of one series, one a size, with g=4 unless the size says otherwise."""
+    """Return the rows of one series, one a size, with g=4 unless the size says otherwise."""
     return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds, heal or {}) for size, extra in sizes]
 
 

@@ -58,7 +58,7 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def _family(series: str) -> str:
-    """What series share a colour by: the first word."""
+    """Return the first word, by which series share a colour."""
     return series.replace(",", " ").replace(";", " ").split()[0]
 
 

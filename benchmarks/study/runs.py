@@ -87,21 +87,21 @@ class Study:
         return self.demo.path("source")
 
     def settings(self) -> dict[str, Any]:
-        """What the figures depend on beside the rows, JSON-able."""
+        """Return what the figures depend on beside the rows, JSON-able."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("demo", "work")}
         demo = {name: getattr(self.demo, name) for name in DEMO_SETTINGS}
         return own | {"shares": list(self.shares), "source": demo}
 
     def steps(self, share: float) -> int:
-        """Healing steps of a share of the budget."""
+        """Count the healing steps of a share of the budget."""
         return max(1, round(share * self.heal_steps)) if share else 0
 
     def seeds(self, row: Row) -> range:
-        """The seeds that a row is run with."""
+        """Return the seeds that a row is run with."""
         return range(min(row.num_seeds, self.num_seeds))
 
     def runs(self, row: Row) -> list[Run]:
-        """Every run of a row: each seed before healing and after all of the budget, the first after its parts, too."""
+        """Return a row's runs: each seed before healing and after all of the budget, the first after parts, too."""
         if row.kind == "scratch":
             return [Run(row, seed, BEFORE) for seed in self.seeds(row)]
         return [
@@ -112,12 +112,12 @@ class Study:
         ]
 
     def all_runs(self, rows: Sequence[Row]) -> list[Run]:
-        """Every run of `rows`, what says most first: a killed study, or one whose time is over, lacks the end."""
+        """Return all runs of `rows`, what says most first: a study that is stopped lacks the end."""
         runs = [run for row in rows for run in self.runs(row)]
         return sorted(runs, key=lambda run: (run.share != BEFORE, run.seed, run.share != 1.0))
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """What the run measured, or None where it has not run as the row is now."""
+        """Return what the run measured, or None where it has not run as the row is now."""
         path = self._result_path(run)
         if not path.is_file():
             return None
@@ -126,7 +126,7 @@ class Study:
         return result if [result.get("recipe"), result.get("heal", {})] == made_by else None
 
     def has_checkpoint(self, run: Run) -> bool:
-        """Whether what the run heals is there."""
+        """Say whether what the run heals is there."""
         return (self._checkpoint(run) / "config.json").is_file()
 
     def train_source(self, progress: Callable[[int, int, str], None]) -> dict:
@@ -210,7 +210,7 @@ class Study:
         return {}
 
     def recipe(self, row: Row, folder: Path, seed: int) -> ConversionRecipe:
-        """The conversion of a row."""
+        """Return the conversion of a row."""
         return ConversionRecipe(
             source=str(self.source),
             output=str(folder),

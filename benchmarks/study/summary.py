@@ -15,7 +15,7 @@ NEAR = 0.005  # a router, a slot map: what still counts as that share
 
 
 def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
-    """Per row its size and, over its seeds, the losses and the perplexity against the control's of the same seed."""
+    """Give each row its size and, over its seeds, losses and the perplexity against the control's of the same seed."""
     control = {(run.seed, run.share): result for run, result in _runs_of(results, SOURCE) if result}
     rows = [_row(row, runs, control, study.shares) for row, runs in results if any(result for _, result in runs)]
     return {
@@ -31,7 +31,7 @@ def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table, and what became of the goals.
+    """Write the table, and what became of the goals.
 
     The largest row comes first, among equals the best first and what was not healed last.
     """
@@ -94,7 +94,7 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
 
 
 def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | None:
-    """By how many nats losses are above the control's of the same seed after the same healing."""
+    """Subtract the control's loss, of the same seed after the same healing: nats."""
     return mean_of(
         [
             result["loss"] - control[seed, each]["loss"]
@@ -105,7 +105,7 @@ def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | No
 
 
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
-    """By how many % perplexities are above those of `other`, by seed; one that `other` has not run yet is left out."""
+    """Compare perplexities with those of `other`, by seed, in % above; one that `other` has not run is left out."""
     return mean_of([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
@@ -114,7 +114,7 @@ def _values(results: dict, share: float, figure: str) -> list[float]:
 
 
 def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, Any]:
-    """The converted row that comes closest to the control with so many bytes."""
+    """Find the converted row that comes closest to the control with so many bytes."""
     able = [
         row
         for row in rows
