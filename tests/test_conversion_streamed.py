@@ -72,6 +72,23 @@ def test_replaced_weights_are_used_and_go_again(tmp_path, keeps):
     assert not torch.allclose(replaced, before)
 
 
+def test_replacements_are_made_a_layer_at_a_time(tmp_path):
+    """They are rows of pools: all of them at once would be the untied model."""
+    save_source(tmp_path / "source", dtype=torch.float32)
+    _, model = open_model(tmp_path / "source", keeps=False)
+    names = [f"{path}.down_proj" for path in model.experts.values()]
+    seen = []
+
+    class Rows(dict):
+        def __getitem__(self, name):
+            seen.append(name)
+            return super().__getitem__(name)
+
+    with model.replaced(Rows({name: torch.zeros(4, 32, 24) for name in names})):
+        model.loss(torch.randint(3, 96, (2, 8)), lambda *_: seen.append(""))
+    assert seen == [each for name in names for each in (name, "")]
+
+
 def test_bfloat16_is_computed_in_float32_on_a_cpu(tmp_path):
     save_source(tmp_path / "source")
     _, streamed_model = open_model(tmp_path / "source")

@@ -1,18 +1,20 @@
 """Runs a causal LM of any family whose weights are read layer by layer: one layer's experts are in memory at a time.
 
 The family's own model is built on the meta device and its own forward runs. A decoder layer gets its weights when it
-is called and loses them afterwards, and takes its sequences some at a time, so that all of the text goes through a
-layer before the next one is read. A model that fits into half of the free memory keeps what it has read.
+is called and loses them afterwards, by accelerate's hooks, and takes its sequences some at a time, so that all of the
+text goes through a layer before the next one is read. A model that fits into half of the free memory is read once.
 """
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,20 +41,21 @@ class StreamedModel:
 
     def __init__(self, model: PreTrainedModel, read: Read, num_bytes: int, device: torch.device | str | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self._read = model.eval(), read
+        self.model, self._weights = model.eval(), _Weights(read)
         self.experts = expert_layers(model)
-        self._overrides: Mapping[str, torch.Tensor] = {}
         self._capture: Capture | None = None
-        self._keeps = _fits(num_bytes)
-        self._layers = self._find_layers()
+        if self.device.type == "cpu":
+            model.float()
         self._materialise_buffers()
-        names = list(saved_tensors(model))
-        self._names = {path: [n for n in names if n.startswith(f"{path}.")] for path in self._layers}
-        in_layers = {name for found in self._names.values() for name in found}
-        self._load([name for name in names if name not in in_layers])
+        layers = {f"{path}.": self._take_in_parts(path) for path in self._find_layers()}
+        streamed = {} if _fits(num_bytes) else layers
+        buffers = dict(model.named_buffers())  # small, and accelerate 1.15 looks nested ones up by their last name
+        self._load(n for n in saved_tensors(model) if n in buffers or not n.startswith(tuple(streamed)))
         model.tie_weights()
-        for path in self._layers:
-            self._stream(path)
+        for path, module in streamed.items():
+            weights = PrefixedDataset(self._weights, path)
+            hook = AlignDevicesHook(self.device, offload=True, weights_map=weights, place_submodules=True)
+            add_hook_to_module(module, hook)
         for layer, path in self.experts.items():
             model.get_submodule(path).register_forward_pre_hook(self._watch(layer), with_kwargs=True)
 
@@ -87,14 +90,14 @@ class StreamedModel:
     @contextlib.contextmanager
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Put `tensors`, by state-dict name, in the place of the model's own within the block."""
-        paths = [path for path in self._layers if any(name.startswith(f"{path}.") for name in tensors)]
-        self._overrides = tensors
+        kept = [name for name in tensors if not self.model.get_parameter(name).is_meta]
+        self._weights.overrides = tensors
         try:
-            self._unload(paths)
+            self._load(kept)
             yield
         finally:
-            self._overrides = {}
-            self._unload(paths)
+            self._weights.overrides = {}
+            self._load(kept)
 
     def _hidden_states(self, tokens: torch.Tensor, capture: Capture | None) -> Any:
         """Run the base model on all of `tokens`."""
@@ -113,50 +116,25 @@ class StreamedModel:
 
     def _materialise_buffers(self) -> None:
         """Compute what no checkpoint holds (rotary frequencies, scales), by the family's initialisation."""
-        for name, buffer in list(self.model.named_non_persistent_buffers()):
-            self._set(name, torch.empty_like(buffer, device="cpu"))
+        buffers = dict(self.model.named_non_persistent_buffers())
+        for name, buffer in buffers.items():
+            set_module_tensor_to_device(self.model, name, "cpu", torch.empty_like(buffer, device="cpu"))
         for module in self.model.modules():
             module._is_hf_initialized = False
         self.model.initialize_weights()
-        for name, buffer in list(self.model.named_non_persistent_buffers()):
-            self._set(name, buffer.to(self.device))
+        for name in buffers:
+            set_module_tensor_to_device(self.model, name, self.device)
 
-    def _stream(self, path: str) -> None:
-        """Make the layer at `path` read its weights when it is called."""
+    def _load(self, names: Iterable[str]) -> None:
+        for name in names:
+            set_module_tensor_to_device(self.model, name, self.device, self._weights[name])
+
+    def _take_in_parts(self, path: str) -> nn.Module:
+        """Make the layer at `path` take its sequences some at a time."""
         layer = self.model.get_submodule(path)
         forward = layer.forward
-
-        def streamed(*args: Any, **kwargs: Any) -> Any:
-            self._load(self._names[path])
-            try:
-                return _in_parts(forward, self._rows, args, kwargs)
-            finally:
-                if not self._keeps:
-                    self._unload([path])
-
-        layer.forward = streamed
-
-    def _load(self, names: Sequence[str]) -> None:
-        for name in names:
-            if self._get(name).is_meta:
-                tensor = self._overrides[name] if name in self._overrides else self._read(name)
-                dtype = torch.float32 if self.device.type == "cpu" else self._get(name).dtype
-                self._set(name, tensor.to(self.device, dtype if tensor.is_floating_point() else None))
-
-    def _unload(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            for name in self._names[path]:
-                self._set(name, self._get(name).to("meta"))
-
-    def _get(self, name: str) -> torch.Tensor:
-        return self.model.get_parameter_or_buffer(name)
-
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, last = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if last in module._parameters:
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, last, tensor)
+        layer.forward = lambda *args, **kwargs: _in_parts(forward, self._rows, args, kwargs)
+        return layer
 
     def _watch(self, layer: int):
         def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -166,6 +144,17 @@ class StreamedModel:
                 self._capture(layer, *(given[name] for name in names))
 
         return watch
+
+
+class _Weights:
+    """Weights by state-dict name, made when they are asked for: `overrides`, or else what the checkpoint holds."""
+
+    def __init__(self, read: Read):
+        self.read = read
+        self.overrides: Mapping[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.overrides[name] if name in self.overrides else self.read(name)
 
 
 def held_bytes(num_bytes: int, at_a_time: int) -> int:
