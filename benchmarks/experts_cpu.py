@@ -1,309 +1,368 @@
-"""Expert layers on a CPU against transformers: `python benchmarks/experts_cpu.py` (or `make bench`), some 6 minutes.
+"""Experts on a CPU against transformers' own: `python benchmarks/experts_cpu.py` (or `make bench`), some 8 minutes.
 
-Times a tied training step (one pool, routing by layer, forward, backward, accumulation into gradients that are there)
-and decoding, at OLMoE's true shape and at a quarter of its widths, where `batched_mm`'s copies of the weights fit too.
-Everything in turn, round by round; a figure is the median of ratios taken inside a round. Peak memory is that of a
-process of its own. Writes experts_cpu.json and experts_cpu.md.
+One layer at OLMoE's shape and at a quarter of its widths: decoding, and a tied training step (g layers, one pool,
+routing by layer, forward, backward, added to gradients that are there). A whole model: eight layers of those quarter
+widths, tied by four and untied, `generate` and a training step with AdamW. What is compared takes turns, round by
+round; a figure is the median of the ratios inside a round. Peak memory is that of a process of its own.
+
+Writes PREFIX.json, a row a line, and PREFIX.md. Where other work disturbs, `--cpu-time --threads 1` counts the seconds
+that the process computed, not those that it waited for a core.
 """
 
 import argparse
 import dataclasses
 import datetime
-import json
+import functools
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from measure import Pools, Problem, make_problem, one_line, prepare, relative_error, run_plan, training_step
+from measure import (
+    TOLERANCE,
+    Pools,
+    expected_outcome,
+    make_pool,
+    make_problem,
+    one_line,
+    outcome,
+    prepare,
+    relative_error,
+    run_plan,
+)
 from peers import PEERS, RECOMPUTE, TIEDMOE, Peer, reason_to_leave_out
-from shapes import OLMOE, Case, Shape
-from timing import WallClock, interleave, machine, paired_ratio, spread, versions
+from shapes import OLMOE, TINY, Case, Shape
+from tables import table, write_json
+from timing import Call, WallClock, interleave, machine, paired_ratio, spread, versions
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results" / "experts_cpu.json"
-CPU = torch.device("cpu")
-FP32, BF16 = torch.float32, torch.bfloat16
+RESULTS = Path(__file__).parent / "results" / "experts_cpu"
+CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 QUARTER = Shape("OLMoE/4", OLMOE.E, OLMOE.H // 4, OLMOE.I // 4, OLMOE.K)
-TINY = Shape("tiny", 8, 32, 16, 2)
 PEERS_HERE = tuple(peer for peer in PEERS if peer.name in (TIEDMOE, RECOMPUTE, "grouped_mm", "batched_mm", "eager"))
+MODELS = {  # whole models: group size, experts_implementation
+    TIEDMOE: (4, "tiedmoe"),
+    "tied, grouped_mm": (4, "grouped_mm"),
+    "untied, grouped_mm": (1, "grouped_mm"),
+    "untied, eager": (1, "eager"),
+}
+NEW_TOKENS, STEP_TOKENS, VOCABULARY = 64, 512, 4096
 MEMORY_BYTES = 10 << 30  # what a case may take beside what else runs here
-# Two implementations that both round: twice what one may be off.
-TOLERANCE = {FP32: 2e-5, BF16: 4e-2}
+FLOAT64_BYTES = 1 << 30  # of a pool: a larger one is compared with another peer, not with float64
 EAGER_MOVES_BYTES = 50e9
-MINUTES = 5.5  # no case starts later
-TIMING_SHARE = 0.75  # of them; the rest is for the memory
+EAGER_STEP = "its backward makes a gradient of the whole pool for each expert"
 
 
-def step(shape: Shape, T: int, g: int, dtype: torch.dtype = FP32) -> Case:
-    return Case("step", shape, T, g, dtype=dtype, microbatches=1)
+class CpuClock:
+    """Seconds that this process computes in a call, all threads together."""
+
+    def time(self, call: Call, number: int) -> float:
+        start = time.process_time()
+        call(number)
+        return time.process_time() - start
 
 
-def timed_cases() -> list[Case]:
-    """What says most first: the clock may cut the end off."""
-    decode = {(T, dtype): Case("decode", OLMOE, T, dtype=dtype) for T in (1, 8, 64) for dtype in (FP32, BF16)}
-    cases = [step(QUARTER, 64, 2), step(QUARTER, 64, 4), decode[1, FP32], decode[8, FP32], step(OLMOE, 64, 4)]
-    cases += [decode[1, BF16], step(QUARTER, 512, 4), decode[8, BF16], decode[64, FP32]]
-    return [*cases, step(QUARTER, 512, 2), step(OLMOE, 64, 2), decode[64, BF16], step(QUARTER, 64, 4, BF16)]
+class Task(NamedTuple):
+    """One entry of the plan; `run` returns its rows."""
+
+    kind: str
+    key: str
+    run: Callable[[], list[dict]]
 
 
-def memory_cases() -> list[Case]:
-    return [step(QUARTER, 64, 4), step(QUARTER, 512, 4), Case("decode", QUARTER, 64, dtype=FP32)]
+class Turns:
+    """What takes turns in one case, with a row for each, ours the base of the ratios."""
+
+    def __init__(self, case: str, tolerance: float):
+        self.case, self.tolerance = case, tolerance
+        self.rows: dict[str, dict] = {}
+        self.calls: dict[str, Call] = {}
+
+    def leave_out(self, name: str, reason: str, status: str = "left out") -> None:
+        self.rows[name] = {"case": self.case, "figure": "time", "peer": name, "status": status, "reason": reason}
+
+    def add(self, name: str, call: Call, difference: float) -> None:
+        """Take part, with the relative difference to what is expected."""
+        row = self.rows[name] = {"case": self.case, "figure": "time", "peer": name, "status": "measured"}
+        row["difference"] = difference
+        if not difference <= self.tolerance:
+            row |= {"status": "wrong", "reason": f"differs by {difference:.1e}"}
+        self.calls[name] = call
+
+    def timed(self, clock: Any, seconds: float, repeats: int = 1) -> list[dict]:
+        """Return the rows with times; a call does its work `repeats` times."""
+        times = interleave(self.calls, clock, seconds=seconds, least=3, most=40)
+        for name, each in times.items():
+            self.rows[name]["ms"] = spread([second / repeats * 1e3 for second in each])
+            if TIEDMOE in times:
+                self.rows[name]["time_over_tiedmoe"] = paired_ratio(each, times[TIEDMOE])
+        return list(self.rows.values())
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
 
 
 def reason_here(peer: Peer, case: Case) -> str | None:
-    """Why a peer does not take part on this machine, or None."""
-    if peer.name == "eager" and case.kind == "step":
-        # Autograd makes a gradient of the whole pool for each expert that is indexed, zeroes it and adds it.
-        moved = 3 * case.g * case.shape.E * case.shape.pool_bytes(case.dtype.itemsize)
-        if moved > EAGER_MOVES_BYTES:
-            return f"its backward moves {moved / 1e9:.0f} GB: a gradient of the whole pool for each expert"
+    """Return why a peer does not take part on this machine, or None."""
+    moved = 3 * case.g * case.shape.E * case.shape.pool_bytes(case.dtype.itemsize)
+    if peer.name == "eager" and case.kind == "step" and moved > EAGER_MOVES_BYTES:
+        return f"{EAGER_STEP}, {moved / 1e9:.0f} GB"
     return reason_to_leave_out(peer, case, MEMORY_BYTES)
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def pool_of(shape: Shape, dtype: torch.dtype) -> Pools:
+    """Return a pool with gradients; the last one is kept."""
+    return [make_pool(Case("step", shape, 1, dtype=dtype), CPU)]
 
 
-def make_cpu_pool(shape: Shape, dtype: torch.dtype) -> Pools:
-    """A pool with gradients. Every expert is one random expert, scaled and rolled: drawing them all takes longer than a run."""
-    torch.manual_seed(0)
-    scale = torch.rand(shape.E, 1, 1, dtype=dtype) + 0.5
-    weights = []
-    for rows, columns in ((2 * shape.I, shape.H), (shape.H, shape.I)):
-        weight = torch.randn(1, rows, columns, dtype=dtype).mul_(columns**-0.5) * scale
-        for e in range(shape.E):
-            weight[e] = weight[e].roll(e, dims=0)
-        weights.append(nn.Parameter(weight))
-        weights[-1].grad = torch.ones_like(weight)
-    return [tuple(weights)]
-
-
-def time_case(case: Case, pools: Pools, seconds: float) -> dict:
-    """Return the case with an entry for every peer: times, and the ratio to ours within each round."""
-    problem = make_problem(case, CPU, pools=pools)
-    entries: dict[str, dict] = {}
-    calls, per_call, expected = {}, {}, None
-    for peer in PEERS_HERE[::-1]:  # eager first: the others are compared with it, or with what comes next
-        reason = reason_here(peer, case)
-        if reason:
-            entries[peer.name] = {"status": "left out", "reason": reason}
+def time_layer(case: Case, clock: Any, seconds: float) -> list[dict]:
+    """Return a row for every peer."""
+    problem = make_problem(case, CPU, pools=pool_of(case.shape, case.dtype))
+    expected = expected_outcome(problem) if case.shape.pool_bytes(8) <= FLOAT64_BYTES else None
+    turns, repeats = Turns(case.key, TOLERANCE[case.dtype]), 1
+    for peer in PEERS_HERE[::-1]:  # eager first: without float64 the others are compared with it, or the next
+        if reason := reason_here(peer, case):
+            turns.leave_out(peer.name, reason)
             continue
         try:
             prepared = prepare(peer, problem)
-            found = outcome(peer, prepared, problem)
+            found = outcome(peer, problem, problem.pools[0])
         except Exception as error:  # whatever a peer raises is its result
-            entries[peer.name] = {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
+            turns.leave_out(peer.name, f"{type(error).__name__}: {one_line(error)}", "failed")
             continue
-        expected = expected or [each.double() for each in found]
-        difference = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
-        right = difference <= TOLERANCE[case.dtype]
-        entries[peer.name] = {"status": "measured" if right else "wrong", "difference": difference}
-        if not right:
-            entries[peer.name]["reason"] = f"differs from {next(iter(calls))} by {difference:.1e}"
-        calls[peer.name], per_call[peer.name] = prepared.call, prepared.calls
-    times = interleave(calls, WallClock(), seconds=seconds, least=3, most=40)
-    for name, each in times.items():
-        milliseconds = [second / per_call[name] * 1e3 for second in each]
-        entries[name] |= {"ms": spread(milliseconds), "rounds_ms": milliseconds}
-    for name in times if TIEDMOE in times else ():
-        entries[name]["time_over_tiedmoe"] = paired_ratio(entries[name]["rounds_ms"], entries[TIEDMOE]["rounds_ms"])
-    peers = {peer.name: entries[peer.name] for peer in PEERS_HERE}
-    return {"key": case.key, "flops": case.flops, "active_experts": problem.active_experts, "peers": peers}
+        expected = expected or [each.clone() for each in found]
+        turns.add(peer.name, prepared.call, max(relative_error(*pair) for pair in zip(found, expected, strict=True)))
+        repeats = prepared.calls
+    return turns.timed(clock, seconds, repeats)[::-1]
 
 
-def outcome(peer, prepared, problem: Problem) -> list[Tensor]:
-    """What must agree between peers: the output, or what a step adds to the gradients of the pool's first experts."""
-    if problem.case.kind != "step":
-        return [each.clone() for each in prepared.call(0)]
-    before = [weight.grad[:4].clone() for weight in problem.pools[0]]
-    training_step(peer, prepared.layer, problem, 0)
-    return [weight.grad[:4] - start for weight, start in zip(problem.pools[0], before, strict=True)]
+def peak_of_layer(case: Case, peer_name: str) -> int:
+    """Return the bytes of one call above the pool, its gradients and the inputs."""
+    peer = next(peer for peer in PEERS if peer.name == peer_name)
+    prepare(peer, make_problem(dataclasses.replace(case, shape=TINY, T=2), CPU)).call(
+        0
+    )  # libraries load at a first call
+    call = prepare(peer, make_problem(case, CPU, pools=pool_of(case.shape, case.dtype))).call
+    before = reset_peak()
+    call(0)
+    return max(0, status_bytes("VmHWM") - before)
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------------
+
+
+def make_model(name: str, shape: Shape, layers: int) -> nn.Module:
+    """Return a causal language model of OLMoE's family with random weights, the same ones for the same tying."""
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    from transformers_tiedmoe import TiedMoeConfig
+
+    group_size, implementation = MODELS[name]
+    sizes = {"hidden_size": shape.H, "intermediate_size": shape.I, "num_experts": shape.E, "eos_token_id": None}
+    sizes |= {"num_experts_per_tok": shape.K, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    sizes |= {"num_attention_heads": max(1, shape.H // 128)}
+    tied = {"family": "olmoe", "group_size": group_size, "skip_first": 0, "skip_last": 0}
+    config = OlmoeConfig(**sizes) if group_size == 1 else TiedMoeConfig(**tied, **sizes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
+
+
+def generate(model: nn.Module) -> Call:
+    """Return what continues a prompt of 16 tokens by NEW_TOKENS."""
+    prompt, number_of = torch.arange(16)[None] + 5, {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    model.eval()
+    return lambda number: model.generate(prompt + number, do_sample=False, pad_token_id=1, **number_of)
+
+
+def training_step(model: nn.Module) -> Call:
+    """Return forward, backward and AdamW on STEP_TOKENS tokens, 128 a row."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens = torch.randint(3, VOCABULARY, (STEP_TOKENS // 128, 128), generator=torch.Generator().manual_seed(0))
+    model.train()
+
+    def step(number: int) -> None:
+        model(tokens.roll(number), labels=tokens.roll(number), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+MODEL_CALLS = {f"generate {NEW_TOKENS} tokens": generate, f"step of {STEP_TOKENS} tokens": training_step}
+
+
+def takes_part(name: str, kind: str) -> bool:
+    """Tell whether a model does in what `MODEL_CALLS` names: eager experts do not train in minutes."""
+    return MODELS[name][1] != "eager" or MODEL_CALLS[kind] is not training_step
+
+
+def time_models(kind: str, shape: Shape, layers: int, clock: Any, seconds: float) -> list[dict]:
+    """Return a row for every model; those that are tied alike must have the same logits."""
+    turns, expected = Turns(kind, TOLERANCE[FP32]), {}
+    for name, (group_size, _) in MODELS.items():
+        if not takes_part(name, kind):
+            turns.leave_out(name, EAGER_STEP)
+            continue
+        model = make_model(name, shape, layers)
+        with torch.no_grad():
+            found: Tensor = model(torch.arange(5, 21)[None]).logits.double()
+        call = MODEL_CALLS[kind](model)
+        call(0)  # as a warm-up
+        turns.add(name, call, relative_error(found, expected.setdefault(group_size, found)))
+    return turns.timed(clock, seconds)
+
+
+def peak_of_model(kind: str, name: str, shape: Shape, layers: int) -> int:
+    """Return the bytes of model, gradients, optimizer and activations above what a tiny one leaves behind."""
+    MODEL_CALLS[kind](make_model(name, TINY, 4))(0)
+    before = reset_peak()
+    call = MODEL_CALLS[kind](make_model(name, shape, layers))
+    for number in range(2):
+        call(number)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def measure_peak(case: Case, peer_name: str) -> dict:
-    """Peak memory of one call in a new process, in bytes above the pool, its gradients and the inputs."""
-    described = {
-        **dataclasses.asdict(case),
-        "shape": list(case.shape),
-        "dtype": str(case.dtype).removeprefix("torch."),
-    }
-    command = [sys.executable, __file__, "--peak", json.dumps([described, peer_name])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {
-            "status": "failed",
-            "reason": one_line(RuntimeError(lines[-1] if lines else f"exit {done.returncode}")),
-        }
-    return {"status": "measured", "peak_bytes": json.loads(done.stdout)}
-
-
-def print_peak(described: dict, peer_name: str) -> None:
-    """In the new process: the high-water mark of the resident memory above what it was before the call."""
-    shape, dtype = Shape(*described.pop("shape")), getattr(torch, described.pop("dtype"))
-    case = Case(shape=shape, dtype=dtype, **described)
-    peer = next(peer for peer in PEERS if peer.name == peer_name)
-    problem = make_problem(case, CPU, pools=make_cpu_pool(shape, dtype))
-    small = Problem(
-        case,
-        CPU,
-        make_cpu_pool(TINY, dtype),
-        make_problem(Case("decode", TINY, 2, dtype=dtype), CPU).sets,
-        problem.grad_output,
-    )
-    with torch.no_grad():  # libraries load themselves at a first call
-        x, index, weights = small.sets[0]
-        peer.build(*small.pools[0])(x, index[0], weights[0])
-    call = prepare(peer, problem).call if case.kind == "step" else prepare_one(peer, problem)
-    before = reset_peak()
-    call(0)
-    print(max(0, status_bytes("VmHWM") - before))
-
-
-def prepare_one(peer, problem: Problem):
-    """One layer call; `prepare` would go through all input sets."""
-    layer, (x, index, weights) = peer.build(*problem.pools[0]), problem.sets[0]
-    return torch.no_grad()(lambda _: layer(x, index[0], weights[0]))
-
-
 def reset_peak() -> int:
-    """Lower the high-water mark to the present, which is returned, in bytes."""
+    """Lower the high-water mark of the resident memory to the present, which is returned, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return status_bytes("VmRSS")
 
 
 def status_bytes(name: str) -> int:
+    """Return an entry of the process's status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name + ":")))
 
 
-def measure_peaks(case: Case) -> dict:
-    peers = {}
-    for peer in PEERS_HERE:
-        reason = reason_here(peer, case)
-        peers[peer.name] = {"status": "left out", "reason": reason} if reason else measure_peak(case, peer.name)
-    return {"key": case.key, "peers": peers}
+def peaks(case: str, works: dict[str, Callable[[], int]]) -> list[dict]:
+    """Return a row for each of the works, each in a process of its own that returns its peak memory."""
+    rows = []
+    for name, work in works.items():
+        row = {"case": case, "figure": "peak", "peer": name, "status": "measured"}
+        spawned, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+        try:
+            with ProcessPoolExecutor(1, spawned, torch.set_num_threads, threads) as pool:
+                row["peak_bytes"] = pool.submit(work).result(timeout=300)
+        except Exception as error:  # whatever a peer raises is its result, the end of its process too
+            row |= {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
+        rows.append(row)
+    return rows
 
 
-# --- report ----------------------------------------------------------------------------------------------------------
+# --- plan and report -------------------------------------------------------------------------------------------------
+
+
+def plan(tiny: bool, clock: Any) -> list[Task]:
+    """Return what is to be done, what says most first: the clock may cut the end off."""
+    step = functools.partial(Case, "step", QUARTER, microbatches=1)
+    decode = functools.partial(Case, "decode", OLMOE)
+    cases = [step(64, 4, dtype=FP32), decode(1, dtype=FP32), decode(8, dtype=FP32), decode(1, dtype=BF16)]
+    cases += [step(512, 4, dtype=FP32), step(64, 4, dtype=BF16), decode(8, dtype=BF16), step(512, 4, dtype=BF16)]
+    cases += [step(64, 2, dtype=FP32), Case("step", OLMOE, 64, 4, dtype=FP32, microbatches=1), decode(64, dtype=FP32)]
+    in_memory, shape, layers, seconds = [cases[0], cases[4]], QUARTER, 8, 8.0
+    if tiny:
+        cases = [Case("step", TINY, 16, 2, dtype=FP32, microbatches=1), Case("decode", TINY, 2, dtype=BF16)]
+        in_memory, shape, layers, seconds = cases[:1], TINY, 4, 0.2
+    layer = [Task(case.kind, case.key, functools.partial(time_layer, case, clock, seconds)) for case in cases]
+    models, memory = [], []
+    for case in in_memory:
+        works = {
+            p.name: functools.partial(peak_of_layer, case, p.name) for p in PEERS_HERE if not reason_here(p, case)
+        }
+        memory.append(Task("peak", f"peak of {case.key}", functools.partial(peaks, case.key, works)))
+    for kind in MODEL_CALLS:
+        models.append(Task(kind, kind, functools.partial(time_models, kind, shape, layers, clock, 3 * seconds)))
+        works = {n: functools.partial(peak_of_model, kind, n, shape, layers) for n in MODELS if takes_part(n, kind)}
+        memory.append(Task("peak", f"peak of {kind}", functools.partial(peaks, kind, works)))
+    return [*layer[:4], *models, *memory, *layer[4:]]
 
 
 def markdown(report: dict) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    """Return the tables: times of ours and ratios of the others, memory, and what was not measured."""
+    described = [f"{name} {value}" for part in ("machine", "versions") for name, value in report[part].items()]
     before, after = report["load_average"]
-    names = [peer.name for peer in PEERS_HERE if peer.name != TIEDMOE]
     lines = [
-        "# Expert layers on a CPU",
+        "# Experts on a CPU",
         "",
-        f"{report['date']}, `{report['command']}`, {report['minutes']:.1f} minutes, {report['threads']} threads. {machine}.",
-        f"Versions: {', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
-        f"Load of the machine (1 minute) before the run {before:.2f}, after it {after:.2f}."
-        + (" **Other work ran beside it: trust the ratios, not the milliseconds.**" if report["busy"] else ""),
+        f"{report['date']}, `{report['command']}`, {report['minutes']:.1f} minutes, {report['threads']} threads. "
+        f"{', '.join(described)}. Load before the run {before}, after it {after}: above 0.5, other work disturbed it.",
         "",
-        "A step is forward and backward of a whole tied group (g layers, one pool, each its own routing) with the gradients",
-        "added to those already there. The columns of the peers are their time over ours in the same round, median (p20-p80):",
-        "above 1 ours is faster.",
-        "",
-        f"| case | tiedmoe, ms (p20-p80) | {' | '.join(names)} | rounds |",
-        f"|---|---:|{'---:|' * len(names)}---:|",
+        f"Times are {report['clock']}. Those of others are over ours in the same round, median (20th to 80th",
+        "percentile): above 1 ours is faster. A layer's step adds to gradients that are there; its memory is above pool,",
+        "gradients and inputs. A whole model has eight layers of a quarter of OLMoE's widths; its memory is all it takes.",
     ]
-    for result in report["cases"]:
-        ours = result["peers"][TIEDMOE]
-        ms = ours.get("ms")
-        cells = [f"{ms['median']:.1f} ({ms['p20']:.1f}-{ms['p80']:.1f})" if ms else ours["status"]]
-        cells += [ratio_cell(result["peers"][name]) for name in names]
-        lines.append(f"| {result['key']} | {' | '.join(cells)} | {ms['n'] if ms else ''} |")
-    lines += [
-        "",
-        "Peak memory of one call above the pool, its gradients and the inputs, MB, each in a process of its own:",
-        "",
-    ]
-    lines += [f"| case | {TIEDMOE} | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
-    for result in report["peak_memory"]:
-        cells = [peak_cell(result["peers"][name]) for name in (TIEDMOE, *names)]
-        lines.append(f"| {result['key']} | {' | '.join(cells)} |")
-    lines += ["", *not_measured(report)]
+    rows = {(row["case"], row["peer"], row["figure"]): row for row in report["rows"]}
+    for names in ([peer.name for peer in PEERS_HERE], list(MODELS)):
+        cases = [case for case, peer, _ in rows if peer == TIEDMOE and (case in MODEL_CALLS) == (names[1] in MODELS)]
+        times, memory = [], []
+        for case in dict.fromkeys(cases):
+            if ms := rows.get((case, TIEDMOE, "time"), {}).get("ms"):
+                over = [rows.get((case, name, "time"), {}).get("time_over_tiedmoe") for name in names[1:]]
+                ratios = ["{median:.2f} ({p20:.2f}-{p80:.2f})".format(**each) if each else "-" for each in over]
+                times.append([case, "{median:.4g} ({p20:.4g}-{p80:.4g})".format(**ms), *ratios, ms["n"]])
+            found = [rows.get((case, name, "peak"), {}).get("peak_bytes") for name in names]
+            if any(each is not None for each in found):
+                memory.append([case, *("-" if bytes is None else f"{bytes / 1e6:.0f}" for bytes in found)])
+        lines += ["", *table(["case", "ours, ms", *names[1:], "rounds"], times)]
+        lines += ["", *table(["peak, MB (1e6 bytes)", *names], memory)]
+    reasons: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        if "reason" in row:
+            reasons.setdefault(f"{row['peer']}, {row['status']}: {row['reason']}", []).append(row["case"])
+    lines += ["", *(f"- {reason} ({', '.join(dict.fromkeys(keys))})" for reason, keys in reasons.items())]
+    lines += [f"- no time left: {key}" for key in report["left_out"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def ratio_cell(found: dict) -> str:
-    over = found.get("time_over_tiedmoe")
-    return f"{over['median']:.2f} ({over['p20']:.2f}-{over['p80']:.2f})" if over else "-"
-
-
-def peak_cell(found: dict) -> str:
-    return f"{found['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in found else "-"
-
-
-def not_measured(report: dict) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for result in (*report["cases"], *report["peak_memory"]):
-        for name, found in result["peers"].items():
-            if found["status"] != "measured":
-                reasons.setdefault(f"{name}, {found['status']}: {found['reason']}", []).append(result["key"])
-    lines = [f"- {reason} ({', '.join(dict.fromkeys(keys))})" for reason, keys in reasons.items()]
-    lines += [f"- no time left: {key}" for key in report["left_out"]]
-    return ["Not measured:", "", *lines] if lines else []
-
-
-def described_options(options: argparse.Namespace) -> list[str]:
-    threads = ["--threads", str(options.threads)] if options.threads else []
-    minutes = ["--minutes", f"{options.minutes:g}"] if options.minutes != MINUTES else []
-    return [*(["--tiny"] if options.tiny else []), *threads, *minutes]
-
-
 def main(arguments: list[str] | None = None) -> None:
+    """Run the plan and write what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write, .json and .md")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="start no case later")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="PREFIX", help="of PREFIX.json and PREFIX.md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start nothing later")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice, as many as there are cores")
+    parser.add_argument("--cpu-time", action="store_true", help="time by the process's own seconds")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script; the figures mean nothing")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # this script calls itself for the memory of one peer
     options = parser.parse_args(arguments)
-    if options.peak:
-        print_peak(*json.loads(options.peak))
-        return
     if options.threads:
         torch.set_num_threads(options.threads)
     start, before = time.monotonic(), os.getloadavg()[0]
-    timed, in_memory = timed_cases(), memory_cases()
-    if options.tiny:
-        timed, in_memory = [step(TINY, 16, 2), Case("decode", TINY, 2, dtype=BF16)], [step(TINY, 16, 2)]
-    pool: dict[tuple, Pools] = {}
 
-    def execute(case: Case) -> dict:
-        if (case.shape, case.dtype) not in pool:
-            pool.clear()  # before the next one is made
-            pool[case.shape, case.dtype] = make_cpu_pool(case.shape, case.dtype)
+    def execute(task: Task) -> list[dict]:
         begun = time.monotonic()
-        result = time_case(case, pool[case.shape, case.dtype], seconds=0.2 if options.tiny else 8.0)
-        print(f"{begun - start:5.0f} s  {case.key}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
-        return result
+        rows = task.run()
+        print(f"{begun - start:5.0f} s  {task.key}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+        return rows
 
-    seconds = 60 * options.minutes
-    results, left_out = run_plan(timed, execute, TIMING_SHARE * seconds)
-    pool.clear()
-    peak_memory, without_peak = run_plan(in_memory, measure_peaks, start + seconds - time.monotonic())
+    clock = CpuClock() if options.cpu_time else WallClock()
+    results, left_out = run_plan(plan(options.tiny, clock), execute, 60 * options.minutes)
+    given = [f" --{name.replace('_', '-')}" for name in ("cpu_time", "tiny") if getattr(options, name)]
+    given += [
+        f" --{name} {value:g}"
+        for name in ("minutes", "threads")
+        if (value := getattr(options, name)) != parser.get_default(name)
+    ]
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/experts_cpu.py", *described_options(options)]),
+        "command": "python benchmarks/experts_cpu.py" + "".join(given),
         "machine": machine(CPU),
         "threads": torch.get_num_threads(),
+        "clock": "seconds the process computed" if options.cpu_time else "seconds of the wall clock",
         "versions": versions(),
-        "minutes": (time.monotonic() - start) / 60,
-        "load_average": [before, os.getloadavg()[0]],
-        "busy": before > 0.5,
-        "cases": results,
-        "peak_memory": peak_memory,
-        "left_out": [*left_out, *(f"peak memory of {key}" for key in without_peak)],
+        "minutes": round((time.monotonic() - start) / 60, 2),
+        "load_average": [round(load, 2) for load in (before, os.getloadavg()[0])],
+        "rows": [row for rows in results for row in rows],
+        "left_out": left_out,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(options.output.with_suffix(".json"), report)
     options.output.with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
 

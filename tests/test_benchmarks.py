@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, planning and verdicts, and every line of them that needs no GPU, at tiny sizes."""
 
+import functools
 import json
 import os
 import sys
@@ -428,30 +429,47 @@ def test_markdown_has_every_row_and_every_reason():
 # --- from end to end -------------------------------------------------------------------------------------------------
 
 
+def peaks_here(case, works):
+    """As `experts_cpu.peaks` without a process for each, which takes seconds."""
+    for work in works.values():
+        assert work() >= 0
+    return [{"case": case, "figure": "peak", "peer": n, "status": "measured", "peak_bytes": 3_000_000} for n in works]
+
+
 def test_experts_cpu_from_end_to_end(tmp_path, monkeypatch):
-    kept = tuple(peer for peer in PEERS if peer.name in ("tiedmoe", "grouped_mm"))  # a process each for memory
+    kept = tuple(peer for peer in PEERS if peer.name in ("tiedmoe", "grouped_mm"))
+    names = ("tiedmoe", "untied, grouped_mm", "untied, eager")
     monkeypatch.setattr(experts_cpu, "PEERS_HERE", kept)
-    output = tmp_path / "results" / "cpu.json"
-    experts_cpu.main(["--tiny", "--output", str(output.with_suffix(""))])  # as the Makefile names it
-    found = json.loads(output.read_text())
-    assert [result["key"].split()[0] for result in found["cases"]] == ["step", "decode"]
-    for result in found["cases"]:
-        ours, other = result["peers"]["tiedmoe"], result["peers"]["grouped_mm"]
-        assert ours["status"] == other["status"] == "measured"
-        ratios = [a / b for a, b in zip(other["rounds_ms"], ours["rounds_ms"])]
-        assert other["time_over_tiedmoe"] == pytest.approx(timing.spread(ratios))
-        assert other["time_over_tiedmoe"]["n"] == len(ratios) >= 3
-    for entry in found["peak_memory"][0]["peers"].values():
-        assert entry["status"] == "measured", entry
-        assert 0 <= entry["peak_bytes"] < 1 << 28
+    monkeypatch.setattr(experts_cpu, "MODELS", {name: experts_cpu.MODELS[name] for name in names})
+    monkeypatch.setattr(experts_cpu, "NEW_TOKENS", 4)
+    monkeypatch.setattr(experts_cpu, "STEP_TOKENS", 128)
+    monkeypatch.setattr(experts_cpu, "peaks", peaks_here)
+    output = tmp_path / "results" / "cpu"
+    experts_cpu.main(["--tiny", "--cpu-time", "--output", str(output)])
+    text, table = output.with_suffix(".json").read_text(), output.with_suffix(".md").read_text()
+    found = json.loads(text)
+    times = {(row["case"], row["peer"]): row for row in found["rows"] if row["figure"] == "time"}
+    cases = ["step tiny T=16 g=2 uniform float32", "decode tiny T=2 g=1 uniform bfloat16"]
+    for case in (*cases, *experts_cpu.MODEL_CALLS):
+        other = "untied, grouped_mm" if case in experts_cpu.MODEL_CALLS else "grouped_mm"
+        assert times[case, "tiedmoe"]["status"] == times[case, other]["status"] == "measured"
+        assert times[case, "tiedmoe"]["time_over_tiedmoe"]["median"] == 1
+        assert times[case, other]["time_over_tiedmoe"]["n"] == times[case, other]["ms"]["n"] >= 3
+    assert times["generate 64 tokens", "untied, eager"]["status"] == "measured"
+    assert times["step of 512 tokens", "untied, eager"]["status"] == "left out"
+    peaks = {(row["case"], row["peer"]) for row in found["rows"] if row["figure"] == "peak"}
+    assert peaks == set(times) - {(cases[1], name) for name in ("tiedmoe", "grouped_mm")} - {
+        ("step of 512 tokens", "untied, eager")
+    }
     assert found["versions"]["torch"] == torch.__version__
     assert found["left_out"] == []
-    text = output.with_suffix(".md").read_text()
-    assert "| step tiny T=16 g=2 uniform float32 |" in text
-    assert str(tmp_path) not in text + output.read_text()
+    assert text.count("\n{") == len(found["rows"])  # a row a line
+    assert f"| {cases[0]} | 3 | 3 |" in table
+    assert "| generate 64 tokens | 3 | 3 | 3 |" in table
+    assert str(tmp_path) not in text + table
 
 
-def test_experts_cpu_says_when_a_peer_disagrees_or_fails():
+def test_experts_cpu_says_when_a_peer_disagrees_or_fails(monkeypatch):
     def wrong(gate_up, down):
         layer = peers.transformers_layer("eager", gate_up, down)
         return lambda x, index, weights: 1.01 * layer(x, index, weights)
@@ -460,13 +478,24 @@ def test_experts_cpu_says_when_a_peer_disagrees_or_fails():
         raise RuntimeError("no")
 
     case = Case("decode", TINY, 4, dtype=torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_cpu, "PEERS_HERE", (Peer("failing", failing), Peer("wrong", wrong), BY_NAME["eager"]))
-        entries = experts_cpu.time_case(case, experts_cpu.make_cpu_pool(TINY, torch.float32), 0.0)["peers"]
-    assert entries["wrong"]["status"] == "wrong"
-    assert entries["wrong"]["difference"] == pytest.approx(0.01, rel=1e-2)
-    assert entries["failing"] == {"status": "failed", "reason": "RuntimeError: no"}
-    assert entries["eager"]["status"] == "measured"
+    monkeypatch.setattr(experts_cpu, "PEERS_HERE", (Peer("failing", failing), Peer("wrong", wrong), BY_NAME["eager"]))
+    rows = {row["peer"]: row for row in experts_cpu.time_layer(case, timing.WallClock(), 0.0)}
+    assert list(rows) == ["failing", "wrong", "eager"]
+    assert rows["wrong"]["status"] == "wrong"
+    assert rows["wrong"]["difference"] == pytest.approx(0.01, rel=1e-2)
+    assert rows["failing"].items() >= {"status": "failed", "reason": "RuntimeError: no"}.items()
+    assert rows["eager"]["status"] == "measured"
+    monkeypatch.setattr(experts_cpu, "FLOAT64_BYTES", 0)  # compared with the first that runs, which is eager
+    rows = {row["peer"]: row for row in experts_cpu.time_layer(case, timing.WallClock(), 0.0)}
+    assert (rows["eager"]["difference"], rows["wrong"]["status"]) == (0, "wrong")
+
+
+def test_peaks_are_measured_in_processes_of_their_own():
+    found, died = experts_cpu.peaks("case", {"a": os.getpid, "b": functools.partial(os._exit, 1)})
+    assert found["status"] == "measured"
+    assert found["peak_bytes"] != os.getpid()
+    assert died["status"] == "failed"
+    assert "BrokenProcessPool" in died["reason"]
 
 
 def test_the_high_water_mark_is_that_of_the_call():
