@@ -24,7 +24,7 @@ from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
 
 @torch.no_grad()
 def evaluate(model, loader, accelerator):
-    """Mean cross-entropy per token over the held-out blocks of all processes, each block counted once."""
+    """Return the mean cross-entropy per token over all processes' held-out blocks, each block counted once."""
     model.eval()
     losses, tokens = 0.0, 0
     for batch in loader:

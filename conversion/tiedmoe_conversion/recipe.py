@@ -52,7 +52,7 @@ class ConversionRecipe:
     )
     pool_experts: kinds.PoolSizes = _option(
         None,
-        "Experts per pool: a number, or times the source's such as 1.5x, or one per pool; the method's own.",
+        "Experts per pool: a number, a multiple of the source's such as 1.5x, or one per pool; else the method's.",
     )
     then: kinds.Steps = field(
         default_factory=tuple,
@@ -82,15 +82,15 @@ class ConversionRecipe:
         32768, "Tokens of the text to fit on; a quarter as many again are held out."
     )
     calibration_block_size: kinds.BlockSizeOrNone = _option(
-        None, "Tokens in a sequence of the text; by default 512, or as many as the source knows positions."
+        None, "Tokens in a sequence of the text; by default 512, or the source's positions if fewer."
     )
     statistics: kinds.FolderOrNone = _option(
-        None, "Folder that keeps what the text told about the source, for further conversions of it."
+        None, "Folder that keeps the source's statistics on the text, for further conversions of it."
     )
     measure: kinds.Switch = _option(
         True, "With calibration text: the loss before and after, routing agreement and dead slots, in report and card."
     )
-    seed: kinds.Seed = _option(0, "Of the choice of text, and of every method that draws.")
+    seed: kinds.Seed = _option(0, "Random seed, for the choice of text and for methods that draw samples.")
     push_to_hub: kinds.Repository = _option(None, "Hub repository to upload the result to, such as account/model.")
     revision: kinds.Revision = _option(None, "Branch, tag or commit of a source on the Hub.")
     max_shard_size: kinds.ShardSize = _option("5GB", "Largest weight file to write, such as 500MB or 5GB.")

@@ -396,7 +396,7 @@ def _logits(folder: Path, quantisation: str | None = None) -> torch.Tensor:
             folder, attn_implementation="eager", experts_implementation="eager", dtype="auto", **extra
         )
     for tensor in (*model.parameters(), *model.buffers()):
-        # Where a tensor lies in its file decides its alignment in memory, and that how a matrix product rounds.
+        # A tensor's place in its file decides its alignment in memory, which decides how a matrix product rounds.
         tensor.data = tensor.data.clone()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (1, SAMPLE_LENGTH), generator=generator)

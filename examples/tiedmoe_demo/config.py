@@ -60,7 +60,7 @@ class DemoConfig:
     overwrite: bool = _option(False, "begin anew where output holds an earlier demo")
 
     def __post_init__(self):
-        from transformers_tiedmoe.errors import TiedMoeError  # here, as it takes the seconds that torch takes
+        from transformers_tiedmoe.errors import TiedMoeError  # here, as it imports torch, which takes seconds
 
         for name in ("output", "source", "data"):
             if getattr(self, name) is not None:

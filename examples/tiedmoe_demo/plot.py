@@ -29,7 +29,7 @@ def save_plot(report: dict, path: Path) -> None:
 
 
 def _draw_cost(axes, report: dict) -> None:
-    """Perplexity against bytes on disk, one point a model, with tying and healing as arrows between them."""
+    """Draw perplexity against bytes on disk, one point a model, with tying and healing as arrows between them."""
     points = {name: (report[name]["checkpoint_bytes"] / 1e6, report[name]["perplexity"]) for name in COLOURS}
     for start, end in (("source", "tied"), ("tied", "healed")):
         style = {"arrowstyle": "->", "color": "0.6", "shrinkA": 7, "shrinkB": 7}
@@ -58,7 +58,7 @@ def _draw_cost(axes, report: dict) -> None:
 
 
 def _draw_routing(figure, axes, report: dict) -> None:
-    """Rows are layers, columns experts; a bracket holds the layers that read one pool."""
+    """Draw the routing: rows are layers, columns experts; a bracket holds the layers that read one pool."""
     routing = {int(layer): shares for layer, shares in report["healed"]["routing"].items()}
     layers, width = sorted(routing), max(map(len, routing.values()))
     grid = [

@@ -136,7 +136,7 @@ class _Run:
         config = self.config
         if self.work.is_sound(CONVERSION) and config.path("tied", CONFIG_NAME).is_file():
             return read_json(config.path(CONVERSION))
-        method = METHODS.get(config.method)  # the recipe says so where there is none
+        method = METHODS.get(config.method)  # the recipe refuses an unknown one
         needs_text = method is not None and method.calibration(**config.method_options)
         recipe = ConversionRecipe(
             source=str(source),

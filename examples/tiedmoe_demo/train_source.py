@@ -36,8 +36,8 @@ def train_source(config: DemoConfig, folder: Path, progress: Callable[[int, int,
     """Train the source from random weights and save it, with its tokenizer, into `folder`.
 
     Returns:
-        `steps`, `tokens` and `seconds` of the training, also in `folder/training.json`; an earlier run's where the
-        folder is there.
+        `steps`, `tokens` and `seconds` of the training, also in `folder/training.json`; of an earlier run if the
+        folder exists.
     """
     if folder.exists() and not was_renamed(folder):
         return read_json(folder / REPORT)

@@ -15,7 +15,7 @@ from .modeling_tiedmoe import (
 from .pools import tie_groups
 from .version import __version__
 
-AutoConfig.register("tiedmoe", TiedMoeConfig)  # the models register family by family, in `register_heads`
+AutoConfig.register("tiedmoe", TiedMoeConfig)  # its models are registered family by family, in `families.config_class`
 register_tokenizer()
 ALL_EXPERTS_FUNCTIONS.register("tiedmoe", tiedmoe_experts_forward)
 

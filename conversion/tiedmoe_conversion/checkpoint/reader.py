@@ -250,7 +250,7 @@ class Source:
 
     def _read_pickle(self, file: str) -> dict[str, torch.Tensor]:
         if self._pickle is None or self._pickle[0] != file:
-            self._pickle = None  # let go of the file before
+            self._pickle = None  # close the file before
             path = self._path(file)
             if not regular_file(path.parent, path.name):
                 raise ConversionError(f"{self.name} has no file {file!r}, which its index names; download it again")

@@ -3,8 +3,8 @@
 import importlib
 from typing import Any
 
-# In the order of the help. The modules are imported, and torch with them, when somebody asks this package for METHODS
-# or for another name of `base`: the command line needs the names alone to show its flags.
+# In the order of the help. The modules are imported, and torch with them, when METHODS or another name of `base` is
+# first asked for here: the command line needs the names alone to show its flags.
 NAMES = ("align", "average", "least_squares", "prefit", "prototype", "select", "union")
 
 

@@ -84,14 +84,14 @@ class TiedMoeTrainingArguments(TrainingArguments):
     teacher: str | None = _ours(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _ours(
         0.5,
-        "Share of the distillation loss if there is a teacher; the text has the rest. 1 if the source was trained on "
-        "that text: it has nothing more to learn from it.",
+        "Share of the distillation loss, with a teacher; the loss on the text has the rest. Use 1 if the source was "
+        "trained on that text: there is nothing more to learn from it.",
     )
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
     train_norms: bool = _ours(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
     anneal: float = _ours(0.5, "With soft routing: the share of the steps in which it comes to its targets.")
-    block_size: int | None = _ours(None, "Tokens in a sequence; by default 512, or as many as the model knows.")
+    block_size: int | None = _ours(None, "Tokens in a sequence; by default 512, or the model's positions if fewer.")
     text_column: str = _ours("text", "Column of the text, if the data has columns.")
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
     lora: bool = _ours(False, "Train low-rank adapters on attention and pools; the merged model is saved.")
