@@ -7,7 +7,13 @@ by the sign of what is left, so that nothing cancels: the textbook root is wrong
 alpha, where P*Q underflows.
 """
 
+from typing import Any
+
 import torch
+
+from ..experts_interface import has_triton
+
+MAX_SCORES = 1024  # of a row, as the kernels take
 
 
 def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
@@ -41,6 +47,12 @@ def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | tor
 class _LapSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: torch.Tensor, k: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        ctx.on_kernel = _runs_on_kernel(scores)
+        if ctx.on_kernel:
+            rows = scores.reshape(-1, scores.shape[-1]).contiguous()
+            p, z = soft_top_k_kernels().soft_top_k_forward(rows, k.reshape(-1), alpha.reshape(-1))
+            ctx.save_for_backward(z, alpha)
+            return p.view(scores.shape)
         k, alpha = k.unsqueeze(-1), alpha.unsqueeze(-1)
         z = _distances(scores, k, alpha)
         ctx.save_for_backward(z, alpha)
@@ -50,12 +62,34 @@ class _LapSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         z, alpha = ctx.saved_tensors
+        if ctx.on_kernel:
+            kernels, rows = soft_top_k_kernels(), grad.reshape(z.shape)
+            scores_grad, k_grad, alpha_grad = kernels.soft_top_k_backward(rows, z, alpha.reshape(-1))
+            return scores_grad.view(grad.shape), k_grad.view(alpha.shape), alpha_grad.view(alpha.shape)
         density = 0.5 * torch.exp(-z.abs())
         # dp_i = density_i dz_i; b takes away from each the densities' mean of the gradient. As a softmax that mean is
         # right where every density underflows.
         mean = (torch.softmax(-z.abs(), dim=-1) * grad).sum(-1, keepdim=True)
         per_score = density * (grad - mean) / alpha
         return per_score, mean.squeeze(-1), -(per_score * z).sum(-1)
+
+
+def _runs_on_kernel(scores: torch.Tensor) -> bool:
+    """Tell whether one kernel a pass computes it; a compiler fuses the plain operations by itself."""
+    return (
+        scores.is_cuda
+        and scores.dtype == torch.float32
+        and scores.shape[-1] <= MAX_SCORES
+        and not torch.compiler.is_compiling()
+        and has_triton()
+    )
+
+
+def soft_top_k_kernels() -> Any:
+    """Return the module of the kernels, which imports triton."""
+    from tiedmoe_kernels import soft_top_k
+
+    return soft_top_k
 
 
 def _distances(scores: torch.Tensor, k: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
