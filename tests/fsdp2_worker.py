@@ -19,26 +19,31 @@ from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 
 ONCE_PER_POOL = [1, 1, 2, 2]  # two untied layers, two pools of two layers: how many layers each computation is of
 
-# wrapper, experts implementation, checkpointing, what is frozen -> the weight gradients computed by our kernels
+SOFT = {"routing": "softmoe", "softmoe": {"alpha": 0.1, "threshold": 0.2}}
+
+# wrapper, experts implementation, checkpointing, what is frozen or soft -> the weight gradients our kernels compute
 CASES = {
     ("fsdp2", "grouped_mm", None, ""): [],
     ("fsdp2", "tiedmoe", None, ""): ONCE_PER_POOL,
     ("fsdp2", "tiedmoe", False, ""): ONCE_PER_POOL,
     ("fsdp2", "grouped_mm", True, ""): [],  # refused
     ("fsdp2", "tiedmoe", None, "all but experts"): ONCE_PER_POOL,  # no input of the first experts has a gradient
+    ("fsdp2", "tiedmoe", None, "soft"): ONCE_PER_POOL,  # the budget's numbers are sharded, too
+    ("ddp", "tiedmoe", False, "soft"): ONCE_PER_POOL,
     ("ddp", "tiedmoe", None, ""): ONCE_PER_POOL,
     ("ddp", "tiedmoe", False, ""): ONCE_PER_POOL,
     ("ddp, gradients as bucket views", "tiedmoe", None, ""): ONCE_PER_POOL,  # our kernels add into the buckets
 }
 
 
-def tied_model(implementation: str, frozen: str) -> TiedMoeForCausalLM:
-    config = TiedMoeConfig.from_family(tiny_config("olmoe"), group_size=2, skip_first=1, skip_last=1)
+def tied_model(implementation: str, what: str) -> TiedMoeForCausalLM:
+    routing = SOFT if what == "soft" else {}
+    config = TiedMoeConfig.from_family(tiny_config("olmoe"), group_size=2, skip_first=1, skip_last=1, **routing)
     torch.manual_seed(0)
     model = TiedMoeForCausalLM(config).train()
     model.set_experts_implementation(implementation)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen or "expert" in name)
+        parameter.requires_grad_(what != "all but experts" or "expert" in name)
     return model
 
 
@@ -56,8 +61,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
-    wrapper, implementation, use_reentrant, frozen = case
-    alone, mine = tied_model("grouped_mm", frozen), tied_model(implementation, frozen)
+    wrapper, implementation, use_reentrant, what = case
+    alone, mine = tied_model("grouped_mm", what), tied_model(implementation, what)
     if use_reentrant is not None:
         mine.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         mine.enable_input_require_grads()

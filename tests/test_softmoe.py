@@ -174,6 +174,22 @@ def test_a_token_does_not_depend_on_its_batch_or_its_cache(tying, tokens, tmp_pa
         assert all(router._owner[0] is copied.base_model for router in routers(copied))
 
 
+def test_padding_and_packing_do_not_change_a_token(tokens):
+    model = soft_model(threshold=0.2)
+    expected = model(tokens[:1]).logits
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens[:1]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    packed = torch.cat([tokens[1:], tokens[:1]], 1)
+    positions = torch.arange(9).repeat(2)[None]  # two sequences, told apart by where positions start anew
+    found = model(packed, position_ids=positions, use_cache=False).logits[:, 9:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_our_experts_spend_nothing_on_slots_that_are_not_used(tokens):
     """What is given to the kernels holds the sentinel there; their tests count the rows."""
     model = soft_model(implementation="tiedmoe", threshold=0.3)
