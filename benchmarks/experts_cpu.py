@@ -268,7 +268,7 @@ def plan(tiny: bool, clock: Any) -> list[Task]:
     cases = [step(64, 4, dtype=FP32), decode(1, dtype=FP32), decode(8, dtype=FP32), decode(1, dtype=BF16)]
     cases += [step(512, 4, dtype=FP32), step(64, 4, dtype=BF16), decode(8, dtype=BF16), step(512, 4, dtype=BF16)]
     cases += [step(64, 2, dtype=FP32), Case("step", OLMOE, 64, 4, dtype=FP32, microbatches=1), decode(64, dtype=FP32)]
-    in_memory, shape, layers, seconds = [cases[0], cases[4]], QUARTER, 8, 8.0
+    in_memory, shape, layers, seconds = [cases[0], cases[4]], QUARTER, 8, 12.0
     if tiny:
         cases = [Case("step", TINY, 16, 2, dtype=FP32, microbatches=1), Case("decode", TINY, 2, dtype=BF16)]
         in_memory, shape, layers, seconds = cases[:1], TINY, 4, 0.2
