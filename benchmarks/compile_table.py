@@ -3,9 +3,10 @@
     python benchmarks/compile_table.py --output benchmarks/results/compile.json   # the triton that is installed
     python benchmarks/compile_table.py --table A.json B.json --output benchmarks/results/compile.md
 
-The launches are the backend's own, made with tensors on the meta device under a driver that names another chip, so a kernel
-is compiled from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel, counts registers and stack
-(a stack above 0 bytes is spilled registers) and prints the machine code; for AMD registers and stack are in the assembly's notes.
+The launches are the backend's own, made with tensors on the meta device under a driver that names another chip, so a
+kernel is compiled from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel,
+counts registers and stack (a stack above 0 bytes is spilled registers) and prints the machine code; for AMD registers
+and stack are in the assembly's notes.
 """
 
 import argparse
@@ -139,7 +140,8 @@ def launches(case: Case) -> None:
         x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, True, True, residual, residual is not None
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
-    # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is written.
+    # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is
+    # written.
     needs, biases = (True, True, has_bias, has_bias), (gate_up, down, *biases)
     for out_dtype in {dtype, torch.float32} if case.num_segments > 1 else {dtype}:
         into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in biases]
@@ -182,9 +184,10 @@ def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, o
 
 
 def main_loop(sass: str) -> int:
-    """Instructions of an iteration of the main loop: the longest loop with products and no other such loop inside; 0 without.
+    """Count the instructions of an iteration of the main loop: the longest with products and no such loop inside.
 
-    Waits on a barrier are loops, too, out of line behind the kernel's end: what jumps back over an EXIT is none of these.
+    0 without one. Waits on a barrier are loops, too, out of line behind the kernel's end: what jumps back over an EXIT
+    is none of these.
     """
     code = {int(at, 16): text for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)}
     loops: list[tuple[int, int]] = []
@@ -203,7 +206,7 @@ def main_loop(sass: str) -> int:
 
 
 def resources(kernel) -> dict[str, int | None]:
-    """Registers a thread, stack (or scratch) bytes a thread, shared memory bytes a block, instructions of the main loop."""
+    """Return registers and stack (or scratch) bytes a thread, shared memory bytes a block, the main loop's length."""
     loop = None  # AMD's assembly is not taken apart
     if "cubin" in kernel.asm:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -232,7 +235,7 @@ def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
 
 
 def faults(row: dict) -> list[str]:
-    """What is wrong with a row: spilled registers, too much shared memory."""
+    """Return what is wrong with a row: spilled registers, too much shared memory."""
     found, limit = [], SHARED_LIMIT[row["architecture"]]
     if row["stack"]:
         found.append(f"{row['stack']} bytes of stack a thread; expected 0: smaller blocks or more warps")
@@ -244,7 +247,7 @@ def faults(row: dict) -> list[str]:
 
 
 def unused_entries(found: list[dict]) -> list[dict]:
-    """The entries of `configs/default.json`, for the architectures of these rows, that no row was compiled with."""
+    """Return the entries of `configs/default.json`, for these rows' architectures, that no row was compiled with."""
     used = {
         (r["architecture"], r["kernel"], r["dtype"], *(r[f] for f in tuning.Config._fields if f in r)) for r in found
     }
@@ -259,7 +262,7 @@ def unused_entries(found: list[dict]) -> list[dict]:
 
 
 def markdown(found: list[dict]) -> str:
-    """The table of all rows, one line per kernel and configuration, a column pair per triton."""
+    """Return the table of all rows, one line per kernel and configuration, a column pair per triton."""
     versions = sorted({row["triton"] for row in found})
     columns = (
         "architecture",
@@ -282,12 +285,15 @@ def markdown(found: list[dict]) -> str:
     text = [
         "# What each kernel takes of a chip, compiled ahead of time",
         "",
-        "`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA only). Registers",
-        "and stack (bytes; above 0: registers spilled) are of one thread, shared memory is in bytes of one block; where one kernel",
+        "`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA "
+        "only). Registers",
+        "and stack (bytes; above 0: registers spilled) are of one thread, shared memory is in bytes of one block; "
+        "where one kernel",
         "serves several products or numbers of segments, the most that any takes. Limits of a block: "
         + ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items() if name in TARGETS)
         + ".",
-        "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, no larger block).",
+        "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, no "
+        "larger block).",
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _gelu_tanh(x):
-    """gelu's tanh approximation, its derivative: 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """gelu by tanh, its derivative: 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3)."""
     s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
 

@@ -87,7 +87,7 @@ def add_to(out, tile, e, p, q, first_p, first_q, P, Q):
 
 @triton.jit
 def next_segment(first, number, row, rest, offsets, e):
-    """Of the first segment from number `first` on with rows of expert e: number, first row, rows; else what was given."""
+    """Of the first segment from `first` on with rows of expert e: number, first row, rows; else what was given."""
     for s in tl.static_range(len(offsets) - 1, -1, -1):
         start = tl.load(offsets[s] + e)
         num_rows = tl.load(offsets[s] + e + 1) - start
@@ -109,7 +109,7 @@ def of_segment(tensors, number):
 
 @triton.jit
 def load_slots(order, row, rest, i):
-    """The slots of the sorted rows row + i; from i = rest on the last one again; nothing is read where there is none."""
+    """Load the slots of the sorted rows row + i; from i = rest on the last one again; none where there is none."""
     return tl.load(order + row + tl.minimum(i, tl.maximum(rest - 1, 0)), mask=rest > 0 * i, other=0)
 
 
@@ -146,8 +146,8 @@ def weight_grad_kernel(
 
     A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token, order // K, where gathered.
 
-    One loop over the blocks of all segments, so that the pipeline of loads fills once; the tail of a segment is a block
-    with zeros in it. The slots of a block are loaded during the one before: an indirect load would take a stage.
+    One loop over the blocks of all segments, so that the pipeline of loads fills once; the tail of a segment is a
+    block with zeros in it. The slots of a block are loaded during the one before: an indirect load would take a stage.
     """
     tiles_p = tl.cdiv(P, BLOCK_M)
     tiles_q = tl.cdiv(Q, BLOCK_N)

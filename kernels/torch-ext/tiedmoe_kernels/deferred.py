@@ -226,8 +226,8 @@ def readable(weight: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def _say_copied() -> None:
     say_once(
-        "Expert weights are copied at every call: in neither direction are a matrix's elements side by side in memory. "
-        "Keep them contiguous, as a transposed view, or as a slice of whole rows or columns."
+        "Expert weights are copied at every call: in neither direction are a matrix's elements side by side in "
+        "memory. Keep them contiguous, as a transposed view, or as a slice of whole rows or columns."
     )
 
 

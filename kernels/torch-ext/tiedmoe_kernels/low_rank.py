@@ -1,8 +1,8 @@
 """The low-rank residual of a tied layer: slot s of its router adds `b[s] @ a[s]` to the matrices of its pool row.
 
-The layer's rows are sorted by pool row and, within one, by slot: so the products with the pool and its deferred gradient
-see what they see without a residual, and the products with the factors are grouped ones over the same rows. A backend
-brings the two kinds of product, this file says which are made.
+The layer's rows are sorted by pool row and, within one, by slot: so the products with the pool and its deferred
+gradient see what they see without a residual, and the products with the factors are grouped ones over the same rows. A
+backend brings the two kinds of product, this file says which are made.
 
 Shape suffixes as in `spec.py`; R slots of the layer's router, r the rank.
 """

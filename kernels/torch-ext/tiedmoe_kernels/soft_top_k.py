@@ -82,7 +82,8 @@ def soft_top_k_forward(
     p_TE, z_TE = torch.empty_like(scores_TE), torch.empty_like(scores_TE)
     if num_rows:
         forward_kernel[(num_rows,)](
-            scores_TE, k_T, alpha_T, p_TE, z_TE, num_scores, k_T.stride(0), alpha_T.stride(0), FAR, **_block(num_scores)
+            scores_TE, k_T, alpha_T, p_TE, z_TE, num_scores, k_T.stride(0), alpha_T.stride(0), FAR,
+            **_block(num_scores),
         )  # fmt: skip
     return p_TE, z_TE
 

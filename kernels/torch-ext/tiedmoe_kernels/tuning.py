@@ -1,8 +1,8 @@
-"""Which tile sizes a kernel runs with: a file tuned on this very GPU if there is one, else the defaults of its architecture.
+"""Which tile sizes a kernel runs with: those of a file tuned on this very GPU, else its architecture's defaults.
 
-Files are `configs/<device name>.json`, written by `make tune`, and `configs/default.json`; nothing is tuned at run time.
-An entry serves one kernel, one element size (bytes) and up to `max_rows` rows per active expert (for the decode kernels: slots
-of the call); the first that fits is used.
+Files are `configs/<device name>.json`, written by `make tune`, and `configs/default.json`; nothing is tuned at run
+time. An entry serves one kernel, one element size (bytes) and up to `max_rows` rows per active expert (for the decode
+kernels: slots of the call); the first that fits is used.
 One with `tma` reads the weights through a tensor descriptor and is passed over where their layout does not allow it.
 """
 
@@ -56,7 +56,7 @@ def _device_name(device_index: int) -> str:
 
 
 def _default_architecture(arch: str, known: dict) -> str:
-    """The entry of `configs/default.json` for an architecture that has none of its own."""
+    """Return the entry of `configs/default.json` for an architecture that has none of its own."""
     if arch in known:
         return arch
     if arch.startswith("gfx"):
@@ -70,13 +70,13 @@ def _default_architecture(arch: str, known: dict) -> str:
 def choose(
     kernel: str, element_size: int, rows_per_expert: int, n_size: int, k_size: int, tma: bool, device_index: int | None
 ) -> Config:
-    """The configuration of `kernel` (one of `KERNELS`), its blocks cut to the matrix.
+    """Return the configuration of `kernel` (one of `KERNELS`), its blocks cut to the matrix.
 
     Args:
         kernel: its name here, the function's without `_kernel`.
         element_size: bytes of an element of the weights, 2 or 4.
-        rows_per_expert: about how many rows an active expert has (the host does not know the true numbers); for the decode
-            kernels all slots of the call.
+        rows_per_expert: about how many rows an active expert has (the host does not know the true numbers); for the
+            decode kernels all slots of the call.
         n_size: columns of what one program's columns are part of.
         k_size: length of the contraction.
         tma: whether a tensor descriptor can read the weights: contiguous, rows of a multiple of 16 bytes.
@@ -109,7 +109,7 @@ def _cut(config: Config, n_size: int, k_size: int) -> Config:
 
 
 def at_most(block: int, size: int) -> int:
-    """The block, or the largest power of two within the size; 16 is the least that `tl.dot` takes."""
+    """Return the block, or the largest power of two within the size; 16 is the least that `tl.dot` takes."""
     return min(block, max(16, 1 << (max(size, 1).bit_length() - 1)))
 
 
