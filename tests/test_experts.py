@@ -131,6 +131,7 @@ def test_the_error_is_that_of_the_dtype(dtype, recompute):
 )  # experts of one to three rows, and more
 def test_experts_of_few_rows_have_a_product_of_their_own(routing, monkeypatch):
     monkeypatch.setattr(torch_backend, "_IN_CACHE", 0)
+    monkeypatch.setattr(torch_backend, "_PIECES", 4)
     found, original = [], torch_backend._few_rows
     monkeypatch.setattr(torch_backend, "_few_rows", lambda x, *rest: found.append(len(x)) or original(x, *rest))
     matrices, flags = pool("biased", torch.float32)
