@@ -74,3 +74,52 @@ def test_instructions_of_the_main_loop_are_counted():
     sass = "\n".join(f"        /*{16 * n:04x}*/                   {line} ;" for n, line in enumerate(code))
     assert table.main_loop(sass) == 4
     assert table.main_loop("") == 0
+
+
+REPEATED_DECODE = """
+import sys, torch, triton
+import decode_host
+from tiedmoe_kernels import triton_backend
+from tiedmoe_kernels.spec import Spec
+
+launched, looked_up = [], []
+
+def of(argument):
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype
+    return type(argument) if "LazyDict" in str(argument) else argument  # for profilers
+
+decode_host.stand_in_for_a_gpu(lambda kernel, *args: launched.append((kernel.name, *map(of, args))))
+run = triton.runtime.jit.JITFunction.run
+triton.runtime.jit.JITFunction.run = lambda kernel, *a, **k: looked_up.append(kernel.__name__) or run(kernel, *a, **k)
+
+def decode(offset=0, T=2, dtype=torch.bfloat16):
+    launched.clear(), looked_up.clear()
+    x = torch.empty(T * 64 + 8, dtype=torch.bfloat16)[offset:][: T * 64].view(T, 64)
+    gate_up, down = torch.empty(4, 64, 64, dtype=torch.bfloat16), torch.empty(4, 64, 32, dtype=torch.bfloat16)
+    index, weights = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2, dtype=dtype)
+    spec = Spec("silu", 1.702, 7.0, is_transposed=False, is_concatenated=True)
+    triton_backend.forward(x, index, weights, gate_up, down, None, None, None, spec, False)
+    return list(launched), len(looked_up)
+
+first, lookups = decode()
+assert len(first) == lookups == 3, (first, lookups)
+assert decode() == (first, 0)  # the very arguments that triton's own launch passes on
+for other in ({"offset": 1}, {"T": 1}, {"dtype": torch.float32}):
+    assert decode(**other)[1] == 3, other
+assert decode(offset=1)[1] == 3  # x is not aligned: looked up every time
+assert decode() == (first, 0)
+
+sys.argv[1:] = ["--rounds", "1"]
+decode_host.main()
+"""
+
+
+def test_a_repeated_decode_is_launched_without_triton_s_lookup(tmp_path):
+    pytest.importorskip("triton")
+    paths = [ROOT / "benchmarks", ROOT / "kernels" / "torch-ext"]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", REPEATED_DECODE], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "experts_forward: " in run.stdout

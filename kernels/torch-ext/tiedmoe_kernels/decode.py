@@ -1,8 +1,12 @@
 """Few tokens: every active expert's weights are read once for each 16 of its slots, and nothing is sorted.
 
 A program owns one expert and one tile of columns. It looks at all N slots itself (some KB, in L2), takes those of its
-expert in chunks of BLOCK_M rows, and stores by slot. Where N < E a program is given a slot instead and returns unless that slot
-is its expert's first, so that the grid is never larger than it must be.
+expert in chunks of BLOCK_M rows, and stores by slot. Where N < E a program is given a slot instead and returns unless
+that slot is its expert's first, so that the grid is never larger than it must be.
+
+With PDL (programmatic dependent launch, sm_90 and newer) a kernel starts while the one before still runs, and waits
+for it in `gdc_wait` before it reads what that one writes. Each waits before it lets the next one start, so what was
+there before all three may be read at once: the slots, and the first block of down's weights.
 
 Shapes as in `reference.py`; buffers are `[N, ...]` by slot, not sorted.
 """
@@ -17,7 +21,7 @@ from .metadata import pool_row
 
 @triton.jit
 def _expert_of(row, slots, E, BY_SLOT: tl.constexpr):
-    """The expert of program (., pid), E if there is nothing to do; row `[BLOCK_S]` holds the slots' pool rows."""
+    """Return the expert of program (., pid), E if there is nothing to do; row `[BLOCK_S]`: the slots' pool rows."""
     pid = tl.program_id(1)
     if BY_SLOT:
         e = tl.sum(tl.where(slots == pid, row, 0), axis=0)
@@ -29,7 +33,7 @@ def _expert_of(row, slots, E, BY_SLOT: tl.constexpr):
 
 @triton.jit
 def _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr, BY_SLOT: tl.constexpr):
-    """This program's expert, which `[BLOCK_S]` slots are its, their ranks among those, and how many they are."""
+    """Return this program's expert, which `[BLOCK_S]` slots are its, their ranks among those, and their number."""
     row = pool_row(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP)
     e = _expert_of(row, slots, E, BY_SLOT)
     mine = row == e
@@ -48,11 +52,14 @@ def _slots_of(mine, rank, slots, first, BLOCK_M: tl.constexpr):
 def decode_gate_up_kernel(
     x, w, bias, hidden, index, slot_map, num_slots, H, I, R, E, stride_we, stride_wk, stride_wn, alpha, limit,
     HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr, PDL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden `[N, I]` by slot = act(gate) * up of x[token]."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     slots = tl.arange(0, BLOCK_S)
     e, mine, rank, count = _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP, BY_SLOT)
     if e >= E:
@@ -87,10 +94,20 @@ def decode_gate_up_kernel(
         tl.store(hidden + slot.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _load_hidden(hidden, a_row, k, I, EVEN_K: tl.constexpr):
+    """`[BLOCK_M, BLOCK_K]` of hidden; a row past the last slot is that of slot 0, and is not stored."""
+    pointers = hidden + a_row[:, None] * I + k[None, :]
+    if EVEN_K:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(k < I)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def decode_down_kernel(
     hidden, w, bias, weights, out, index, slot_map, num_slots, I, H, R, E, stride_we, stride_wk, stride_wn,
-    HAS_SLOT_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr,
+    HAS_SLOT_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, BY_SLOT: tl.constexpr, PDL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,22 +115,34 @@ def decode_down_kernel(
     slots = tl.arange(0, BLOCK_S)
     e, mine, rank, count = _slots_of_program(index, slot_map, slots, num_slots, R, E, HAS_SLOT_MAP, BY_SLOT)
     if e >= E:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     n = first_column(tl.program_id(0), H, BLOCK_N, EVEN_N) + tl.arange(0, BLOCK_N)
+    first_k = tl.arange(0, BLOCK_K)
+    if PDL:
+        first_b = load_weight(
+            w, e, 0, 0, first_k, n, n < H, tl.zeros((), tl.int64), I, H, stride_we, stride_wk, stride_wn,
+            False, K_CONTIGUOUS, EVEN_K, EVEN_N,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for first in range(0, count, BLOCK_M):
         slot = _slots_of(mine, rank, slots, first, BLOCK_M)
         a_row = tl.maximum(slot, 0).to(tl.int64)
+        if PDL:
+            first_a = _load_hidden(hidden, a_row, first_k, I, EVEN_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, I, BLOCK_K):
+        for k0 in range(BLOCK_K if PDL else 0, I, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            a = tl.load(
-                hidden + a_row[:, None] * I + k[None, :], mask=(slot >= 0)[:, None] & (k < I)[None, :], other=0.0
-            )
+            a = _load_hidden(hidden, a_row, k, I, EVEN_K)
             b = load_weight(
                 w, e, k0, 0, k, n, n < H, tl.zeros((), tl.int64), I, H, stride_we, stride_wk, stride_wn,
                 False, K_CONTIGUOUS, EVEN_K, EVEN_N,
             )  # fmt: skip
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if PDL:  # last: the loop's first loads do not wait for it
+            acc = tl.dot(first_a, first_b, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias + e.to(tl.int64) * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
         acc *= tl.load(weights + a_row).to(tl.float32)[:, None]
@@ -124,9 +153,11 @@ def decode_down_kernel(
 @triton.jit(do_not_specialize=["num_slots"])
 def decode_combine_kernel(
     rows, index, slot_map, out, num_slots, H, R, E,
-    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_SLOT_MAP: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out `[T, H]`: the sum of each token's active rows `[N, H]` in the order of k, in float32."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)

@@ -1,7 +1,8 @@
 """Which slots go to which expert: a stable counting sort and the map of GEMM tiles, all on the device.
 
-Nothing here waits for the host and nothing is atomic, so the result is the same at every run and a CUDA graph can hold it.
-A slot is one pair (token t, choice k), numbered t * K + k. Counts and row numbers are int32, element offsets int64.
+Nothing here waits for the host and nothing is atomic, so the result is the same at every run and a CUDA graph can hold
+it. A slot is one pair (token t, choice k), numbered t * K + k. Counts and row numbers are int32, element offsets
+int64.
 
 Shape suffixes: N slots, E experts in the pool, R router width, B blocks of slots, M tiles.
 """
@@ -25,9 +26,19 @@ class Tiles(NamedTuple):
     row_M: Tensor  # first row of the tile, among all the sorted rows
 
 
+def cdiv(a: int, b: int) -> int:
+    """`triton.cdiv`, which is for kernels and takes a host microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """`triton.next_power_of_2`, likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr):
-    """The pool row of each slot, E where the slot is inactive, its index lies outside [0, R) or there is no such slot."""
+    """Return each slot's pool row; E where it is inactive, its index lies outside [0, R), or there is no such slot."""
     router_index = tl.load(index + slot, mask=slot < num_slots, other=R)
     active = (router_index >= 0) & (router_index < R)
     row = router_index
@@ -65,12 +76,33 @@ def _scan_kernel(count_EB, total_E, num_blocks, BLOCK_B: tl.constexpr):
     tl.store(total_E + expert, total)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
-def _place_kernel(
-    row_N, count_EB, total_E, order_N, position_N, offsets_E1, num_slots, num_blocks, E,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+@triton.jit
+def _write_tiles(
+    total, offset, expert, expert_M, row_M, num_tiles, program, num_programs,
+    BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """A slot's place: the first of its expert, those of the blocks before, those before it in this block."""
+    """Write this program's share of the tiles of `[BLOCK_E]` experts with `total` rows from `offset` on."""
+    tiles = (total + BLOCK_M - 1) // BLOCK_M
+    end_tile = tl.cumsum(tiles, axis=0)
+    first_tile = end_tile - tiles
+    for first in range(program * BLOCK_TILES, num_tiles, num_programs * BLOCK_TILES):
+        m = first + tl.arange(0, BLOCK_TILES)
+        is_of = (m[:, None] >= first_tile[None, :]) & (m[:, None] < end_tile[None, :])
+        e = tl.max(tl.where(is_of, expert[None, :], -1), axis=1)
+        row = tl.sum(tl.where(is_of, offset[None, :] + (m[:, None] - first_tile[None, :]) * BLOCK_M, 0), axis=1)
+        tl.store(expert_M + m, e, mask=m < num_tiles)
+        tl.store(row_M + m, row, mask=m < num_tiles)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_tiles"])
+def _place_kernel(
+    row_N, count_EB, total_E, order_N, position_N, offsets_E1, expert_M, row_M, num_slots, num_blocks, num_tiles, E,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Write each slot's place: the first of its expert, those of the blocks before, those before it in this block.
+
+    With BLOCK_M > 0 write the tiles of as many rows, too.
+    """
     block = tl.program_id(0)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.load(row_N + slot, mask=slot < num_slots, other=E)
@@ -90,6 +122,8 @@ def _place_kernel(
     place = tl.where(row < E, place, num_active + slot - active_before)
     tl.store(order_N + place, slot, mask=slot < num_slots)
     tl.store(position_N + slot, tl.where(row < E, place, -1), mask=slot < num_slots)
+    if BLOCK_M > 0:
+        _write_tiles(total, offset, expert, expert_M, row_M, num_tiles, block, num_blocks, BLOCK_M, BLOCK_TILES)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -105,32 +139,25 @@ def _tiles_kernel(
     offsets_E1, expert_M, row_M, num_tiles, E,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program e writes the tiles of expert e, program E marks the unused ones."""
-    e = tl.program_id(0)
+    """Write the tiles of rows that were sorted before."""
     expert = tl.arange(0, BLOCK_E)
-    start = tl.load(offsets_E1 + expert, mask=expert < E, other=0)
-    end = tl.load(offsets_E1 + expert + 1, mask=expert < E, other=0)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    first_tile = tl.sum(tl.where(expert < e, tiles, 0), axis=0)
-    last_tile = first_tile + tl.sum(tl.where(expert == e, tiles, 0), axis=0)
-    first_row = tl.sum(tl.where(expert == e, start, 0), axis=0)
-    value = e
-    if e == E:
-        last_tile = num_tiles
-        value = -1
-    for tile in range(first_tile, last_tile, BLOCK_TILES):
-        m = tile + tl.arange(0, BLOCK_TILES)
-        tl.store(expert_M + m, tl.zeros_like(m) + value, mask=m < last_tile)
-        tl.store(row_M + m, first_row + (m - first_tile) * BLOCK_M, mask=m < last_tile)
+    offset = tl.load(offsets_E1 + expert, mask=expert < E, other=0)
+    total = tl.load(offsets_E1 + expert + 1, mask=expert < E, other=0) - offset
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    _write_tiles(total, offset, expert, expert_M, row_M, num_tiles, program, num_programs, BLOCK_M, BLOCK_TILES)
 
 
-def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_slots(
+    index: Tensor, slot_map: Tensor | None, num_experts: int, tiles: Tiles | None = None, block_m: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the slots by pool row, stably, inactive ones last.
 
     Args:
         index: `[T, K]` int64 router indices; one outside `[0, R)` marks an inactive slot.
         slot_map: `[R]` int64 or None for the identity.
         num_experts: E.
+        tiles: memory (`empty_tiles`) for the tiles of `block_m` rows, which are written in the same launch, or None.
+        block_m: rows of a tile.
 
     Returns:
         `order [N]` int32, the slots in sorted order; `offsets [E + 1]` int32, where expert e has the places
@@ -143,10 +170,10 @@ def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tupl
     offsets = torch.empty(E + 1, dtype=torch.int32, device=index.device)
     if N == 0:
         return order, offsets.zero_(), position
-    block_e = triton.next_power_of_2(E)
+    block_e = next_power_of_2(E)
     block_n = min(128, max(16, _ELEMENTS // block_e))
     num_warps = min(16, max(4, block_n * block_e // (_ELEMENTS // 4)))
-    num_blocks = triton.cdiv(N, block_n)
+    num_blocks = cdiv(N, block_n)
     count = torch.empty(E, num_blocks, dtype=torch.int32, device=index.device)
     total = torch.empty(E, dtype=torch.int32, device=index.device)
     R = E if slot_map is None else slot_map.numel()
@@ -156,8 +183,10 @@ def sort_slots(index: Tensor, slot_map: Tensor | None, num_experts: int) -> tupl
     )  # fmt: skip
     _scan_kernel[(E,)](count, total, num_blocks, BLOCK_B=_BLOCKS_PER_SCAN)
     _place_kernel[(num_blocks,)](
-        row, count, total, order, position, offsets, N, num_blocks, E,
-        BLOCK_N=block_n, BLOCK_E=block_e, num_warps=num_warps,
+        row, count, total, order, position, offsets, *(tiles or (None, None)), N, num_blocks,
+        num_row_tiles(N, E, block_m) if tiles else 0, E,
+        BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_M=block_m if tiles else 0, BLOCK_TILES=_tiles_of_a_program(block_e),
+        num_warps=num_warps,
     )  # fmt: skip
     return order, offsets, position
 
@@ -167,21 +196,32 @@ def invert(order: Tensor, offsets: Tensor) -> Tensor:
     position = torch.empty_like(order)
     N = order.numel()
     if N:
-        _invert_kernel[(triton.cdiv(N, 1024),)](order, offsets, position, N, offsets.numel() - 1, BLOCK_N=1024)
+        _invert_kernel[(cdiv(N, 1024),)](order, offsets, position, N, offsets.numel() - 1, BLOCK_N=1024)
     return position
 
 
 def num_row_tiles(N: int, E: int, block_m: int) -> int:
-    """An upper bound that the host knows: an expert leaves at most one tile partly filled."""
+    """Return an upper bound that the host knows: an expert leaves at most one tile partly filled."""
     return N // block_m + min(N, E)
 
 
-def make_tiles(offsets: Tensor, N: int, block_m: int) -> Tiles:
-    """The row tiles of the sorted rows, `block_m` rows each, `num_row_tiles` of them."""
-    E = offsets.numel() - 1
+def _tiles_of_a_program(block_e: int) -> int:
+    """Tiles that a program writes at once: it compares each with every expert."""
+    return max(16, min(128, _ELEMENTS // 4 // block_e))
+
+
+def empty_tiles(N: int, E: int, block_m: int, device: torch.device) -> Tiles:
+    """Memory for `num_row_tiles` tiles."""
     M = num_row_tiles(N, E, block_m)
-    tiles = Tiles(*(torch.empty(M, dtype=torch.int32, device=offsets.device) for _ in range(2)))
-    _tiles_kernel[(E + 1,)](
-        offsets, *tiles, M, E, BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=128
+    return Tiles(*(torch.empty(M, dtype=torch.int32, device=device) for _ in range(2)))
+
+
+def make_tiles(offsets: Tensor, N: int, block_m: int) -> Tiles:
+    """Return the row tiles of the sorted rows, `block_m` rows each, `num_row_tiles` of them."""
+    E = offsets.numel() - 1
+    tiles, block_e = empty_tiles(N, E, block_m, offsets.device), next_power_of_2(E)
+    M, block_tiles = tiles.row_M.numel(), _tiles_of_a_program(block_e)
+    _tiles_kernel[(cdiv(M, block_tiles),)](
+        offsets, *tiles, M, E, BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_TILES=block_tiles
     )  # fmt: skip
     return tiles

@@ -6,10 +6,10 @@ Shape suffixes as in `spec.py`.
 """
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -27,7 +27,7 @@ _LONG = 2**16  # a contraction over rows, whose number only the device knows: no
 
 
 class _Matrices:
-    """The experts' matrices `[K_SIZE, N_SIZE]` of one projection as a kernel reads them: pointer or descriptor, strides.
+    """The experts' matrices `[K_SIZE, N_SIZE]` of a projection as a kernel reads them: pointer or descriptor, strides.
 
     The last dimension of `weight` is the one that is contiguous: a transposed view is taken as what it is a view of.
     """
@@ -44,13 +44,17 @@ class _Matrices:
         is_one_matrix = e == rows * row and row >= columns and column == 1
         return is_one_matrix and row * self.weight.element_size() % 16 == 0 and self.weight.data_ptr() % 16 == 0
 
+    def flags(self, config: tuning.Config, n_size: int) -> tuple[tuple[str, bool], ...]:
+        """Return the kernel's flags; `n_size` columns are tiled (I, where gate and up are two halves)."""
+        return (
+            ("K_CONTIGUOUS", self.k_is_last),
+            ("EVEN_K", self.k_size % config.block_k == 0),
+            ("EVEN_N", n_size >= config.block_n),
+        )
+
     def arguments(self, config: tuning.Config, n_size: int) -> tuple[object, dict]:
-        """The kernel's argument `w` and its flags; `n_size` columns are tiled (I, where gate and up are two halves)."""
-        flags = {
-            "K_CONTIGUOUS": self.k_is_last,
-            "EVEN_K": self.k_size % config.block_k == 0,
-            "EVEN_N": n_size >= config.block_n,
-        }
+        """Return the kernel's argument `w` and its flags."""
+        flags = dict(self.flags(config, n_size))
         if not config.tma:
             return self.weight, flags
         block = [config.block_n, config.block_k] if self.k_is_last else [config.block_k, config.block_n]
@@ -69,12 +73,12 @@ class _Rows:
     def __init__(self, order: Tensor, offsets: Tensor, top_k: int):
         self.order, self.offsets, self.top_k = order, offsets, top_k
         self.N, self.E = order.numel(), offsets.numel() - 1
-        self._tiles: dict[int, metadata.Tiles] = {}
+        self.made: dict[int, metadata.Tiles] = {}
 
     def tiles(self, block_m: int) -> metadata.Tiles:
-        if block_m not in self._tiles:
-            self._tiles[block_m] = metadata.make_tiles(self.offsets, self.N, block_m)
-        return self._tiles[block_m]
+        if block_m not in self.made:
+            self.made[block_m] = metadata.make_tiles(self.offsets, self.N, block_m)
+        return self.made[block_m]
 
     def num_tiles(self, block_m: int) -> int:
         return metadata.num_row_tiles(self.N, self.E, block_m)
@@ -102,7 +106,7 @@ def forward(
     (T, K), E, H = index.shape, gate_up.size(0), x.size(1)
     decodes = not save_pre and residual is None and 0 < T * K <= MAX_DECODE_SLOTS
     with _on_device_of(x):
-        if decodes and triton.cdiv(T * K, min(T * K, E)) <= _DECODE_ROWS:
+        if decodes and metadata.cdiv(T * K, min(T * K, E)) <= _DECODE_ROWS:
             y = _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec)
             return (
                 y,
@@ -111,8 +115,13 @@ def forward(
                 index.new_empty(E + 1, dtype=torch.int32),
             )
         num_slots = E if residual is None else residual.down_to_rank.size(0)
-        order, offsets, position = metadata.sort_slots(index, slot_map, num_slots)
+        block_m, tiles = _gate_up_config(x, gate_up, T * K, E, spec).block_m if T * K else 0, None
+        if block_m and (residual is None or residual.first_slot is None):  # one launch less: offsets are the pool's
+            tiles = metadata.empty_tiles(T * K, num_slots, block_m, x.device)
+        order, offsets, position = metadata.sort_slots(index, slot_map, num_slots, tiles, block_m)
         rows, up_residual, down_residual = _rows_and_residuals(order, offsets, weights, residual, spec)
+        if tiles is not None:
+            rows.made[block_m] = tiles
         added = up_residual.added(x, by_token=True)
         pre, hidden = _gate_up(x, gate_up, gate_up_bias, rows, spec, save_pre, save_hidden=True, added=added)
         added = down_residual.added(hidden)
@@ -137,9 +146,10 @@ def backward_data(
     residual: Residual | None = None,
     needs_residual_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`, grad_residual; see `torch_backend.py`.
+    """grad_x `[T, H]` or `[0]`, grad_weights `[T, K]`, grad_pre `[N, 2I]`, hidden `[N, I]`, grad_residual.
 
-    An empty pre is computed again. grad_pre and hidden are returned in any case: the others are made from them.
+    See `torch_backend.py`. An empty pre is computed again. grad_pre and hidden are returned in any case: the others
+    are made from them.
     """
     x, grad_output, weights = x.contiguous(), grad_output.contiguous(), weights.contiguous()
     (T, K), H, (N, two_i) = weights.shape, x.size(1), (order.numel(), _two_i(gate_up, spec))
@@ -178,7 +188,10 @@ def backward_weight(
     needs: tuple[bool, bool, bool, bool],
     into: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of gate_up, down and their biases over all segments, `[0]` where not needed; see `torch_backend.py`."""
+    """Return the gradients of gate_up, down and their biases over all segments, `[0]` where not needed.
+
+    See `torch_backend.py`.
+    """
     parts = [segments[i : i + _SEGMENTS_PER_LAUNCH] for i in range(0, len(segments), _SEGMENTS_PER_LAUNCH)]
     if len(parts) > 1:  # their sum is made in float32, whatever it is written in
         sums: Sequence[Tensor | None] = (None,) * 4
@@ -227,7 +240,7 @@ def _on_device_of(tensor: Tensor):
 
 def _block_of_row(size: int) -> tuple[int, int]:
     """Columns of a row that a program takes at once, and warps for them; both powers of two, as triton wants them."""
-    block = min(_ROW_COLUMNS, triton.next_power_of_2(size))
+    block = min(_ROW_COLUMNS, metadata.next_power_of_2(size))
     return block, max(1, min(4, block // 32))
 
 
@@ -247,7 +260,7 @@ def _precision(like: Tensor) -> str:
 
 
 def _choose(kernel: str, like: Tensor, N: int, E: int, n_size: int, k_size: int, tma: bool = False) -> tuning.Config:
-    rows_per_expert = triton.next_power_of_2(triton.cdiv(N, min(N, E)))  # rounded: fewer entries in the cache
+    rows_per_expert = metadata.next_power_of_2(metadata.cdiv(N, min(N, E)))  # rounded: fewer entries in the cache
     index = like.device.index if like.is_cuda else None
     return tuning.choose(kernel, like.element_size(), rows_per_expert, n_size, k_size, tma, index)
 
@@ -266,7 +279,7 @@ def _options(config: tuning.Config, like: Tensor) -> dict:
 def _rows_and_residuals(
     order: Tensor, offsets: Tensor, weights: Tensor, residual: Residual | None, spec: Spec
 ) -> tuple[_Rows, LowRank, LowRank]:
-    """The rows sorted by pool row, and what a residual adds to gate_up and to down, whose rows are sorted by slot."""
+    """Return the rows by pool row, and what a residual adds to gate_up and to down, whose rows go by slot."""
     rows = slots = _Rows(order, offsets, weights.size(1))
     if residual is not None and residual.first_slot is not None:
         rows = _Rows(order, offsets_of_pool(offsets, residual), weights.size(1))
@@ -285,6 +298,11 @@ def _rows_and_residuals(
     return rows, up, down
 
 
+def _gate_up_config(x: Tensor, gate_up: Tensor, N: int, E: int, spec: Spec) -> tuning.Config:
+    tma = spec.is_concatenated and _Matrices(gate_up, k_is_last=not spec.is_transposed).can_use_tma()
+    return _choose("gate_up", x, N, E, _two_i(gate_up, spec) // 2, x.size(1), tma)
+
+
 def _gate_up(
     x, gate_up, bias, rows: _Rows, spec: Spec, save_pre: bool, save_hidden: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -294,15 +312,15 @@ def _gate_up(
     hidden = x.new_empty((rows.N, I) if save_hidden else 0)
     if rows.N == 0:
         return pre, hidden
-    config = _choose("gate_up", x, rows.N, rows.E, I, x.size(1), spec.is_concatenated and matrices.can_use_tma())
+    config = _gate_up_config(x, gate_up, rows.N, rows.E, spec)
     w, flags = matrices.arguments(config, I)
     num_tiles = rows.num_tiles(config.block_m)
-    fwd.gate_up_kernel[(num_tiles * triton.cdiv(I, config.block_n),)](
+    fwd.gate_up_kernel[(num_tiles * metadata.cdiv(I, config.block_n),)](
         x, w, bias, added, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m, TMA=config.tma,
-        **flags, **_options(config, x),
+        HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m,
+        TMA=config.tma, **flags, **_options(config, x),
     )  # fmt: skip
     return pre, hidden
 
@@ -326,7 +344,7 @@ def _rows(
     config = _choose("rows", a, rows.N, rows.E, matrices.n_size, matrices.k_size, matrices.can_use_tma())
     w, flags = matrices.arguments(config, matrices.n_size)
     num_tiles = rows.num_tiles(config.block_m)
-    fwd.rows_kernel[(num_tiles * triton.cdiv(matrices.n_size, config.block_n),)](
+    fwd.rows_kernel[(num_tiles * metadata.cdiv(matrices.n_size, config.block_n),)](
         a, w, bias, added, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
         num_tiles, matrices.k_size, matrices.n_size, *matrices.strides,
         K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None,
@@ -341,7 +359,7 @@ def _combine(out: Tensor, position: Tensor, shape: tuple[int, int, int]) -> Tens
     y = out.new_empty(T, H)
     if T:
         block, _ = _block_of_row(H)
-        fwd.combine_kernel[(T, triton.cdiv(H, block))](out, position, y, H, K=K, BLOCK_H=block)
+        fwd.combine_kernel[(T, metadata.cdiv(H, block))](out, position, y, H, K=K, BLOCK_H=block)
     return y
 
 
@@ -354,7 +372,7 @@ def _gate_backward(grad_output, bias, weights, pre, hidden, rows: _Rows, spec: S
         pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, rows.order, rows.offsets,
         rows.N, H, I, rows.E, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        BLOCK_I=block_i, BLOCK_H=block_h, BLOCK_E=triton.next_power_of_2(rows.E), num_warps=num_warps,
+        BLOCK_I=block_i, BLOCK_H=block_h, BLOCK_E=metadata.next_power_of_2(rows.E), num_warps=num_warps,
     )  # fmt: skip
     return grad_weights, grad_pre
 
@@ -367,7 +385,7 @@ def _weight_grad(
     into: Tensor | None,
     gather: bool = True,
 ) -> Tensor:
-    """`[E, P, Q]`: A^T B per expert, where A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse.
+    """`[E, P, Q]`: A^T B per expert; A is by_token `[T, .]` and B by_row `[N, .]` if token_first, else the reverse.
 
     Without `gather` by_token is `[N, .]`, too.
     """
@@ -376,7 +394,7 @@ def _weight_grad(
     out = a[0].new_empty(group.E, P, Q, dtype=group.out_dtype) if into is None else into
     config = _choose("weight_grad", a[0], group.N, group.E, Q, _LONG)
     config = config._replace(block_m=tuning.at_most(config.block_m, P))
-    bwd.weight_grad_kernel[(group.E * triton.cdiv(P, config.block_m) * triton.cdiv(Q, config.block_n),)](
+    bwd.weight_grad_kernel[(group.E * metadata.cdiv(P, config.block_m) * metadata.cdiv(Q, config.block_n),)](
         a, b, group.gather_orders, group.offsets, out, P, Q, group.E,
         K=group.gather_k, GATHER_A=gather and token_first, GATHER_B=gather and not token_first, ADD=into is not None,
         EVEN=min(P // config.block_m, Q // config.block_n) > 0, GROUP_M=config.group_m, **_options(config, a[0]),
@@ -390,40 +408,92 @@ def _bias_grad(
     """`[E, P]`: the sums of each expert's rows; rows by token count with their slot's weight."""
     P = rows[0].size(1)
     out = rows[0].new_empty(group.E, P, dtype=group.out_dtype) if into is None else into
-    block = min(128, triton.next_power_of_2(P))
-    bwd.bias_grad_kernel[(group.E, triton.cdiv(P, block))](
+    block = min(128, metadata.next_power_of_2(P))
+    bwd.bias_grad_kernel[(group.E, metadata.cdiv(P, block))](
         rows, weights, group.orders, group.offsets, out, P,
         K=group.top_k, GATHER=weights is not None, ADD=into is not None, BLOCK_M=32, BLOCK_N=block,
     )  # fmt: skip
     return out
 
 
+class _Launch:
+    """One kernel with its grid and compile-time arguments, of which Triton's own lookup takes several microseconds.
+
+    It is looked up once and kept, so all later calls must agree in what Triton specialises on: the tensors' dtypes and
+    alignment, and every integer.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, int, int], constants: dict, keep: bool):
+        self.kernel, self.grid, self.constants, self.keep = kernel, grid, constants, keep
+        self.run: Callable | None = None
+        self.trailing: list[object] = []
+
+    def __call__(self, *args: object) -> None:
+        if self.run is not None:
+            self.run(*args, *self.trailing)
+            return
+        compiled = self.kernel[self.grid](*args, **self.constants)
+        if self.keep and compiled is not None:  # None: interpreted
+            self.trailing = [self.constants[name] for name in self.kernel.arg_names[len(args) :]]
+            self.run = compiled[self.grid]
+
+
+@functools.cache
+def _decode_launches(
+    N: int, sizes: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: int | None,
+    has: tuple[bool, bool, bool], spec: Spec, configs: tuple[tuning.Config, tuning.Config], flags: tuple[tuple, tuple],
+    precision: str, pdl: tuple, aligned: bool,
+) -> tuple[_Launch, _Launch, _Launch]:  # fmt: skip
+    """Return the launches of `_decode`; strides, dtypes and device only tell them apart."""
+    K, H, I, E, _ = sizes
+    has_map, has_gate_up_bias, has_down_bias = has
+    by_slot = N < E
+    common = {"HAS_SLOT_MAP": has_map, **dict(pdl)}
+    slots = {"BY_SLOT": by_slot, "BLOCK_S": max(16, metadata.next_power_of_2(N)), "PRECISION": precision, **common}
+    up, down = (
+        {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "num_warps": c.num_warps}
+        | {"num_stages": c.num_stages, **dict(flag), **slots}
+        for c, flag in zip(configs, flags)
+    )
+    up |= {"K": K, "ACTIVATION": spec.activation, "INTERLEAVED": not spec.is_concatenated}
+    programs, (block, _) = N if by_slot else E, _block_of_row(H)
+    columns = [metadata.cdiv(size, config.block_n) for size, config in zip((I, H), configs)]
+    return (
+        _Launch(decode.decode_gate_up_kernel, (columns[0], programs, 1), up | {"HAS_BIAS": has_gate_up_bias}, aligned),
+        _Launch(decode.decode_down_kernel, (columns[1], programs, 1), down | {"HAS_BIAS": has_down_bias}, aligned),
+        _Launch(
+            decode.decode_combine_kernel,
+            (N // K, metadata.cdiv(H, block), 1),
+            {"K": K, "BLOCK_H": block, **common},
+            aligned,
+        ),
+    )
+
+
+def _pdl() -> tuple[tuple[str, bool], ...]:
+    """How a kernel of decoding is launched: while the one before still runs, where the device can do so."""
+    return (("PDL", True), ("launch_pdl", True)) if tuning.has_pdl() else (("PDL", False),)
+
+
 def _decode(x, index, weights, gate_up, down, gate_up_bias, down_bias, slot_map, spec: Spec) -> Tensor:
     """y `[T, H]` for few slots, by programs that find their slots themselves."""
     (T, K), H, E, I = index.shape, x.size(1), gate_up.size(0), _two_i(gate_up, spec) // 2
     N, R = T * K, E if slot_map is None else slot_map.numel()
-    by_slot, has_map = N < E, slot_map is not None
-    programs = N if by_slot else E
-    common = {"HAS_SLOT_MAP": has_map, "BY_SLOT": by_slot, "BLOCK_S": max(16, triton.next_power_of_2(N))}
     hidden, out, y = x.new_empty(N, I), x.new_empty(N, H, dtype=torch.float32), torch.empty_like(x)
-
-    up = _Matrices(gate_up, k_is_last=not spec.is_transposed)
-    config = _choose("decode_gate_up", x, N, 1, I, H)
-    w, flags = up.arguments(config, I)
-    decode.decode_gate_up_kernel[(triton.cdiv(I, config.block_n), programs)](
-        x, w, gate_up_bias, hidden, index, slot_map, N, H, I, R, E, *up.strides, spec.swiglu_alpha, spec.swiglu_limit,
-        K=K, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=gate_up_bias is not None,
-        **flags, **common, **_options(config, x),
+    up, to_h = (_Matrices(w, k_is_last=not spec.is_transposed) for w in (gate_up, down))
+    configs = _choose("decode_gate_up", x, N, 1, I, H), _choose("decode_down", x, N, 1, H, I)
+    pointers = 0
+    for tensor in (x, up.weight, to_h.weight, gate_up_bias, down_bias, index, slot_map, weights, hidden, out, y):
+        pointers |= 0 if tensor is None else tensor.data_ptr()
+    gate_up_kernel, down_kernel, combine_kernel = _decode_launches(
+        N, (K, H, I, E, R), up.strides + to_h.strides, (x.dtype, weights.dtype), x.device.index,
+        (slot_map is not None, gate_up_bias is not None, down_bias is not None), spec, configs,
+        (up.flags(configs[0], I), to_h.flags(configs[1], H)), _precision(x), _pdl(), pointers % 16 == 0,
     )  # fmt: skip
-    to_h = _Matrices(down, k_is_last=not spec.is_transposed)
-    config = _choose("decode_down", x, N, 1, H, I)
-    w, flags = to_h.arguments(config, H)
-    decode.decode_down_kernel[(triton.cdiv(H, config.block_n), programs)](
-        hidden, w, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides,
-        HAS_BIAS=down_bias is not None, **flags, **common, **_options(config, x),
+    gate_up_kernel(
+        x, up.weight, gate_up_bias, hidden, index, slot_map, N, H, I, R, E, *up.strides,
+        spec.swiglu_alpha, spec.swiglu_limit,
     )  # fmt: skip
-    block, _ = _block_of_row(H)
-    decode.decode_combine_kernel[(T, triton.cdiv(H, block))](
-        out, index, slot_map, y, N, H, R, E, HAS_SLOT_MAP=has_map, K=K, BLOCK_H=block
-    )  # fmt: skip
+    down_kernel(hidden, to_h.weight, down_bias, weights, out, index, slot_map, N, I, H, R, E, *to_h.strides)
+    combine_kernel(out, index, slot_map, y, N, H, R, E)
     return y

@@ -40,6 +40,14 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
+def has_pdl() -> bool:
+    """Whether the current device has programmatic dependent launch: Hopper and newer."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
 def file_name(device_name: str) -> str:
     """`"NVIDIA H100 80GB HBM3"` -> `"nvidia_h100_80gb_hbm3.json"`."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
