@@ -11,6 +11,7 @@ kernel's others hold absolute paths; packed they hold names, and unpacking write
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
@@ -25,10 +26,12 @@ from unittest import mock
 
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no intermediate code: cubin and json are what a launch needs
 
+import pytest
 import torch
 import triton
-from gpu_check import CACHE, ROOT
+from gpu_check import CACHE, ROOT, TESTS, gpu_tests
 from gpu_steps import CASES, Case, make, outputs
+from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -61,7 +64,10 @@ def compiling(target: GPUTarget) -> Iterator[None]:
     """Every launch is compiled for the target instead, into triton's cache; any device's tensors reach the kernels."""
 
     def compile_instead(self, grid):
-        return partial(self.warmup, grid=grid)
+        def launch(*arguments, **options) -> None:  # None: there is no kernel to keep and launch again
+            self.warmup(*arguments, grid=grid, **options)
+
+        return launch
 
     triton.runtime.driver.set_active(Driver(target))
     tuning.choose.cache_clear()
@@ -94,6 +100,37 @@ def try_candidate(problem: tune.Problem, config: tuning.Config, device: str) -> 
         call()
 
 
+class OnCpu(TorchFunctionMode):
+    """What asks for a CUDA device gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def here(value):
+            return "cpu" if isinstance(value, str | torch.device) and str(value).startswith("cuda") else value
+
+        if function is torch.Tensor.cuda:
+            return args[0]
+        return function(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
+
+
+class Share:
+    """A plugin of pytest: this process runs every `parts`-th test."""
+
+    def __init__(self, part: int, parts: int):
+        self.part, self.parts = part, parts
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items[:] = items[self.part :: self.parts]
+
+
+def launch_tests(part: int, parts: int) -> None:
+    """Make the launches of a share of stage a's tests. They fail, as nothing is computed: after what they launch."""
+    sys.path.insert(0, str(ROOT / "tests"))  # `tests/conftest.py` imports from there
+    selected = f"{TESTS} and not compile"  # dynamo does not look through the mode
+    options = ["-m", "gpu", "-k", selected, "-p", "no:cacheprovider", "--tb=no", "-q", "--no-header", "--no-summary"]
+    with mock.patch.object(torch.cuda, "is_available", return_value=True), OnCpu():
+        pytest.main([*options, *gpu_tests()], plugins=[Share(part, parts)])
+
+
 def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
     """Compile every `parts`-th job into the folder, and say how many kernels there were."""
     triton.knobs.cache.dir = folder
@@ -101,6 +138,7 @@ def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
     with compiling(target), tune.counted():
         for job in jobs("meta", tma)[part::parts]:
             job()
+        launch_tests(part, parts)
 
 
 def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float) -> bool:
@@ -137,6 +175,12 @@ def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
             else:
                 _add(tar, f"{path.parent.name}/{path.name}", path.read_bytes())
     return about | {"kilobytes": round(archive.stat().st_size / 1e3)}
+
+
+def sources() -> str:
+    """A digest of the kernels' package, on which triton's keys depend."""
+    files = sorted(path for path in tuning.CONFIGS.parent.rglob("*") if path.suffix in (".py", ".json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _add(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:
@@ -198,13 +242,17 @@ def main() -> int:
             return 1
         print(json.dumps(pack(options.folder, options.archive, target)))
         return 0
+    about: dict = {}
     if options.archive.exists():
-        print(json.dumps({"unpacked": unpack(options.archive, options.folder)}), flush=True)
+        about = unpack(options.archive, options.folder)
+        print(json.dumps({"unpacked": about, "is_of_these_sources": about["sources"] == sources()}), flush=True)
     else:
         print(json.dumps({"missing": f"{options.archive.name}: `make gpu-cache` builds it, for an H100"}), flush=True)
     if not options.stand_in:
         here = triton.runtime.driver.active.get_current_target()
-        compile_all(options.folder, here, options.processes, options.seconds or 15)
+        wanted = {"sources": sources(), "triton": triton.__version__, "target": f"{here.backend} {here.arch}"}
+        if not wanted.items() <= about.items():  # else what is not there compiles when it is launched
+            compile_all(options.folder, here, options.processes, options.seconds or 15)
     return 0
 
 

@@ -36,10 +36,10 @@ CACHE = ROOT / "build" / "gpu-cache"  # git ignores it, and a machine that is he
 SECONDS = {"a": 240, "b": 430, "c": 430}  # of a whole stage
 MAX_FILES, MAX_BYTES = 8, 16 << 20
 PRINTED_BYTES = 1 << 20  # of each step, the end of what it printed
-GRACE_SECONDS = 3  # between a step's interrupt, at which pytest still writes its report, and its end
 REST = math.inf  # the budget of a step that takes what is left
 LEFT = "{seconds left}"  # in a command: until when it must have ended by itself
 END_SECONDS = 8  # of these, for what a command has begun
+TESTS = "not sanitizer and not two_to_the_31"  # of those marked gpu, in stage a: the sanitizer is a step of its own
 MORE_CASES = "7,9,11-17"  # of experts_gpu.py: Qwen3-30B, Zipf routing, 512 and 2048 tokens
 
 
@@ -76,7 +76,7 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
             Step("machine", 10, (*own, "machine", *cpu)),
             cache,
             Step("float64", 50, (*own, "float64", *cpu), judges=True),
-            Step("tests", 100, pytest(tests, "not sanitizer and not two_to_the_31", stand_in), True, (tests,)),
+            Step("tests", 100, pytest(tests, TESTS, stand_in), True, (tests,)),
             Step("times", 40, (*tune, "--defaults")),
             Step("sanitizer", REST, pytest(sanitizer, "sanitizer", False, workers=2), True, (sanitizer,)),
         ]
@@ -114,17 +114,21 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
 
 def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tuple[str, ...]:
     """The tests marked gpu of which `selected` is true; for a stand-in some of those that need none."""
-    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
-    marks = ("-m", "gpu", "-k", selected)
+    names, marks = gpu_tests(), ("-m", "gpu", "-k", selected)
     if stand_in:
-        files, marks = [ROOT / "tests" / "test_reference.py"], ("-m", "not gpu and not slow")
-    names = [str(path.relative_to(ROOT)) for path in files]
+        names, marks = ["tests/test_reference.py"], ("-m", "not gpu and not slow")
     options = ["-p", "no:cacheprovider", "-v", "--maxfail", "20", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", "2" if stand_in else str(workers), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "90"]
     return (sys.executable, "-m", "pytest", *marks, *options, *names)
+
+
+def gpu_tests() -> list[str]:
+    """The files that hold tests marked gpu: others may need packages that a GPU machine lacks."""
+    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    return [str(path.relative_to(ROOT)) for path in files]
 
 
 # --- running the steps -----------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ def check(
         print(f"{time.monotonic() - start:5.0f} s  {step.name} ...", flush=True)
         budget = min(step.seconds, seconds - (time.monotonic() - start))
         result = run(step, budget, environment)
-        rows = kept(step.keeps, results)
+        rows = kept(step.keeps, results, result.printed)
         if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
             result = result._replace(state="skipped")
         found.append(result._replace(rows=[*result.rows, *rows]))
@@ -166,10 +170,8 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
             state = "failed" if process.wait(budget) else "passed"
         except subprocess.TimeoutExpired:
             state = "out of time"
-            end(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-        end(process.pid, signal.SIGKILL)  # what it left behind, too
+        with contextlib.suppress(ProcessLookupError):  # all of its group has ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - PRINTED_BYTES))
         text = printed.read().decode(errors="replace")
@@ -179,11 +181,6 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
     if new := compiled() - before:
         rows.append({"kernels_compiled": new})
     return Result(step.name, state, time.monotonic() - start, rows, text, step.judges)
-
-
-def end(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(group, number)
 
 
 def compiled() -> int:
@@ -203,12 +200,13 @@ def rows_in(text: str) -> list[dict]:
     return rows
 
 
-def kept(paths: Iterable[Path], results: Path) -> list[dict]:
+def kept(paths: Iterable[Path], results: Path, printed: str) -> list[dict]:
     """Copy a step's files to the results; what each report of pytest says, and which files are not there, as rows."""
     rows = []
     for path in paths:
         if not path.exists():
             rows.append({"missing": path.name})
+            rows += [tests_printed(printed)] if path.suffix == ".xml" else []
         elif path.stat().st_size > MAX_BYTES:
             rows.append({"left_out": path.name, "bytes": path.stat().st_size})
         else:
@@ -227,6 +225,16 @@ def report_of_pytest(path: Path) -> dict:
         if fault is not None:
             failed[node(case)] = (fault.get("message") or "").partition("\n")[0][:200]
     return {**counts, "failures": failed}
+
+
+def tests_printed(text: str) -> dict:
+    """As `report_of_pytest`, of what `pytest -v` has printed: it writes its report at its end only."""
+    by_worker = re.findall(r"^\[gw\d+\] .*?(PASSED|FAILED|ERROR|SKIPPED) (.+)$", text, re.MULTILINE)
+    alone = re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    states = {name.strip(): state for state, name in [*by_worker, *((state, name) for name, state in alone)]}
+    failed = {name: "" for name, state in states.items() if state in ("FAILED", "ERROR")}
+    counts = {word: sum(state == word.upper() for state in states.values()) for word in ("passed", "skipped")}
+    return {"passed": counts["passed"], "failed": len(failed), "skipped": counts["skipped"], "failures": failed}
 
 
 def node(case: ElementTree.Element) -> str:

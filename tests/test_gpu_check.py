@@ -96,6 +96,22 @@ def test_no_step_starts_without_time_and_each_is_named(tmp_path):
     assert by_name["right"]["rows"] == [{"reason": "no time was left to start it"}]
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_what_pytest_printed_stands_in_for_its_report(workers, tmp_path):
+    """It writes none when its time is over."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', ['a b', 'c', 'd'])\n"
+        "def test_it(i):\n    pytest.skip() if i == 'd' else None\n    assert i != 'c'\n"
+    )
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--rootdir={tmp_path}", *workers)
+    step = Step("tests", 60, (*command, str(tmp_path)), judges=True, keeps=(tmp_path / "report.xml",))
+    (result,) = gpu_check.check([step], 60, tmp_path / "out", "a")
+    missing, found = result.rows[-2:]
+    assert missing == {"missing": "report.xml"}
+    assert [name.partition("::")[2] for name in found.pop("failures")] == ["test_it[c]"]
+    assert found == {"passed": 1, "failed": 1, "skipped": 1}, result.printed
+
+
 def test_a_step_without_a_test_that_ran_is_no_success(tmp_path, capsys):
     report = tmp_path / "tests.xml"
     xml = '<testsuite><testcase classname="tests.test_x" name="test_v"><skipped/></testcase></testsuite>'

@@ -690,7 +690,7 @@ class TestConfigurations:
                 "cpu", tune.TINY, problems, timer, lambda *_: [slow, broken, fast], done=written.append
             )
             with pytest.raises(RuntimeError, match="no configuration of gate_up runs"):
-                tune.fastest(problems[0], lambda: None, [broken], timer)
+                tune.fastest(problems[0], tune.calls("gate_up", 3, tune.TINY, "cpu")[0], [broken], timer)
         assert [entry["kernel"] for entry in entries] == ["gate_up", "rows", "weight_grad", "decode_gate_up"]
         assert all(tuning.Config(*(entry[f] for f in tuning.Config._fields)) == fast for entry in entries)
         assert [entry["milliseconds"] for entry in entries] == [1.0, 1.0, 1.0, 1.0 / tune._DRAWS]
@@ -707,6 +707,23 @@ class TestConfigurations:
             config = tune.default(problem, "cpu")
             assert entry["max_rows"] == problem.max_rows
             assert tuning.Config(*(entry[f] for f in tuning.Config._fields)) == config
+
+    def test_launches_that_are_kept_are_recorded_too(self):
+        class Kernel(tune.KernelInterface):
+            def fn_kernel(self): ...
+
+            fn, calls = fn_kernel, []
+
+            def run(self, *args, grid, warmup, **options):
+                self.calls.append((args, grid, options))
+
+        launch = triton_backend._Launch(Kernel(), (1, 2, 3), {"K": 4}, keep=True)
+        launch.run = lambda *_: pytest.fail("passed the recording by")
+        with tune.recorded() as launches:
+            launch(5)
+        launches[0].again()
+        assert [each.kernel for each in launches] == ["fn"]
+        assert Kernel.calls == [((5,), (1, 2, 3), {"K": 4})] * 2
 
     def test_decoding_is_chosen_by_its_slots(self, monkeypatch):
         asked, choose = [], tuning.choose
