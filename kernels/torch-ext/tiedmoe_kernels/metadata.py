@@ -37,25 +37,25 @@ def next_power_of_2(n: int) -> int:
 
 
 @triton.jit
-def pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr):
+def pool_row(index_TK, slot_map_R, slot, num_slots, R, E, HAS_SLOT_MAP: tl.constexpr):
     """Return each slot's pool row; E where it is inactive, its index lies outside [0, R), or there is no such slot."""
-    router_index = tl.load(index + slot, mask=slot < num_slots, other=R)
+    router_index = tl.load(index_TK + slot, mask=slot < num_slots, other=R)
     active = (router_index >= 0) & (router_index < R)
     row = router_index
     if HAS_SLOT_MAP:
-        row = tl.load(slot_map + router_index, mask=active, other=E)
+        row = tl.load(slot_map_R + router_index, mask=active, other=E)
         active = active & (row >= 0) & (row < E)
     return tl.where(active, row, E).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _count_kernel(
-    index, slot_map, row_N, count_EB, num_slots, num_blocks, R, E,
+    index_TK, slot_map_R, row_N, count_EB, num_slots, num_blocks, R, E,
     HAS_SLOT_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = pool_row(index, slot_map, slot, num_slots, R, E, HAS_SLOT_MAP)
+    row = pool_row(index_TK, slot_map_R, slot, num_slots, R, E, HAS_SLOT_MAP)
     tl.store(row_N + slot, row, mask=slot < num_slots)
     expert = tl.arange(0, BLOCK_E)
     count = tl.sum((row[:, None] == expert[None, :]).to(tl.int32), axis=0)
