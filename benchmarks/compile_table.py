@@ -158,7 +158,7 @@ def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, o
             if "PRECISION" in options:  # the others sort and sum: there are no tile sizes to choose
                 facts = {name.lower(): options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options}
                 facts |= {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
-                facts["tma"] = options.get("TMA", False)
+                facts["tma"], facts["persistent"] = options.get("TMA", False), options.get("PERSISTENT", False)
                 kernels.setdefault(
                     kernel.hash, ({"kernel": self.fn.__name__.removesuffix("_kernel"), **facts}, kernel)
                 )
@@ -228,9 +228,17 @@ def resources(kernel) -> dict[str, int | None]:
 
 def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
     """One row per kernel and configuration on a chip, under the installed triton."""
+    found = [*compiled(TARGETS[architecture], cases)]
+    if architecture in ("sm_90", "sm_100"):  # no entry yet, but a candidate of `make tune`
+        tuning.FORCED["rows"] = tuning.Config(128, 256, 64, 8, 8, 3, tma=True, persistent=True)
+        try:
+            found += compiled(TARGETS[architecture], [Case(OLMOE, torch.bfloat16, 8192)])
+        finally:
+            tuning.FORCED.clear()
+    kernels = {kernel.hash: (facts, kernel) for facts, kernel in found}
     return [
         {"architecture": architecture, "triton": triton.__version__, **facts, **resources(kernel)}
-        for facts, kernel in compiled(TARGETS[architecture], cases)
+        for facts, kernel in kernels.values()
     ]
 
 
@@ -276,6 +284,7 @@ def markdown(found: list[dict]) -> str:
         "num_warps",
         "num_stages",
         "tma",
+        "persistent",
     )
     lines: dict[tuple, dict[str, list[dict]]] = {}
     for row in found:

@@ -3,7 +3,9 @@
 The products with down and gate_up are `rows_kernel`, the sum over a token's slots is `combine_kernel` (`forward.py`).
 Every sum is in a fixed order, so two runs are equal bit by bit.
 
-Shapes as in `reference.py`, `metadata.py` and `spec.py`; buffers of sorted rows are `[N, ...]`.
+Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, E1 = E + 1, K top-k,
+N = T*K slots, sorted by expert, P and Q any two sizes; 2I are gate and up in the weights' column order. `order_N` and
+`offsets_E1` are those of `metadata.py`. Tuples hold one tensor a segment (`spec.py`).
 """
 
 import triton
@@ -15,7 +17,7 @@ from .forward import first_column, tile_of
 
 @triton.jit(do_not_specialize=["num_slots"])
 def gate_backward_kernel(
-    pre, hidden, grad_pre, weights, grad_weights, grad_output, bias, order, offsets,
+    pre_N2I, hidden_NI, grad_pre_N2I, weights_TK, grad_weights_TK, grad_output_TH, bias_EH, order_N, offsets_E1,
     num_slots, H, I, E, alpha, limit,
     K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -25,14 +27,14 @@ def gate_backward_kernel(
     grad_weights `[N]` by slot: <dy, down h + bias> = <a, h> + <dy, bias>; 0 where the slot is inactive.
     """
     row = tl.program_id(0)
-    slot = tl.load(order + row)
-    if row >= tl.load(offsets + E):
-        tl.store(grad_weights + slot, 0.0)
+    slot = tl.load(order_N + row)
+    if row >= tl.load(offsets_E1 + E):
+        tl.store(grad_weights_TK + slot, 0.0)
         return
-    weight = tl.load(weights + slot).to(tl.float32)
-    hidden += row.to(tl.int64) * I
-    pre += row.to(tl.int64) * (2 * I)
-    grad_pre += row.to(tl.int64) * (2 * I)
+    weight = tl.load(weights_TK + slot).to(tl.float32)
+    hidden_NI += row.to(tl.int64) * I
+    pre_N2I += row.to(tl.int64) * (2 * I)
+    grad_pre_N2I += row.to(tl.int64) * (2 * I)
 
     products = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, I, BLOCK_I):
@@ -43,46 +45,47 @@ def gate_backward_kernel(
             gate_i = 2 * i
             up_i = 2 * i + 1
         mask = i < I
-        a = tl.load(hidden + i, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(pre + gate_i, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(pre + up_i, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(hidden_NI + i, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(pre_N2I + gate_i, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(pre_N2I + up_i, mask=mask, other=0.0).to(tl.float32)
         # Several threads may hold the same elements of a short row: all must have read before one writes in place.
         tl.debug_barrier()
         h, dh_dg, dh_du = gate(g, u, alpha, limit, ACTIVATION)
         products += a * h
         grad_h = a * weight
-        tl.store(grad_pre + gate_i, (grad_h * dh_dg).to(grad_pre.dtype.element_ty), mask=mask)
-        tl.store(grad_pre + up_i, (grad_h * dh_du).to(grad_pre.dtype.element_ty), mask=mask)
-        tl.store(hidden + i, (weight * h).to(hidden.dtype.element_ty), mask=mask)
+        tl.store(grad_pre_N2I + gate_i, (grad_h * dh_dg).to(grad_pre_N2I.dtype.element_ty), mask=mask)
+        tl.store(grad_pre_N2I + up_i, (grad_h * dh_du).to(grad_pre_N2I.dtype.element_ty), mask=mask)
+        tl.store(hidden_NI + i, (weight * h).to(hidden_NI.dtype.element_ty), mask=mask)
     grad_weight = tl.sum(products, axis=0)
 
     if HAS_BIAS:
         expert = tl.arange(0, BLOCK_E)
-        e = tl.sum((tl.load(offsets + 1 + expert, mask=expert < E, other=num_slots + 1) <= row).to(tl.int32), axis=0)
-        bias += e.to(tl.int64) * H
-        grad_output += (slot // K).to(tl.int64) * H
+        end = tl.load(offsets_E1 + 1 + expert, mask=expert < E, other=num_slots + 1)
+        e = tl.sum((end <= row).to(tl.int32), axis=0)
+        bias_EH += e.to(tl.int64) * H
+        grad_output_TH += (slot // K).to(tl.int64) * H
         shares = tl.zeros((BLOCK_H,), tl.float32)
         for start in range(0, H, BLOCK_H):
             column = start + tl.arange(0, BLOCK_H)
-            dy = tl.load(grad_output + column, mask=column < H, other=0.0).to(tl.float32)
-            shares += dy * tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)
+            dy = tl.load(grad_output_TH + column, mask=column < H, other=0.0).to(tl.float32)
+            shares += dy * tl.load(bias_EH + column, mask=column < H, other=0.0).to(tl.float32)
         grad_weight += tl.sum(shares, axis=0)
-    tl.store(grad_weights + slot, grad_weight.to(grad_weights.dtype.element_ty))
+    tl.store(grad_weights_TK + slot, grad_weight.to(grad_weights_TK.dtype.element_ty))
 
 
 @triton.jit
-def output_tile(out, e, p, q, first_p, first_q, P, Q):
+def output_tile(out_EPQ, e, p, q, first_p, first_q, P, Q):
     """Pointers to the tile (p, q) of out `[E, P, Q]`; which are no other tile's: the last one repeats columns."""
-    pointers = out + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
+    pointers = out_EPQ + (e.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
     return pointers, ((p >= first_p) & (p < P))[:, None] & ((q >= first_q) & (q < Q))[None, :]
 
 
 @triton.jit
-def add_to(out, tile, e, p, q, first_p, first_q, P, Q):
+def add_to(out_EPQ, tile, e, p, q, first_p, first_q, P, Q):
     """Add the tile (p, q) to out `[E, P, Q]`."""
-    pointers, mine = output_tile(out, e, p, q, first_p, first_q, P, Q)
+    pointers, mine = output_tile(out_EPQ, e, p, q, first_p, first_q, P, Q)
     tile += tl.load(pointers, mask=mine, other=0.0).to(tl.float32)
-    tl.store(pointers, tile.to(out.dtype.element_ty), mask=mine)
+    tl.store(pointers, tile.to(out_EPQ.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -108,9 +111,9 @@ def of_segment(tensors, number):
 
 
 @triton.jit
-def load_slots(order, row, rest, i):
-    """Load the slots of the sorted rows row + i; from i = rest on the last one again; none where there is none."""
-    return tl.load(order + row + tl.minimum(i, tl.maximum(rest - 1, 0)), mask=rest > 0 * i, other=0)
+def load_slots(order_N, row, rest, i):
+    """Load the slots of the sorted rows row + i; the last one again from i = rest on; nothing is read without any."""
+    return tl.load(order_N + row + tl.minimum(i, tl.maximum(rest - 1, 0)), mask=rest > 0 * i, other=0)
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def load_rows(
 
 @triton.jit
 def weight_grad_kernel(
-    a_segments, b_segments, orders, offsets, out, P: tl.constexpr, Q: tl.constexpr, E,
+    a_segments, b_segments, orders, offsets, out_EPQ, P: tl.constexpr, Q: tl.constexpr, E,
     K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,8 +149,8 @@ def weight_grad_kernel(
 
     A segment's A `[., P]` and B `[., Q]` are read by sorted row, or by the row's token, order // K, where gathered.
 
-    One loop over the blocks of all segments, so that the pipeline of loads fills once; the tail of a segment is a
-    block with zeros in it. The slots of a block are loaded during the one before: an indirect load would take a stage.
+    One loop over the blocks of all segments, so that the pipeline of loads fills once; a segment's tail is a block
+    with zeros in it. The slots of a block are loaded during the one before: an indirect load would take a stage.
     """
     tiles_p = tl.cdiv(P, BLOCK_M)
     tiles_q = tl.cdiv(Q, BLOCK_N)
@@ -181,17 +184,17 @@ def weight_grad_kernel(
 
     if ADD:  # one half of the columns after the other: the old gradient of the whole tile has no room in registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        add_to(out, left, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
+        add_to(out_EPQ, left, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
         first_q += BLOCK_N // 2
-        add_to(out, right, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
+        add_to(out_EPQ, right, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
     else:
-        pointers, mine = output_tile(out, e, p, q, tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
-        tl.store(pointers, acc.to(out.dtype.element_ty), mask=mine)
+        pointers, mine = output_tile(out_EPQ, e, p, q, tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
+        tl.store(pointers, acc.to(out_EPQ.dtype.element_ty), mask=mine)
 
 
 @triton.jit
 def bias_grad_kernel(
-    a_segments, weights, orders, offsets, out, P,
+    a_segments, weights, orders, offsets, out_EP, P,
     K: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out `[E, P]`: per expert the sum of A's rows over all segments; gathered rows count with their slot's weight."""
@@ -212,7 +215,7 @@ def bias_grad_kernel(
             if GATHER:
                 a *= tl.load(weights[s] + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
             acc += tl.sum(a, axis=0)
-    pointers = out + e.to(tl.int64) * P + column
+    pointers = out_EP + e.to(tl.int64) * P + column
     if ADD:
         acc += tl.load(pointers, mask=column < P, other=0.0).to(tl.float32)
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=column < P)
+    tl.store(pointers, acc.to(out_EP.dtype.element_ty), mask=column < P)

@@ -1,9 +1,11 @@
 """The forward kernels: gather + gate_up + activation, down + weighting, and the sum over each token's K slots.
 
-A program computes one tile of rows of one expert (`metadata.Tiles`). Rows past an expert's last are computed on its last
-row and never stored, so that the loop over the contraction needs no row mask.
+A program computes one tile of rows of one expert (`metadata.Tiles`). Rows past an expert's last are computed on its
+last row and never stored, so that the loop over the contraction needs no row mask.
 
-Shapes as in `reference.py`; `order`, `offsets`, `position` and tiles as in `metadata.py`. Sorted buffers are `[N, ...]`.
+Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, E1 = E + 1, K top-k,
+N = T*K slots, sorted by expert, M tiles of rows; 2I are gate and up in the weights' column order. `order_N`,
+`offsets_E1`, `position_N`, `expert_M` and `row_M` are those of `metadata.py`. Without a suffix: any two sizes.
 """
 
 import triton
@@ -38,7 +40,8 @@ def load_weight(
 ):  # fmt: skip
     """`[BLOCK_K, BLOCK_N]` of expert e's matrix `[K_SIZE, N_SIZE]`, 0 where k or the mask is out of range.
 
-    The elements are (k, n + shift) with an int64 shift, (k0, n0 + shift) the first of them; a descriptor lies over `[E * rows, columns]`.
+    The elements are (k, n + shift) with an int64 shift, (k0, n0 + shift) the first of them; a descriptor lies over
+    `[E * rows, columns]`.
     """
     if TMA:
         if K_CONTIGUOUS:
@@ -46,8 +49,8 @@ def load_weight(
         else:
             return w.load([e * K_SIZE + k0, (n0 + shift).to(tl.int32)])
     else:
-        offsets = k.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
-        pointers = (w + e.to(tl.int64) * stride_e + shift * stride_n) + offsets
+        within = k.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
+        pointers = (w + e.to(tl.int64) * stride_e + shift * stride_n) + within
         if EVEN_K and EVEN_N:
             return tl.load(pointers)
         elif EVEN_N:
@@ -85,7 +88,7 @@ def load_added(added, row, last_row, n, shift, WIDTH, EVEN_N: tl.constexpr, mask
 
 @triton.jit
 def finish_gate_up(
-    acc_gate, acc_up, n, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+    acc_gate, acc_up, n, row, last_row, e, bias, added_N2I, pre_N2I, hidden_NI, I, alpha, limit,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
@@ -96,24 +99,23 @@ def finish_gate_up(
         mask = mask & (n < I)[None, :]
     if HAS_BIAS:
         acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
-        acc_up += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        bias_up = tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0)
+        acc_up += bias_up.to(tl.float32)[None, :]
     if HAS_ADDED:
-        acc_gate += load_added(added, row, last_row, gate_n, 0 * to_up, 2 * I, EVEN_N, mask)
-        acc_up += load_added(added, row, last_row, gate_n, to_up, 2 * I, EVEN_N, mask)
+        acc_gate += load_added(added_N2I, row, last_row, gate_n, 0 * to_up, 2 * I, EVEN_N, mask)
+        acc_up += load_added(added_N2I, row, last_row, gate_n, to_up, 2 * I, EVEN_N, mask)
     if SAVE_PRE:
-        pre_row = pre + row.to(tl.int64)[:, None] * (2 * I)
-        tl.store(pre_row + gate_n[None, :], acc_gate.to(pre.dtype.element_ty), mask=mask)
-        tl.store(pre_row + to_up + gate_n[None, :], acc_up.to(pre.dtype.element_ty), mask=mask)
+        pre_row = pre_N2I + row.to(tl.int64)[:, None] * (2 * I)
+        tl.store(pre_row + gate_n[None, :], acc_gate.to(pre_N2I.dtype.element_ty), mask=mask)
+        tl.store(pre_row + to_up + gate_n[None, :], acc_up.to(pre_N2I.dtype.element_ty), mask=mask)
     if SAVE_HIDDEN:
         h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
-        tl.store(hidden + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(hidden_NI + row.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden_NI.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def finish_rows(
-    acc, n, row, last_row, e, bias, added, weights, out, order, N_SIZE,
+    acc, n, row, last_row, e, bias, added, weights_TK, out, order_N, N_SIZE,
     WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Add to the columns n what is to be added, weight the rows and store them."""
@@ -125,27 +127,27 @@ def finish_rows(
     if HAS_ADDED:
         acc += load_added(added, row, last_row, n, tl.zeros((), tl.int64), N_SIZE, EVEN_N, mask)
     if WEIGHTED:
-        acc *= tl.load(weights + tl.load(order + tl.minimum(row, last_row))).to(tl.float32)[:, None]
+        acc *= tl.load(weights_TK + tl.load(order_N + tl.minimum(row, last_row))).to(tl.float32)[:, None]
     tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tiles_m"])
 def gate_up_kernel(
-    x, w, bias, added, pre, hidden, order, offsets, tile_expert, tile_row,
+    x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, row_M,
     num_tiles_m, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
-    SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """pre `[N, 2I]` = x[token] @ gate_up^T + bias + added, in the weights' column order; hidden `[N, I]` = act(gate) * up."""
+    """pre = x[token] @ gate_up^T + bias + added, columns as the weights have them; hidden = act(gate) * up."""
     m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(I, BLOCK_N), GROUP_M)
-    e = tl.load(tile_expert + m)
+    e = tl.load(expert_M + m)
     if e < 0:
         return
-    row = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
-    last_row = tl.load(offsets + e + 1) - 1
-    token = (tl.load(order + tl.minimum(row, last_row)) // K).to(tl.int64)
+    row = tl.load(row_M + m) + tl.arange(0, BLOCK_M)
+    last_row = tl.load(offsets_E1 + e + 1) - 1
+    token = (tl.load(order_N + tl.minimum(row, last_row)) // K).to(tl.int64)
     n0 = first_column(tile_n, I, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
     gate_n, to_up = gate_columns(n, I, INTERLEAVED)
@@ -154,7 +156,7 @@ def gate_up_kernel(
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, H, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        pointers = x + token[:, None] * H + k[None, :]
+        pointers = x_TH + token[:, None] * H + k[None, :]
         if EVEN_K:
             a = tl.load(pointers)
         else:
@@ -175,38 +177,36 @@ def gate_up_kernel(
         up_l, up_r = halves(acc_up)
         l = n0 + tl.arange(0, BLOCK_N // 2)
         finish_gate_up(
-            gate_l, up_l, l, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            gate_l, up_l, l, row, last_row, e, bias, added_N2I, pre_N2I, hidden_NI, I, alpha, limit,
             ACTIVATION, INTERLEAVED, HAS_BIAS, True, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
         )  # fmt: skip
         finish_gate_up(
-            gate_r, up_r, l + BLOCK_N // 2, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            gate_r, up_r, l + BLOCK_N // 2, row, last_row, e, bias, added_N2I, pre_N2I, hidden_NI, I, alpha, limit,
             ACTIVATION, INTERLEAVED, HAS_BIAS, True, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
         )  # fmt: skip
     else:
         finish_gate_up(
-            acc_gate, acc_up, n, row, last_row, e, bias, added, pre, hidden, I, alpha, limit,
+            acc_gate, acc_up, n, row, last_row, e, bias, added_N2I, pre_N2I, hidden_NI, I, alpha, limit,
             ACTIVATION, INTERLEAVED, HAS_BIAS, False, SAVE_PRE, SAVE_HIDDEN, EVEN_N,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tiles_m"])
-def rows_kernel(
-    a, w, bias, added, weights, out, order, offsets, tile_expert, tile_row,
-    num_tiles_m, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
+@triton.jit
+def rows_tile(
+    tile, num_tiles_m, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
+    K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
     K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out `[N, N_SIZE]` = (a @ expert's matrix + bias + added) * weight of the slot; a `[N, K_SIZE]`, `[T, K_SIZE]` gathered."""
-    m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(N_SIZE, BLOCK_N), GROUP_M)
-    e = tl.load(tile_expert + m)
-    if e < 0:
-        return
-    row = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
-    last_row = tl.load(offsets + e + 1) - 1
+    """One tile of `rows_kernel`; its expert has rows."""
+    m, tile_n = tile_of(tile, num_tiles_m, tl.cdiv(N_SIZE, BLOCK_N), GROUP_M)
+    e = tl.load(expert_M + m)
+    row = tl.load(row_M + m) + tl.arange(0, BLOCK_M)
+    last_row = tl.load(offsets_E1 + e + 1) - 1
     a_row = tl.minimum(row, last_row)
     if GATHER:
-        a_row = tl.load(order + a_row) // K
+        a_row = tl.load(order_N + a_row) // K
     a_row = a_row.to(tl.int64)
     n0 = first_column(tile_n, N_SIZE, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -229,26 +229,61 @@ def rows_kernel(
         left, right = halves(acc)
         l = n0 + tl.arange(0, BLOCK_N // 2)
         finish_rows(
-            left, l, row, last_row, e, bias, added, weights, out, order, N_SIZE, WEIGHTED, HAS_BIAS, True, EVEN_N
+            left, l, row, last_row, e, bias, added, weights_TK, out, order_N, N_SIZE, WEIGHTED, HAS_BIAS, True, EVEN_N
         )
         finish_rows(
-            right, l + BLOCK_N // 2, row, last_row, e, bias, added, weights, out, order, N_SIZE,
+            right, l + BLOCK_N // 2, row, last_row, e, bias, added, weights_TK, out, order_N, N_SIZE,
             WEIGHTED, HAS_BIAS, True, EVEN_N,
         )  # fmt: skip
     else:
         finish_rows(
-            acc, n, row, last_row, e, bias, added, weights, out, order, N_SIZE, WEIGHTED, HAS_BIAS, False, EVEN_N
+            acc, n, row, last_row, e, bias, added, weights_TK, out, order_N, N_SIZE, WEIGHTED, HAS_BIAS, False, EVEN_N
         )
 
 
+@triton.jit(do_not_specialize=["num_tiles_m"])
+def rows_kernel(
+    a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
+    num_tiles_m, E, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
+    K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[N, N_SIZE]` = (a @ expert's matrix + bias + added) * slot's weight.
+
+    a is `[N, K_SIZE]`, or `[T, K_SIZE]` gathered. A persistent program walks over the tiles; its loads for one begin
+    before the one before is stored.
+    """
+    tiles_n = tl.cdiv(N_SIZE, BLOCK_N)
+    if PERSISTENT:
+        e = tl.arange(0, BLOCK_E)
+        rows = tl.load(offsets_E1 + e + 1, mask=e < E, other=0) - tl.load(offsets_E1 + e, mask=e < E, other=0)
+        used = tl.sum((rows + BLOCK_M - 1) // BLOCK_M, axis=0)  # of the num_tiles_m that the host makes room for
+        for tile in tl.range(tl.program_id(0), used * tiles_n, tl.num_programs(0), flatten=True):
+            rows_tile(
+                tile, used, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
+                K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
+            )  # fmt: skip
+    else:
+        m, _ = tile_of(tl.program_id(0), num_tiles_m, tiles_n, GROUP_M)
+        if tl.load(expert_M + m) >= 0:
+            rows_tile(
+                tl.program_id(0), num_tiles_m, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M,
+                row_M, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
+            )  # fmt: skip
+
+
 @triton.jit
-def combine_kernel(rows, position, out, H, K: tl.constexpr, BLOCK_H: tl.constexpr):
-    """out `[T, H]`: the sum of each token's active rows in the order of k, in float32."""
+def combine_kernel(rows_NH, position_N, out_TH, H, K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The sum of each token's active rows in the order of k, in float32."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for k in tl.static_range(K):
-        place = tl.load(position + token * K + k).to(tl.int64)
+        place = tl.load(position_N + token * K + k).to(tl.int64)
         width = tl.where(place >= 0, H, 0)
-        acc += tl.load(rows + place * H + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)
+        acc += tl.load(rows_NH + place * H + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out_TH + token * H + column, acc.to(out_TH.dtype.element_ty), mask=column < H)

@@ -344,11 +344,15 @@ def _rows(
     config = _choose("rows", a, rows.N, rows.E, matrices.n_size, matrices.k_size, matrices.can_use_tma())
     w, flags = matrices.arguments(config, matrices.n_size)
     num_tiles = rows.num_tiles(config.block_m)
-    fwd.rows_kernel[(num_tiles * metadata.cdiv(matrices.n_size, config.block_n),)](
+    num_programs = num_tiles * metadata.cdiv(matrices.n_size, config.block_n)
+    if config.persistent:
+        num_programs = min(num_programs, tuning.num_processors(a.device.index if a.is_cuda else None))
+    fwd.rows_kernel[(num_programs,)](
         a, w, bias, added, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
-        num_tiles, matrices.k_size, matrices.n_size, *matrices.strides,
+        num_tiles, rows.E, matrices.k_size, matrices.n_size, *matrices.strides,
         K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None,
-        HAS_ADDED=added is not None, GROUP_M=config.group_m, TMA=config.tma, **flags, **_options(config, a),
+        HAS_ADDED=added is not None, BLOCK_E=metadata.next_power_of_2(rows.E), GROUP_M=config.group_m, TMA=config.tma,
+        PERSISTENT=config.persistent, **flags, **_options(config, a),
     )  # fmt: skip
     return out
 

@@ -84,12 +84,13 @@ def candidates(problem: Problem, tma: bool) -> list[Config]:
     elif kernel == "decode_down":
         grid = [(16, n, k, 1, 4, stages) for n in (32, 64) for k in (128, 256) for stages in (3, 4)]
     elif kernel == "weight_grad":
-        grid = [(128, 256, 64, 4, 8, 3), (128, 256, 64, 4, 8, 4), (128, 256, 64, 4, 8, 5), (128, 256, 32, 4, 8, 5)]
+        grid = [(128, 256, 64, 4, 8, 3), (128, 256, 64, 4, 8, 4), (128, 256, 32, 4, 8, 5), (128, 256, 32, 4, 8, 6)]
         grid += [(128, 128, 64, 4, warps, stages) for warps in (4, 8) for stages in (3, 5)]
     elif max_rows is None or max_rows > 64:
         grid = [(128, 128, 64, 8, 8, stages, use) for stages in (3, 4) for use in (True, False)]
         grid += [(64, 128, 64, 8, 8, 4, use) for use in (True, False)] + [(128, 64, 64, 8, 4, 4, True)]
-        grid += [(128, 256, 64, 8, 8, stages, True) for stages in (3, 4)] if kernel == "rows" else []
+        if kernel == "rows":
+            grid += [(128, 256, 64, 8, 8, *more) for more in ((3, True), (4, True), (3, True, True))]  # persistent
     else:  # 64 rows are one wgmma; fewer multiply by mma.sync, and read the weights once more for each tile
         warps = 4 if kernel == "rows" else 8  # of 64 by 128, two accumulators of which spill in four warps
         grid = [(64, 64, 64, 8, 4, stages, use) for stages in (3, 4) for use in (True, False)]

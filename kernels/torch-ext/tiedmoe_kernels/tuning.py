@@ -29,6 +29,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
+    persistent: bool = False  # "rows" only: a program a processor walks over the tiles
 
 
 FORCED: dict[str, Config] = {}  # what `tune.py` is timing, by kernel
@@ -56,6 +57,12 @@ def file_name(device_name: str) -> str:
 @functools.cache
 def _read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def num_processors(device_index: int | None) -> int:
+    """Multiprocessors (SMs, compute units) of the CUDA device; 4 where there is none, in the interpreter."""
+    return 4 if device_index is None else torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 @functools.cache
