@@ -26,7 +26,7 @@ def tile_of(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def first_column(tile, N_SIZE, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """A tile's first column. The last tile ends where the matrix ends: it repeats columns instead of masking them."""
+    """Return a tile's first column. The last tile ends where the matrix ends: it repeats columns, none is masked."""
     if EVEN:
         return tl.minimum(tile * BLOCK, N_SIZE - BLOCK)
     else:  # a matrix smaller than a block
@@ -61,7 +61,7 @@ def load_weight(
 
 @triton.jit
 def gate_columns(n, I, INTERLEAVED: tl.constexpr):
-    """The columns of gate that belong to the hidden columns n, and how far from each its column of up is, int64."""
+    """Return the columns of gate for the hidden columns n, and how far from each its column of up is, int64."""
     if INTERLEAVED:
         return 2 * n, tl.full((), 1, tl.int64)
     else:
@@ -70,7 +70,7 @@ def gate_columns(n, I, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of the columns."""
+    """Return the left and the right half of the columns."""
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
@@ -278,7 +278,7 @@ def rows_kernel(
 
 @triton.jit
 def combine_kernel(rows_NH, position_N, out_TH, H, K: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The sum of each token's active rows in the order of k, in float32."""
+    """Sum each token's active rows in the order of k, in float32."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
