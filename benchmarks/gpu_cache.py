@@ -1,15 +1,18 @@
 """Triton's compile cache for `gpu_check.py`, made without a GPU: `make gpu-cache` writes `.gpu-cache.tar.xz`.
 
-    python benchmarks/gpu_cache.py build                     # compile for sm_90 what stages a and b launch, and pack it
-    python benchmarks/gpu_cache.py unpack                    # there; on a GPU, compile what it lacks on all cores
-    python benchmarks/gpu_cache.py verify                    # launches with real tensors must find every kernel
+    python benchmarks/gpu_cache.py build     # compile for sm_90 what stages a and b launch, and pack it
+    python benchmarks/gpu_cache.py unpack    # there; where it is of other sources, compile on all cores
+    python benchmarks/gpu_cache.py verify    # launches with real tensors must find every kernel
 
-Triton's keys are made of its own sources, the kernel's source, its arguments' types and alignments, the options and the target:
-the launches are the checks' and the tuner's own, on the meta device under a driver that names the chip. The files that group a
-kernel's others hold absolute paths; packed they hold names, and unpacking writes the paths of the place.
+Triton's keys are made of its own sources, the kernel's source, its arguments' types and alignments, the options and
+the target: the launches are the checks', the tuner's and the tests' own, on the meta device or the CPU under a driver
+that names the chip. Triton's sources count its compiled library in, which differs between Pythons: unpacking makes the
+keys anew for the triton that is there, of the same version, and writes the place's paths into the files that group a
+kernel's others.
 """
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import io
@@ -18,6 +21,7 @@ import multiprocessing
 import os
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +37,8 @@ from gpu_check import CACHE, ROOT, TESTS, gpu_tests
 from gpu_steps import CASES, Case, make, outputs
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime import cache
 from triton.runtime.jit import JITFunction
 
 from tiedmoe_kernels import backends, experts_forward, triton_backend, tune, tuning
@@ -80,7 +86,7 @@ def compiling(target: GPUTarget) -> Iterator[None]:
 
 
 def jobs(device: str, tma: bool) -> list[Callable[[], object]]:
-    """What makes the launches of stages a and b: their checks and benchmarks as it ships, then the tuner's candidates."""
+    """Return what makes the launches of stages a and b: checks, benchmarks, then the tuner's candidates."""
     found: list[Callable[[], object]] = []
     for shape in (tune.OLMOE, QWEN3):
         for case in (*CASES, *MORE):
@@ -131,11 +137,33 @@ def launch_tests(part: int, parts: int) -> None:
         pytest.main([*options, *gpu_tests()], plugins=[Share(part, parts)])
 
 
+@contextlib.contextmanager
+def keys_kept() -> Iterator[None]:
+    """Leave in a kernel's folder of triton's cache what its key is made of besides `triton_key()`."""
+    key_of = compiler.get_cache_key
+
+    def keeping(*arguments, **options) -> str:
+        key = key_of(*arguments, **options)
+        place = folder_of(key)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "key").write_text(key.removeprefix(cache.triton_key()))
+        return key
+
+    with mock.patch.object(compiler, "get_cache_key", keeping):
+        yield
+
+
+def folder_of(key: str, folder: Path | None = None) -> Path:
+    """Return where triton keeps the kernel of a key: as `triton.compile` and `get_cache_manager` name it."""
+    name = base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().rstrip("=")
+    return (folder or Path(triton.knobs.cache.dir)) / name
+
+
 def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
     """Compile every `parts`-th job into the folder, and say how many kernels there were."""
     triton.knobs.cache.dir = folder
     tma = target.backend == "cuda" and target.arch >= 90
-    with compiling(target), tune.counted():
+    with compiling(target), keys_kept(), tune.counted():
         for job in jobs("meta", tma)[part::parts]:
             job()
         launch_tests(part, parts)
@@ -158,50 +186,51 @@ def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float)
 
 
 def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
-    """Pack what a launch reads of triton's cache; what is in it."""
-    kept = sorted(path for path in folder.glob("*/*") if path.suffix in (".cubin", ".json", ".hsaco"))
-    about = {
-        "triton": triton.__version__,
-        "target": f"{target.backend} {target.arch}",
-        "kernels": sum(p.suffix != ".json" for p in kept),
-    }
+    """Pack the kernels of a cache that was filled under `keys_kept`; what is in it."""
+    keys = sorted(
+        key for key in folder.glob("*/key") if list(key.parent.glob("*.json"))
+    )  # without: it did not compile
+    about = facts(target) | {"kernels": len(keys)}
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        _add(tar, "about.json", json.dumps(about))
-        for path in kept:
-            if path.name.startswith("__grp__"):
-                children = [Path(child) for child in json.loads(path.read_text())["child_paths"].values()]
-                names = {child.name: child.name for child in children if child.suffix in (".cubin", ".json", ".hsaco")}
-                _add(tar, f"{path.parent.name}/{path.name}", json.dumps({"child_paths": names}))
-            else:
-                _add(tar, f"{path.parent.name}/{path.name}", path.read_bytes())
+        _add(tar, "about.json", json.dumps(about).encode())
+        for key in keys:
+            for path in sorted(key.parent.iterdir()):
+                if path.suffix in (".cubin", ".hsaco", ".json", "") and not path.name.startswith("__grp__"):
+                    _add(tar, f"{key.parent.name}/{path.name}", path.read_bytes())
     return about | {"kilobytes": round(archive.stat().st_size / 1e3)}
 
 
+def facts(target: GPUTarget) -> dict:
+    """Return what an archive must agree in to be of use."""
+    return {"sources": sources(), "triton": triton.__version__, "target": f"{target.backend} {target.arch}"}
+
+
+def unpack(archive: Path, folder: Path) -> dict:
+    """Unpack an archive into triton's cache under the keys of the triton that is here; what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, tarfile.open(archive) as tar:
+        tar.extractall(scratch, filter="data")
+        for key in Path(scratch).glob("*/key"):
+            place = folder_of(cache.triton_key() + key.read_text(), folder)
+            files = [path.name for path in key.parent.iterdir() if path.suffix]
+            group = {"child_paths": {name: str(place / name) for name in files}}
+            metadata = next(name for name in files if name.endswith(".json"))
+            (key.parent / f"__grp__{metadata}").write_text(json.dumps(group))
+            if not place.exists():
+                key.parent.rename(place)
+        return json.loads((Path(scratch) / "about.json").read_text())
+
+
 def sources() -> str:
-    """A digest of the kernels' package, on which triton's keys depend."""
+    """Return a digest of the kernels' package, on which triton's keys depend."""
     files = sorted(path for path in tuning.CONFIGS.parent.rglob("*") if path.suffix in (".py", ".json"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _add(tar: tarfile.TarFile, name: str, content: str | bytes) -> None:
-    content = content.encode() if isinstance(content, str) else content
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-def unpack(archive: Path, folder: Path) -> dict:
-    """Unpack an archive into triton's cache; what is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    for path in folder.glob("*/__grp__*.json"):
-        children = json.loads(path.read_text())["child_paths"]
-        path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in children}}))
-    about = folder / "about.json"
-    found = json.loads(about.read_text())
-    about.unlink()
-    return found
 
 
 def verify(folder: Path, target: GPUTarget) -> bool:
@@ -245,13 +274,12 @@ def main() -> int:
     about: dict = {}
     if options.archive.exists():
         about = unpack(options.archive, options.folder)
-        print(json.dumps({"unpacked": about, "is_of_these_sources": about["sources"] == sources()}), flush=True)
+        print(json.dumps({"unpacked": about, "sources_here": sources()}), flush=True)
     else:
         print(json.dumps({"missing": f"{options.archive.name}: `make gpu-cache` builds it, for an H100"}), flush=True)
     if not options.stand_in:
         here = triton.runtime.driver.active.get_current_target()
-        wanted = {"sources": sources(), "triton": triton.__version__, "target": f"{here.backend} {here.arch}"}
-        if not wanted.items() <= about.items():  # else what is not there compiles when it is launched
+        if not facts(here).items() <= about.items():  # else what is not there compiles when it is launched
             compile_all(options.folder, here, options.processes, options.seconds or 15)
     return 0
 

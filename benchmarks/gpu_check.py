@@ -1,13 +1,14 @@
 """What a few minutes of a GPU can tell: `make gpu-check STAGE=a RESULTS=DIR`, then `STAGE=b` with `PREVIOUS=DIR`.
 
-    python benchmarks/gpu_check.py --stage a --results DIR                  # 240 s: is it right, and how fast as it ships
+    python benchmarks/gpu_check.py --stage a --results DIR                  # 240 s: right, and how fast as it ships
     python benchmarks/gpu_check.py --stage b --results DIR2 --previous DIR  # 430 s: tuned, and beside its peers
     python benchmarks/gpu_check.py --stage c --results DIR3                 # peers whose kernels come from the Hub
 
-Every step is a process of its own with a budget of seconds. One that fails or runs out of it does not stop the next, and what is
-known is written after each: `a.json` (a row a line), `a.txt` (what the steps printed), and the files that steps leave. At most 8
-files of 16 MiB each, in one folder. The exit status is 1 only where a step that judges correctness failed. `--stand-in` runs the
-same steps on a CPU, at tiny sizes: it tries this script, and its figures mean nothing.
+Every step is a process of its own with a budget of seconds. One that fails or runs out of it does not stop the next,
+and what is known is written after each: `a.json` (a row a line), `a.txt` (what the steps printed), and the files that
+steps leave. At most 8 files of 16 MiB each, in one folder. The exit status is 1 only where a step that judges
+correctness failed. `--stand-in` runs the same steps on a CPU, at tiny sizes: it tries this script, and its figures
+mean nothing.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Result(NamedTuple):
 
 
 def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> list[Step]:
-    """The steps of a stage, in their order."""
+    """Return the steps of a stage, in their order."""
     python = (sys.executable, "-u")
     own, cpu = (*python, str(HERE / "gpu_steps.py")), ("--stand-in",) if stand_in else ()
     tune = (*python, "-m", "tiedmoe_kernels.tune", *cpu)
@@ -113,7 +114,7 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
 
 
 def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tuple[str, ...]:
-    """The tests marked gpu of which `selected` is true; for a stand-in some of those that need none."""
+    """Return the command for the tests marked gpu of which `selected` is true; for a stand-in, others."""
     names, marks = gpu_tests(), ("-m", "gpu", "-k", selected)
     if stand_in:
         names, marks = ["tests/test_reference.py"], ("-m", "not gpu and not slow")
@@ -126,7 +127,7 @@ def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tup
 
 
 def gpu_tests() -> list[str]:
-    """The files that hold tests marked gpu: others may need packages that a GPU machine lacks."""
+    """Name the files that hold tests marked gpu: others may need packages that a GPU machine lacks."""
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
     return [str(path.relative_to(ROOT)) for path in files]
 
@@ -189,7 +190,7 @@ def compiled() -> int:
 
 
 def rows_in(text: str) -> list[dict]:
-    """The lines of what a step printed that are JSON objects."""
+    """Return the lines of what a step printed that are JSON objects."""
     rows = []
     for line in text.splitlines():
         if line.startswith("{"):
@@ -258,7 +259,7 @@ def write(found: list[Result], results: Path, stage: str, seconds: float, to_com
 
 
 def summary(found: list[Result], stage: str) -> str:
-    """A line a step, and what follows from them."""
+    """Return a line a step, and what follows from them."""
     lines = [f"===== stage {stage}"]
     for result in found:
         last = next((json.dumps(row) for row in reversed(result.rows) if result.state != "passed"), "")
@@ -275,7 +276,7 @@ def summary(found: list[Result], stage: str) -> str:
 
 
 def environment_of(scratch: Path, wheels: Path, stand_in: bool) -> dict[str, str]:
-    """The checkout's packages and the pure Python wheels beside it, importable; triton's cache in its place."""
+    """Make the checkout's packages and the pure Python wheels beside it importable; triton's cache in its place."""
     site = scratch / "site"
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:

@@ -1,4 +1,4 @@
-"""Steps of `gpu_check.py` that are no program of their own; each prints rows of JSON and exits with 1 where something is wrong.
+"""Steps of `gpu_check.py` that are no program of their own: rows of JSON, and status 1 where something is wrong.
 
 python benchmarks/gpu_steps.py machine
 python benchmarks/gpu_steps.py float64
@@ -29,7 +29,7 @@ TOLERANCE = 2e-2  # relative error of bfloat16, in the Frobenius norm, as in tes
 
 
 class Case(NamedTuple):
-    """A forward pass without gradients (`num_layers` 0), or a step of layers that read one pool, into gradients there."""
+    """A forward pass without gradients (`num_layers` 0), or a step of layers that read one pool."""
 
     tokens: int
     num_layers: int
@@ -76,7 +76,7 @@ def make(case: Case, shape: Shape, device: str) -> Inputs:
 
 
 def exact(inputs: Inputs) -> Inputs:
-    """The same numbers in float64."""
+    """Return the same numbers in float64."""
 
     def copy(t: Tensor) -> Tensor:
         found = t.detach().double().requires_grad_(t.requires_grad)

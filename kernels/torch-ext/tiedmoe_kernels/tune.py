@@ -1,8 +1,8 @@
 """Time tile sizes on the GPU that is here and write `configs/<device name>.json`: `python -m tiedmoe_kernels.tune`.
 
-A kernel is timed as the backend launches it: its launches in a call of the backend at OLMoE's size are recorded and replayed
-as a CUDA graph, so that the host costs nothing. Per kernel and class of rows the least median is kept. What spills registers,
-does not fit or does not compile is named and left out. Nothing else does any of this at run time.
+A kernel is timed as the backend launches it: its launches in a call of the backend at OLMoE's size are recorded and
+replayed as a CUDA graph, so that the host costs nothing. Per kernel and class of rows the least median is kept. What
+spills registers, does not fit or does not compile is named and left out. Nothing else does any of this at run time.
 """
 
 import argparse
@@ -47,7 +47,7 @@ OLMOE, TINY = Shape(), Shape(E=4, H=32, I=32, K=2)  # the second to try the scri
 
 
 class Problem(NamedTuple):
-    """A kernel, the class of rows that its entry serves (`tuning.py`), and the tokens of the layer that it is timed with."""
+    """A kernel, the class of rows that its entry serves (`tuning.py`), and the tokens that it is timed with."""
 
     kernel: str
     max_rows: int | None
@@ -72,7 +72,7 @@ DEFAULTS_AT = (1, 8, 32, 128, 512, 2048, 8192)  # tokens that `--defaults` times
 
 
 def candidates(problem: Problem, tma: bool) -> list[Config]:
-    """The tile sizes that are tried. What spills registers on sm_90 (`make compile-table` counts them) is not among them."""
+    """Return the tile sizes that are tried, without those whose compiles for sm_90 spill registers."""
     kernel, max_rows, _ = problem
     grid: list[tuple]
     if kernel == "decode_gate_up":
@@ -135,7 +135,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def forced(kernel: str, config: Config) -> Iterator[None]:
-    """The backend launches `kernel` with this configuration."""
+    """Let the backend launch `kernel` with this configuration."""
     tuning.FORCED[kernel] = config
     tuning.choose.cache_clear()
     try:
@@ -146,7 +146,7 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
 
 
 def calls(kernel: str, tokens: int, shape: Shape, device: str) -> tuple[Callable[[], object], int]:
-    """A call of the backend that launches `kernel`, and how many times it does the same."""
+    """Return a call of the backend that launches `kernel`, and how many times it does the same."""
     E, H, I, K = shape
     gate_up, down = _normal(E, 2 * I, H, device=device) * H**-0.5, _normal(E, H, I, device=device) * I**-0.5
 
@@ -188,12 +188,12 @@ def _normal(*size: int, device: str) -> torch.Tensor:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """The median time of a call on the device, replayed as a CUDA graph."""
+    """Return the median time of a call on the device, replayed as a CUDA graph."""
     return triton.testing.do_bench_cudagraph(run, rep=_MILLISECONDS, return_mode="median")
 
 
 def wall_milliseconds(run: Callable[[], object]) -> float:
-    """The time of one call by the host's clock: for the interpreter, where it means nothing."""
+    """Return the time of one call by the host's clock: for the interpreter, where it means nothing."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
@@ -202,7 +202,7 @@ def wall_milliseconds(run: Callable[[], object]) -> float:
 def fastest(
     problem: Problem, call: Callable[[], object], tried: Iterable[Config], timer: Callable, repeats: int = 1
 ) -> tuple[Config, float]:
-    """The configuration with the least time, and that time in milliseconds."""
+    """Return the configuration with the least time, and that time in milliseconds."""
     times: dict[Config, float] = {}
     for config in tried:
         try:
@@ -235,7 +235,7 @@ def tune(
     seconds: float = float("inf"),
     done: Callable[[list[dict]], object] = lambda entries: None,
 ) -> list[dict]:
-    """The entries of a configuration file, with the milliseconds of each; without them: not tried, so the default.
+    """Return the entries of a configuration file; those without milliseconds were not tried, and are the default.
 
     Args:
         device: "cuda", or "cpu" in Triton's interpreter.
@@ -274,13 +274,13 @@ def _described(problem: Problem) -> dict:
 
 
 def default(problem: Problem, device: str) -> Config:
-    """What runs today for the most rows of the problem's class; its blocks are cut to a matrix when it is launched."""
+    """Return what runs today for the most rows of the problem's class; blocks not yet cut to a matrix."""
     index = torch.cuda.current_device() if device == "cuda" else None
     return tuning.choose(problem.kernel, 2, problem.max_rows or _LARGE, _LARGE, _LARGE, has_descriptors(device), index)
 
 
 def time_defaults(device: str, shape: Shape, tokens: Iterable[int], timer: Callable) -> None:
-    """Print a JSON row per kernel and number of tokens: milliseconds of its launches in a step (decoding: in a forward)."""
+    """Print a JSON row per kernel and number of tokens: milliseconds of its launches in a step, or of decoding."""
     for T in tokens:
         is_decode = T * shape.K <= triton_backend.MAX_DECODE_SLOTS
         for kernel in ("decode",) if is_decode else ("rows", "weight_grad"):
@@ -318,7 +318,7 @@ def counted() -> Iterator[None]:
 
 
 def text(found: dict) -> str:
-    """A configuration file, an entry a line."""
+    """Return a configuration file, an entry a line."""
     head = json.dumps({key: value for key, value in found.items() if key != "entries"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(entry)}" for entry in found["entries"])
     return f'{head[:-2]},\n "entries": [\n{rows}\n ]\n}}\n'
