@@ -295,10 +295,12 @@ def markdown(found: list[dict]) -> str:
         "# What each kernel takes of a chip, compiled ahead of time",
         "",
         "`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA "
-        "only). Registers",
-        "and stack (bytes; above 0: registers spilled) are of one thread, shared memory is in bytes of one block; "
-        "where one kernel",
-        "serves several products or numbers of segments, the most that any takes. Limits of a block: "
+        "only; what changes the",
+        "segment of a weight gradient or the tile of a persistent program is among them, and is run once each). "
+        "Registers and stack (bytes;",
+        "above 0: registers spilled) are of one thread, shared memory is in bytes of one block; where one kernel "
+        "serves several products or",
+        "numbers of segments, the most that any takes. Limits of a block: "
         + ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items() if name in TARGETS)
         + ".",
         "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, no "
@@ -311,7 +313,7 @@ def markdown(found: list[dict]) -> str:
         cells = [str(c) for c in key]
         for version in versions:
             same = by_version.get(version, [])
-            cells += [str(max(r[what] for r in same)) if same and same[0].get(what) else "-" for what in taken]
+            cells += [str(max(r[what] for r in same)) if same and same[0][what] is not None else "-" for what in taken]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
