@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from families import moe_families, tiny_config
 from transformers import (
     CONFIG_MAPPING,
@@ -55,10 +56,14 @@ def test_gradients_reach_the_logits():
 
 
 def reporting_families():
-    classes = {name: MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]] for name in moe_families()}
-    return [
-        name for name, each in classes.items() if "output_router_logits" in inspect.signature(each.forward).parameters
-    ]
+    found = []
+    for name in moe_families():
+        head = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
+        signature = inspect.signature(head.forward)
+        returns = "output_router_logits" in signature.parameters or "MoeCausalLMOutput" in str(signature)
+        if returns and "router_logits" in (head._can_record_outputs or {}):
+            found.append(name)
+    return found
 
 
 # Routers whose weights are no share of the scores of what they chose, so that the check below cannot be made.
@@ -73,6 +78,8 @@ def test_scores_are_what_each_family_routes_by(family):
     """A router's weights of the chosen experts are their scores, up to one factor a token; the chosen are its own."""
     torch.manual_seed(0)
     config = TiedMoeConfig.from_family(tiny_config(family), groups=[])
+    if family in ("ernie4_5_moe", "jamba") and transformers.__version__ < "5.23":
+        pytest.skip("its routers, in that transformers, have no initial value or do not say which experts they chose")
     if family == "qwen4_exp":
         pytest.skip("its base model, which is multimodal, records no router; qwen4_exp_text is the text model")
     model = TiedMoeForCausalLM(config).eval()

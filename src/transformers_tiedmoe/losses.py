@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -117,7 +117,9 @@ def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     it against the weights that each family's routers give.
     """
     score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
-    if score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):
+    if getattr(router, "expert_selection_fn", None) == "softmax":  # cohere2_moe, whose source has both
+        score_fn = None
+    elif score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):
         score_fn = torch.sigmoid
     if score_fn is None:
         return functools.partial(torch.softmax, dim=-1)
@@ -135,9 +137,11 @@ def _record(
     if _recorded.get():
         parts = output if isinstance(output, tuple) else (output,)
         chosen = [each for each in parts if isinstance(each, torch.Tensor) and not each.is_floating_point()]
-        assert len(chosen) == 1, (
-            f"{type(router).__name__} gives {len(chosen)} integer tensors; expected the chosen experts"
-        )
+        if len(chosen) != 1:  # jamba of transformers 5.17
+            raise TiedMoeError(
+                f"the router {type(router).__name__} gives {len(chosen)} integer tensors; expected one, the chosen "
+                "experts: leave output_router_logits off"
+            )
         # The scores are made when the forward has ended: a checkpointed layer, run again, would not make them.
         record_routing(parts[index], scores, chosen[0])
 
@@ -153,16 +157,21 @@ def add_router_losses(family_forward: Callable) -> Callable:
     times too much.
     """
     signature = inspect.signature(family_forward)
-    reports = "output_router_logits" in signature.parameters
+    takes_flag = "output_router_logits" in signature.parameters
+    returned = get_args(signature.return_annotation) or (signature.return_annotation,)
+    fields = set().union(*(getattr(each, "__dataclass_fields__", ()) for each in returned))
+    has_fields = {"router_logits", "aux_loss"} <= fields
 
     @functools.wraps(family_forward)
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
+        # deepseek_v3 and others have no such argument and hand it on to the base model, which records the logits
+        reports = "router_logits" in (self.base_model._can_record_outputs or {}) and (takes_flag or has_fields)
         if output_router_logits and not reports:
             raise TiedMoeError(
                 f"family {self.config.family!r} does not report router logits (transformers' "
-                f"{self._family_class.__name__} has no output_router_logits); leave output_router_logits off"
+                f"{self._family_class.__name__} returns none, or no aux_loss); leave output_router_logits off"
             )
         recorded: list[tuple] = []
         if output_router_logits:
