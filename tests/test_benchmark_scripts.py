@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import make_text, save_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
+import soft_routing
 import untied_in_llama_cpp
 from tables import mean_of, plus_minus, table, write_json
 
@@ -32,6 +34,20 @@ def test_means_and_tables():
     assert plus_minus(mean_of([4.0]), 1) == "4.0"
     assert plus_minus(mean_of([]), 1) == ""
     assert table(["", "ms"], [["a", 1]]) == ["|  | ms |", "| --- | ---: |", "| a | 1 |"]
+
+
+def test_soft_routing_heals_every_row(tmp_path, monkeypatch):
+    source = save_source(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(make_text())
+    wanted = {name: soft_routing.ROWS[name] for name in ("top-k, k=1", "soft, learned")}
+    monkeypatch.setattr(soft_routing, "ROWS", wanted)
+    arguments = [source, "--work", str(tmp_path / "work"), "--seeds", "0", "--steps", "4", "--block-size", "16"]
+    soft_routing.main([*arguments, "--data", str(tmp_path / "text.txt"), "--results", str(tmp_path)])
+    hard, soft = json.loads((tmp_path / "soft_routing.json").read_text())["rows"]
+    assert (hard["experts_used"], hard["used_by_layer"]) == (1, [])
+    assert soft["experts_used"] == pytest.approx(sum(soft["used_by_layer"]) / 4, abs=1e-3)
+    assert sum(soft["mass_by_layer"]) == pytest.approx(1.25 * 4, abs=1e-2)
+    assert "| soft, learned |" in (tmp_path / "soft_routing.md").read_text()
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def tied_layers(output: Source, config: TiedMoeConfig) -> LayerTensors:
 
 
 def _sample_layers(groups: Sequence[Sequence[int]]) -> list[int]:
-    return sorted({groups[0][0], groups[-1][-1]})
+    return sorted({groups[0][0], groups[-1][-1]}) if groups else []
 
 
 def _expert_output(source: SourceModel, layer: int, expert: int, read) -> torch.Tensor:
