@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_text, save_source
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
+import reading
 import soft_routing
 import untied_in_llama_cpp
 from tables import mean_of, plus_minus, table, write_json
@@ -69,6 +72,26 @@ def test_conversion_scale_converts_and_copies_in_pairs(tmp_path, monkeypatch):
     assert row["bytes_after"] < found["source"]["bytes"]
     assert "| `average` |" in output.with_suffix(".md").read_text()
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_reading_reads_what_it_wrote_and_says_who_opens_what(tmp_path, monkeypatch, capsys):
+    def run(command, **options):
+        reading.measure(*command[2:])
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(reading, "NAMES", ["t0", "t1"])
+    monkeypatch.setattr(reading, "EXPERTS", (64, 2, 3))
+    monkeypatch.setitem(reading.TASKS, "every tensor", [["t0"], ["t1"]])
+    monkeypatch.setattr(reading.subprocess, "run", run)
+    reading.main(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.endswith(" MB")]) == 7
+    opened = [line.split(" opens a header with: ") for line in lines[7:]]
+    of = {reader: [header for each, header in opened if each == reader] for reader in reading.READERS}
+    assert of["ours"] == ["sound"]
+    assert of["safe_open"] == ["sound", "a name twice", "65 dimensions"]
+    assert of["huggingface_hub"] == list(reading.CRAFTED)
+    assert load_file(tmp_path / "model.safetensors")["t1"].shape == (256, 181)
 
 
 def test_untied_in_llama_cpp_converts_with_the_checkouts_own_script(tmp_path, monkeypatch):
