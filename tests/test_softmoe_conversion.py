@@ -79,6 +79,9 @@ def test_healing_anneals_to_the_targets(lora, soft, data, tmp_path):
     assert (after["alpha"], after["budget"]) == (before["target_alpha"], before["target_budget"])
     assert after["target_alpha"] is after["target_budget"] is None
     assert model.base_model.expert_budget.theta.abs().max() > 0
+    logged = [each["active_experts"] for each in report["history"] if "active_experts" in each]
+    assert len(logged) == 8
+    assert all(1 <= each <= 4 for each in logged)
     used = report["active_experts"]
     assert len(used) == 4
     assert sum(each["k"] for each in used) == pytest.approx(before["target_budget"])

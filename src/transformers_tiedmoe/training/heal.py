@@ -482,7 +482,7 @@ def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _history_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: entry[name] for name in ("step", "loss", "eval_loss") if name in entry}
+    return {name: entry[name] for name in ("step", "loss", "eval_loss", "active_experts") if name in entry}
 
 
 def _versions() -> dict[str, str]:

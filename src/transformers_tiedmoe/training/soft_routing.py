@@ -50,6 +50,11 @@ class AnnealRouting(TrainerCallback):
             threshold = self.soft["threshold"] * (used / self.soft["target_active"]) ** RATE
             self.soft["threshold"] = min(max(threshold, THRESHOLDS[0]), THRESHOLDS[1])
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Count anew, for the next log to say what was used since this one."""
+        if logs and "loss" in logs and self.soft["target_active"] is None:
+            active_experts(self.model, reset=True)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Take the targets away: they are reached."""
         for name in ("target_alpha", "target_budget"):

@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer
 
 from ..errors import TiedMoeError
+from ..routing import active_experts
 from .data import sequence_losses
 from .distillation import distillation_loss
 from .parameter_groups import pool_parameter_groups
@@ -54,8 +55,10 @@ class HealTrainer(Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Log; raise `Diverged` if a loss since the last call was not finite."""
+        """Log, with soft routing also the experts that a token used; raise `Diverged` if a loss was not finite."""
         self._refuse_to_go_on()
+        if "loss" in logs and (layers := active_experts(self.model)):
+            logs["active_experts"] = sum(each["mean"] for each in layers) / len(layers)
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
