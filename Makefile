@@ -45,7 +45,7 @@ study-conversion: $(INSTALLED)  ## every conversion method's loss against bytes,
 	$(PY) benchmarks/conversion_study.py --output study --results benchmarks/results/conversion_study $(ARGS)
 
 test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
-	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu" $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu and not minutes" $(ARGS)
 
 untied-check: $(INSTALLED) $(TRANSFORMERS_4)  ## untied checkpoints of 17 families in transformers 4.57.6 against the tied models
 	$(ONE_THREAD) $(PY) -m pytest -q -m slow tests/test_conversion_untie.py

@@ -117,7 +117,7 @@ def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tup
     """Return the command for the tests marked gpu of which `selected` is true; for a stand-in, others."""
     names, marks = gpu_tests(), ("-m", "gpu", "-k", selected)
     if stand_in:
-        names, marks = ["tests/test_reference.py"], ("-m", "not gpu and not slow")
+        names, marks = ["tests/test_reference.py"], ("-m", "not gpu and not slow and not minutes")
     options = ["-p", "no:cacheprovider", "-v", "--maxfail", "20", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", "2" if stand_in else str(workers), "--dist", "worksteal"]

@@ -233,7 +233,7 @@ def test_a_cache_made_without_a_gpu_is_found_at_another_place_by_another_build(t
     assert (again["cache_hits"], again["cache_misses"]) == (counts["cache_misses"], 0)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("stage", ["a", "b"])
 def test_a_stage_runs_end_to_end_on_a_stand_in(stage, tmp_path):
     pytest.importorskip("triton")
