@@ -10,7 +10,7 @@ from test_families import UNSUPPORTED
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
-from transformers_tiedmoe.routing import active_experts, soft_top_k
+from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
 
 # Families whose router cannot be replaced, and what the error says of it.
@@ -360,10 +360,12 @@ def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_max_active_drops_and_says_so(tokens, caplog):
-    import logging
-
-    with caplog.at_level(logging.WARNING, "transformers_tiedmoe.routing.softmoe"):
-        model = soft_model(max_active=2, alpha=5.0)
+def test_max_active_drops_and_says_so(tokens, monkeypatch):
+    said = []
+    monkeypatch.setattr(softmoe.logger, "warning_once", said.append)
+    model = soft_model(max_active=2, alpha=5.0)
+    assert set(said) == {
+        "max_active=2 is below the 4 experts of a token that can pass the threshold 0.05: some tokens lose experts."
+    }
     model(tokens)
     assert max(each["p99"] for each in active_experts(model)) == 2

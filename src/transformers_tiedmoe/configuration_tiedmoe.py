@@ -69,8 +69,8 @@ class TiedMoeConfig(PreTrainedConfig):
         routing (`str`, *optional*, defaults to `"top_k"`):
             `"top_k"`, the family's own, or `"softmoe"`: the experts active per token adapt (arXiv 2606.17952).
         softmoe (`dict`, *optional*):
-            With `routing="softmoe"` the fields of `routing.SoftMoeOptions`: `budget`, `learn_budget`, `layers`,
-            `alpha`, `threshold`, `cap`, `max_active`. Holds all of them afterwards.
+            With `routing="softmoe"` any fields of `routing.SoftMoeOptions`, such as `budget`, `alpha` or `threshold`.
+            Holds all of them afterwards.
         family_fields:
             Every field of the family's own config, at top level.
 

@@ -215,9 +215,7 @@ def soften(base_model: Any, expert_paths: dict[int, str]) -> None:
     base_model.expert_budget = ExpertBudget(len(expert_paths), config.softmoe["learn_budget"])
     for experts in base_model.modules():
         if is_experts(experts):
-            experts._is_expert_parallel = (
-                True  # so that transformers' backends look for the sentinel, which that brings
-            )
+            experts._is_expert_parallel = True  # transformers' backends look for the sentinel then
     for place, path in enumerate(expert_paths.values()):
         experts = base_model.get_submodule(path)
         num_experts = getattr(experts, "num_slots", None) or experts.num_experts
