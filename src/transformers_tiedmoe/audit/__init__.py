@@ -1,1 +1,1 @@
-"""Where a model's compute, memory and quality go; so far the metrics that conversion, healing and the demo report."""
+"""Where a model's compute, memory and quality go: one file a kind of evidence, `schema.py` says what each returns."""

@@ -1,0 +1,96 @@
+"""`Subject`: a model that is audited, local or on the Hub; its weights are read when they are asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from ..configuration_tiedmoe import NUM_EXPERTS_FIELDS, TOP_K_FIELDS
+from ..families import expert_layers
+from ..modeling_tiedmoe import TiedExperts
+from ..training.heal import load_config, load_model
+from .routing import layer_experts
+from .schema import Layer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        name: the last part of its path, or its hub id; unique among the models of an audit.
+        path: folder or hub id.
+        config: of the text model.
+        layers: every decoder layer.
+        notes: what is unusual; evidence adds to it.
+    """
+
+    name: str
+    path: str
+    config: PreTrainedConfig
+    layers: tuple[Layer, ...]
+    trust_remote_code: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts; of a dense model only memory and quality can be told."""
+        return any(layer.kind != "dense" for layer in self.layers)
+
+    def load(self) -> PreTrainedModel:
+        """Load the model with all of its weights, in eval mode."""
+        return load_model(self.path, self.trust_remote_code).eval()
+
+    def skeleton(self) -> PreTrainedModel:
+        """Build the model on the meta device: modules and shapes, no memory."""
+        return build_skeleton(self.config, self.trust_remote_code)
+
+
+def open_subject(path: str, name: str | None = None, trust_remote_code: bool = False) -> Subject:
+    """Open a model by its config.
+
+    Raises:
+        OSError: no such model.
+        TiedMoeError: a config that cannot be read, or of no causal language model.
+    """
+    config = load_config(path, trust_remote_code)
+    layers = layers_of(build_skeleton(config, trust_remote_code))
+    return Subject(name or Path(path).name or path, path, config, layers, trust_remote_code)
+
+
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the causal language model of `config` on the meta device."""
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def layers_of(model: PreTrainedModel) -> tuple[Layer, ...]:
+    """Describe every decoder layer of a model, on any device."""
+    config: Any = model.config.get_text_config()
+    experts = layer_experts(model) if expert_layers(model) or getattr(config, "groups", None) else {}
+    found = []
+    for index in range(config.num_hidden_layers):
+        module: Any = experts.get(index)
+        if module is None:
+            found.append(Layer(index=index, kind="dense"))
+            continue
+        is_tied = isinstance(module, TiedExperts)
+        is_soft = getattr(config, "routing", "top_k") == "softmoe"
+        found.append(
+            Layer(
+                index=index,
+                kind="tied" if is_tied else "untied",
+                pool=module.pool_index if is_tied else None,
+                num_experts=(module.num_slots if is_tied else None) or _field(config, NUM_EXPERTS_FIELDS),
+                pool_experts=module.pool_size if is_tied else None,
+                top_k=None if is_soft else _field(config, TOP_K_FIELDS),
+            )
+        )
+    return tuple(found)
+
+
+def _field(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
