@@ -14,7 +14,8 @@ from tiedmoe_conversion import METHODS, ConversionError, ConversionRecipe, choos
 from tiedmoe_conversion.checkpoint.reader import Source, open_source
 from tiedmoe_conversion.layout.source_model import SourceModel, read_config
 from tiedmoe_conversion.methods import Pool
-from tiedmoe_conversion.search import Candidate, Search
+from tiedmoe_conversion.search import Search
+from transformers_tiedmoe.grouping import Candidate
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 Every run of up to `group_size` neighbouring layers is tied alone, at every width the method can make, and the loss on
 held-out text is taken (a sensitivity scan). Losses of groups that do not touch are then added up, and dynamic
-programming finds for every number of bytes the groups of the least sum. The sum is a prediction: what is chosen is
-measured.
+programming (`transformers_tiedmoe.grouping`) finds for every number of bytes the groups of the least sum. The sum is a
+prediction: what is chosen is measured.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from transformers_tiedmoe.grouping import Candidate, best_choices
 from transformers_tiedmoe.pools import tie_groups
 
 from .calibration.inputs import Calibration, Residuals, TiedTensors
@@ -27,16 +28,6 @@ from .methods import Pool
 from .recipe import ConversionRecipe
 
 WIDTH_STEP = 0.5  # of E, between two widths of a pool that are tried
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A group and the width of its pool: the bytes that saves, and what it adds to the loss when tied alone."""
-
-    layers: tuple[int, ...]
-    width: int
-    saved: int
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -220,25 +211,12 @@ class Search:
 
     def curve(self, candidates: Sequence[Candidate]) -> list[Point]:
         """Return the choices of disjoint groups that none beats in both bytes and losses, the fewest bytes first."""
-        starting: dict[int, list[Candidate]] = {}
-        for candidate in candidates:
-            starting.setdefault(candidate.layers[0], []).append(candidate)
-        # fronts[i]: the best choices among the first i layers, by bytes saved
-        fronts: list[dict[int, tuple[float, tuple[Candidate, ...]]]] = [{} for _ in range(len(self.eligible) + 1)]
-        fronts[0] = {0: (0.0, ())}
-        for i, layer in enumerate(self.eligible):
-            fronts[i] = _undominated(fronts[i])
-            for saved, (loss, chosen) in fronts[i].items():
-                _keep(fronts[i + 1], saved, loss, chosen)
-                for c in starting.get(layer, []):
-                    _keep(fronts[i + len(c.layers)], saved + c.saved, loss + c.loss, (*chosen, c))
-        last = _undominated(fronts[-1])
-        points = [
-            Point(chosen, size := self.source.bytes_as_read - saved, size / self.source.bytes_as_read, loss)
-            for saved, (loss, chosen) in last.items()
-            if chosen
+        size = self.source.bytes_as_read
+        return [
+            Point(choice.candidates, size - choice.saved, (size - choice.saved) / size, choice.loss)
+            for choice in best_choices(self.eligible, candidates)
+            if choice.candidates
         ]
-        return sorted(points, key=lambda point: point.bytes_after)
 
     def _scans(self) -> Iterator[tuple[int, int, list[tuple[int, ...]]]]:
         """Yield a length, a width and disjoint groups, so that every run of layers comes at every width."""
@@ -312,18 +290,3 @@ class Search:
             else:
                 low = middle + 1
         return high
-
-
-def _keep(front: dict[int, tuple[float, tuple[Candidate, ...]]], saved: int, loss: float, chosen: tuple) -> None:
-    if saved not in front or loss < front[saved][0]:
-        front[saved] = (loss, chosen)
-
-
-def _undominated(front: dict[int, tuple[float, tuple[Candidate, ...]]]) -> dict[int, Any]:
-    """Return the entries that save more than every entry of less loss."""
-    kept, least = {}, float("inf")
-    for saved in sorted(front, reverse=True):
-        if front[saved][0] < least:
-            least = front[saved][0]
-            kept[saved] = front[saved]
-    return kept

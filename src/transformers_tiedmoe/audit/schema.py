@@ -193,7 +193,7 @@ class Stability(Section):
 
 
 class Replacement(Section):
-    """What the loss becomes when a layer uses its neighbour's part."""
+    """What a layer that uses its neighbour's part adds to the loss; experts are matched by their outputs before."""
 
     layer: int
     neighbour: int
@@ -206,7 +206,9 @@ class Similarity(Section):
 
     layers: tuple[int, int]
     representation_cka: float = Field(description="linear CKA of what enters the experts, 0 to 1")
-    output_similarity: float = Field(description="mean cosine of best-matched experts' outputs on the same tokens")
+    output_similarity: float | None = Field(
+        description="of neighbours, null of others: mean cosine of matched experts' outputs on the same tokens"
+    )
 
 
 class SuggestedPlan(Section):
