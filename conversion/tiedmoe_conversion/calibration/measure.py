@@ -37,10 +37,11 @@ def measure_conversion(
     before, source_routing = _run(calibration.model, calibration.held_out)
     model = StreamedModel(family_model(source.model.config), output.read, source.bytes_as_read)
     after, tied_routing = _run(model, calibration.held_out)
-    agreement = {
-        layer: routing_agreement(source_routing[layer], tied_routing[layer]) for layer in sorted(source_routing)
-    }
     num_slots = source.num_experts
+    agreement = {
+        layer: routing_agreement(source_routing[layer], tied_routing[layer], num_slots)
+        for layer in sorted(source_routing)
+    }
     dead_experts, dead_slots = {}, {}
     for p, group in enumerate(groups):
         reached = torch.zeros(widths[p], dtype=torch.bool)

@@ -1,7 +1,8 @@
 """One definition of each metric: its formula, its unit, its source. Conversion, callbacks, demo and audit use these.
 
-Shapes: T tokens, K experts per token, E experts that a router (or a pool) has. Indices of E or more are inactive
-slots.
+Shapes: T tokens, K experts per token, E experts that a router (or a pool) has, D domains. Indices of E or more are
+inactive slots. Counts may have leading dimensions, `[..., E]`, which a metric keeps. Entropies, divergences and mutual
+information are in nats unless they say "over log E".
 """
 
 import math
@@ -12,6 +13,9 @@ import torch
 def perplexity(loss: float) -> float:
     """Return exp(loss) of a mean cross-entropy in nats per token; infinity if it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+# Load of the experts
 
 
 def expert_counts(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -28,8 +32,8 @@ def expert_counts(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def load_shares(counts: torch.Tensor) -> torch.Tensor:
-    """Return each expert's share of the choices, `[E]` float, summing to 1; NaN if nothing was chosen."""
-    return counts / counts.sum()
+    """Return each expert's share of the choices, float `[..., E]`, summing to 1; NaN if nothing was chosen."""
+    return counts / counts.sum(-1, keepdim=True)
 
 
 def num_dead(counts: torch.Tensor) -> int:
@@ -37,11 +41,143 @@ def num_dead(counts: torch.Tensor) -> int:
     return int((counts == 0).sum())
 
 
-def routing_agreement(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the share of the choices in `reference` that `other` made for the same token, in any order: 1 if all.
+def load_cv(counts: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation of the experts' loads over their mean: 0 is even (Shazeer 2017, 1701.06538, 4).
+
+    Args:
+        counts: `[..., E]`.
+
+    Returns:
+        `[...]`, of which the square is the paper's CV², before its weight.
+    """
+    loads = counts.double()
+    return loads.std(-1, correction=0) / loads.mean(-1)
+
+
+def load_max_over_mean(counts: torch.Tensor) -> torch.Tensor:
+    """Return the busiest expert's load over the mean, `[...]`: 1 is even, E is all (MaxVio + 1 of 2408.15664, 4.1)."""
+    loads = counts.double()
+    return loads.amax(-1) / loads.mean(-1)
+
+
+def is_collapsed(counts: torch.Tensor, top_k: int) -> bool:
+    """Tell whether the K busiest experts have their even share K/E of all choices and half of the rest, or more.
+
+    Args:
+        counts: `[E]`.
+        top_k: K, experts of a token.
+    """
+    even = top_k / counts.shape[-1]
+    busiest = load_shares(counts.double()).topk(min(top_k, counts.shape[-1])).values.sum()
+    return even < 1 and float(busiest) >= even + (1 - even) / 2
+
+
+# Entropy and divergence
+
+
+def entropy(shares: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of distributions `[..., E]` in nats, `[...]`: -sum p log p."""
+    return torch.special.entr(shares.double()).sum(-1)
+
+
+def choice_entropy(counts: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of the shares of all choices over log E, `[...]`: 1 is even, 0 is one expert."""
+    return entropy(load_shares(counts.double())) / _log(counts.shape[-1])
+
+
+def token_entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each token's router distribution over log E: `[T, E]` gives `[T]`; 1 is undecided."""
+    return entropy(scores) / _log(scores.shape[-1])
+
+
+def mutual_information(joint: torch.Tensor) -> torch.Tensor:
+    """Return the mutual information of two variables by their joint counts `[..., A, B]`, in nats, `[...]`."""
+    joint = joint.double() / joint.sum((-2, -1), keepdim=True)
+    margins = entropy(joint.sum(-1)) + entropy(joint.sum(-2))
+    return (margins - entropy(joint.flatten(-2))).clamp(min=0)
+
+
+def specialisation(counts: torch.Tensor) -> torch.Tensor:
+    """Return the mutual information of expert and domain, with domains as likely as each other, in nats.
+
+    It is 0 if every domain loads the experts alike, log D if no two domains share one, and of two domains their
+    `jensen_shannon` divergence (the generalised divergence of Lin 1991, 10.1109/18.61115, equation 5.1).
+
+    Args:
+        counts: `[..., D, E]`.
+
+    Returns:
+        `[...]`.
+    """
+    return mutual_information(load_shares(counts.double()))
+
+
+def jensen_shannon(counts: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the Jensen-Shannon divergence of two loads `[..., E]` in nats, 0 to log 2 (Lin 1991, equation 4.1)."""
+    return specialisation(torch.stack([counts, others], dim=-2))
+
+
+def total_variation(counts: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the total variation of two histograms `[..., E]`, 0 to 1: half the sum of the shares' differences."""
+    return (load_shares(counts.double()) - load_shares(others.double())).abs().sum(-1) / 2
+
+
+# Agreement
+
+
+def agreeing_choices(
+    reference: torch.Tensor, other: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count each token's choices in `reference`, and those among them that `other` made too.
 
     Args:
         reference: int64 `[T, K]`.
         other: int64 `[T, K']` of the same tokens.
+        num_experts: E.
+
+    Returns:
+        agreeing and all, int64 `[T]` each.
     """
-    return float((reference[:, :, None] == other[:, None, :]).any(-1).double().mean())
+    is_active = reference < num_experts
+    agrees = (reference[:, :, None] == other[:, None, :]).any(-1) & is_active
+    return agrees.sum(-1), is_active.sum(-1)
+
+
+def routing_agreement(reference: torch.Tensor, other: torch.Tensor, num_experts: int) -> float:
+    """Return the share of the choices in `reference` that `other` made for the same token, in any order: 1 if all.
+
+    Arguments as in `agreeing_choices`.
+    """
+    agreeing, chosen = agreeing_choices(reference, other, num_experts)
+    return float(agreeing.sum() / chosen.sum())
+
+
+def agreement_by_chance(counts: torch.Tensor, other_tokens: torch.Tensor, num_tokens: int) -> float:
+    """Return the `routing_agreement` of two routers with these loads that choose independently of each other.
+
+    It is the sum over experts of the reference's share of choices times the other's share of tokens.
+
+    Args:
+        counts: of the reference's choices, `[E]`.
+        other_tokens: tokens that the other sends to each expert, `[E]`.
+        num_tokens: T.
+    """
+    return float((load_shares(counts.double()) * other_tokens.double()).sum() / num_tokens)
+
+
+# Numbers of active experts
+
+
+def histogram_quantile(histogram: torch.Tensor, share: float) -> int:
+    """Return the smallest number n such that at least `share` of the items of `histogram [N]` are n or less."""
+    return int((histogram.cumsum(0) < share * histogram.sum()).sum())
+
+
+def histogram_mean(histogram: torch.Tensor) -> float:
+    """Return the mean number of the items of `histogram [N]`, whose entry n counts those that are n."""
+    numbers = torch.arange(len(histogram), dtype=torch.float64)
+    return float((numbers * histogram).sum() / histogram.sum())
+
+
+def _log(num_experts: int) -> float:
+    return math.log(max(num_experts, 2))  # of a single expert the entropy is 0

@@ -158,9 +158,14 @@ class LayerStability(Section):
     choice_entropy: Interval = Field(description="of the shares of all choices, over log E: 1 is even")
     token_entropy: Interval | None = Field(description="mean over tokens of the router's own distribution, over log E")
     num_dead: int = Field(description="experts that no token chose")
-    is_collapsed: bool = Field(description="half of all choices, or more, go to K experts or fewer")
+    is_collapsed: bool = Field(
+        description="the K busiest experts have their even share K/E and half of all the rest, or more"
+    )
     specialisation: Interval | None = Field(description="mutual information of expert and domain; null of one domain")
-    drift: dict[str, float] = Field(description="'a|b': Jensen-Shannon divergence of the loads of two domains")
+    source_agreement: Interval | None = Field(
+        default=None, description="share of the choices that the same layer of the source makes too, with --source"
+    )
+    drift: dict[str, Interval] = Field(description="'a|b': Jensen-Shannon divergence of the loads of two domains")
     loads: dict[str, list[float]] = Field(description="by domain, each expert's share of the choices")
 
 
@@ -174,7 +179,10 @@ class Agreement(Section):
 
 
 class Flow(Section):
-    """Tokens from the experts of a layer to those of the next: joint counts of first choices, largest first."""
+    """Tokens from the experts of a layer to those of the next: joint counts of first choices, largest first.
+
+    A tied layer's experts are numbered by their pool's rows, so that a token which stays is one that stays.
+    """
 
     layers: tuple[int, int]
     flows: list[tuple[int, int, int]] = Field(description="(expert, next layer's expert, tokens); at most 200")
