@@ -90,8 +90,8 @@ COMPONENTS = ("embedding", "attention", "router", "experts", "shared_experts", "
 class Parameters(Section):
     """Numbers of one component.
 
-    `unique` counts a pool once, `read` once for each layer that reads it (`shared` is the difference), `active` those
-    that one token reads.
+    `unique` counts a pool once, `read` once for each layer that reads it (`shared` is the difference), `active` all
+    but the experts that a token does not use, over all layers, as publishers count; an embedding counts whole.
     """
 
     unique: int
@@ -114,6 +114,7 @@ class Inference(Section):
     batch_size: int
     weight_bytes: int
     cache_bytes: int = Field(description="keys and values, latent of MLA, sliding windows, linear states")
+    working_bytes: int = Field(description="most that a pass over the whole context takes besides")
     total_bytes: int
     fits: dict[str, bool] = Field(description="by GPU, whether one holds it")
 
@@ -124,7 +125,9 @@ class Training(Section):
     optimizer: Literal["adamw", "muon"]
     strategy: Literal["one", "ddp", "fsdp2", "expert_parallel"]
     num_gpus: int
-    weight_bytes: int
+    precision: Literal["mixed", "float32", "bfloat16"]
+    gradient_checkpointing: bool
+    weight_bytes: int = Field(description="with what FSDP2 gathers at a time, and copies in another dtype")
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int

@@ -1,0 +1,225 @@
+"""Evidence 2, memory: parameters, checkpoint, inference and training bytes, from config and headers without weights.
+
+The model's skeleton runs on the meta device: caches and activations are those of transformers' own code, and nothing
+is allocated. `memory_parameters.py` counts parameters, `memory_cache.py` caches, `memory_training.py` training.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+
+from ..errors import TiedMoeError
+from .memory_cache import prefill
+from .memory_parameters import Tensor, count_layers, count_parameters, list_tensors
+from .memory_training import OPTIMIZERS, PRECISIONS, STRATEGIES, Precision, activation_bytes, plan_training
+from .schema import Inference, Memory, Training
+from .subject import Subject
+
+GIB = 2**30
+# What torch can use of each, as its own errors of full memory say ("GPU 0 has a total capacity of ..."): less than the
+# name says. The issue on GitHub that shows it stands beside each.
+GPUS = {
+    "T4 16GB": 14.75,  # hpcaitech/Open-Sora 697
+    "RTX 3090 24GB": 23.70,  # Lightning-AI/lit-llama 137
+    "RTX 4090 24GB": 23.64,  # TMElyralab/MuseTalk 76
+    "RTX 5090 32GB": 31.36,  # TrajectoryCrafter/TrajectoryCrafter 20
+    "A100 40GB": 39.50,  # TianheWu/CoSeR 10
+    "L40S 48GB": 44.42,  # stepfun-ai/Step-Video-T2V 8
+    "A100 80GB": 79.25,  # levihsu/OOTDiffusion 235
+    "H100 80GB": 79.11,  # vllm-project/vllm 27508
+    "B200 192GB": 178.35,  # unslothai/unsloth 3411
+}
+CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What to predict memory for.
+
+    Attributes:
+        context: tokens of a sequence in serving.
+        batch_size: sequences at a time, in serving and on each GPU in training.
+        num_gpus: GPUs that training is split over.
+        block_size: tokens of a sequence in training.
+        dtypes: of the weights in serving, by torch's names; one of a byte keeps its cache in bfloat16.
+        precision: of training, one of "mixed" (float32 weights, gradients and states; bfloat16 computes), "float32"
+            and "bfloat16" (everything).
+        gpus: names of `GPUS` to compare with; all by default.
+    """
+
+    context: int = 4096
+    batch_size: int = 1
+    num_gpus: int = 8
+    block_size: int = 2048
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    precision: Precision = "mixed"
+    gpus: tuple[str, ...] = tuple(GPUS)
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch_size", "num_gpus", "block_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise TiedMoeError(f"{name}={getattr(self, name)!r}; expected an integer of at least 1")
+        for name in self.dtypes:
+            dtype = getattr(torch, name, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise TiedMoeError(f"dtypes has {name!r}; expected floating dtypes of torch such as 'bfloat16'")
+        if self.precision not in PRECISIONS:
+            raise TiedMoeError(f"precision={self.precision!r}; expected one of {list(PRECISIONS)}")
+        if unknown := [name for name in self.gpus if name not in GPUS]:
+            raise TiedMoeError(f"gpus has {unknown[0]!r}; expected some of {list(GPUS)}")
+
+
+def measure(subject: Subject, options: MemoryOptions | None = None) -> Memory:
+    """Predict what a model needs; notes what could not be predicted in `subject.notes`.
+
+    Args:
+        subject: its config and, for the bytes of the checkpoint, its headers.
+        options: what for.
+    """
+    options = options or MemoryOptions()
+    gpus = {name: round(GPUS[name] * GIB) for name in options.gpus}
+    stored = stored_bytes(subject)
+    model = subject.skeleton().to(torch.bfloat16)
+    top_k: dict[int, int] = {}
+    try:
+        top_k = prefill(model, 2, 1).top_k
+    except (RuntimeError, NotImplementedError) as error:
+        subject.notes.append(_unpredicted("the number of experts per token", error))
+    tensors = list_tensors(model, subject, top_k)
+    return Memory(
+        parameters=count_parameters(tensors),
+        layers=count_layers(tensors, len(subject.layers)),
+        checkpoint_bytes=sum(stored.values()) if stored else None,
+        stored_dtypes=stored,
+        inference=_inference(subject, model, tensors, options, stored, gpus),
+        training=_training(subject, model, tensors, options, top_k, gpus),
+        gpus=gpus,
+    )
+
+
+def stored_bytes(subject: Subject) -> dict[str, int]:
+    """Return the bytes of a checkpoint's tensors by dtype as safetensors names them, from its headers.
+
+    Packed values and their scales count as they are stored. Empty for a config without weights.
+    """
+    folder = Path(subject.path)
+    if not subject.path:
+        return {}
+    try:
+        if folder.is_dir():
+            if not any(folder.glob("*.safetensors")):
+                return {}
+            metadata = huggingface_hub.get_local_safetensors_metadata(folder)
+        else:
+            metadata = huggingface_hub.get_safetensors_metadata(subject.path)
+    except (
+        OSError,
+        huggingface_hub.errors.HFValidationError,
+        huggingface_hub.errors.NotASafetensorsRepoError,
+    ) as error:
+        subject.notes.append(f"the headers of the weights could not be read: {type(error).__name__}: {error}")
+        return {}
+    found: Counter[str] = Counter()
+    for file in metadata.files_metadata.values():
+        for tensor in file.tensors.values():
+            found[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
+    return dict(found)
+
+
+def _inference(
+    subject: Subject,
+    model: Any,
+    tensors: Sequence[Tensor],
+    options: MemoryOptions,
+    stored: dict[str, int],
+    gpus: dict[str, int],
+) -> list[Inference]:
+    num = sum(tensor.num for tensor in tensors)
+    weights = {name: num * getattr(torch, name).itemsize + _buffer_bytes(model) for name in options.dtypes}
+    if getattr(subject.config, "quantization_config", None) is not None and stored:
+        weights["as stored"] = sum(stored.values())
+    found = []
+    for name, weight_bytes in weights.items():
+        dtype = getattr(torch, name, None)
+        try:
+            needs = prefill(
+                model.to(dtype if dtype in CACHE_DTYPES else torch.bfloat16), options.context, options.batch_size
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            subject.notes.append(_unpredicted("inference", error))
+            return []
+        total = weight_bytes + needs.cache_bytes + needs.working_bytes
+        found.append(
+            Inference(
+                dtype=name,
+                context=options.context,
+                batch_size=options.batch_size,
+                weight_bytes=weight_bytes,
+                cache_bytes=needs.cache_bytes,
+                working_bytes=needs.working_bytes,
+                total_bytes=total,
+                fits={gpu: total <= size for gpu, size in gpus.items()},
+            )
+        )
+    return found
+
+
+def _training(
+    subject: Subject,
+    model: Any,
+    tensors: Sequence[Tensor],
+    options: MemoryOptions,
+    top_k: dict[int, int],
+    gpus: dict[str, int],
+) -> list[Training]:
+    model = model.to(torch.float32 if options.precision == "float32" else torch.bfloat16)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing and not model.supports_gradient_checkpointing:
+            continue
+        try:
+            activations = activation_bytes(model, options.batch_size, options.block_size, checkpointing)
+        except (RuntimeError, NotImplementedError) as error:
+            subject.notes.append(_unpredicted("training", error))
+            continue
+        for optimizer in OPTIMIZERS:
+            for strategy in STRATEGIES:
+                num_gpus = 1 if strategy == "one" else options.num_gpus
+                fields = plan_training(
+                    tensors,
+                    _buffer_bytes(model),
+                    activations,
+                    options.precision,
+                    optimizer,
+                    strategy,
+                    num_gpus,
+                    options.batch_size * options.block_size,
+                    subject.config.get_text_config().hidden_size,
+                    top_k,
+                    checkpointing,
+                )
+                found.append(
+                    Training(
+                        optimizer=optimizer,
+                        strategy=strategy,
+                        num_gpus=num_gpus,
+                        precision=options.precision,
+                        gradient_checkpointing=checkpointing,
+                        fits={gpu: fields["total_bytes"] <= size for gpu, size in gpus.items()},
+                        **fields,
+                    )
+                )
+    return found
+
+
+def _buffer_bytes(model: Any) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+def _unpredicted(what: str, error: Exception) -> str:
+    return f"{what} could not be predicted without weights: {type(error).__name__}: {str(error).splitlines()[0]}"

@@ -1,0 +1,190 @@
+"""What a training step needs on each GPU, and what one GPU sends: for one GPU, DDP, FSDP2 and expert parallelism.
+
+N GPUs, P bytes. A ring all-reduce sends 2 (N - 1) / N P from each GPU, an all-gather or a reduce-scatter half of that
+(Rabenseifner, ICCS 2004, and NCCL's own performance notes).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from ..training.parameter_groups import NO_DECAY
+from .memory_parameters import Tensor
+from .meta_run import counted_on_meta, recomputing_on_meta
+
+Optimizer = Literal["adamw", "muon"]
+Strategy = Literal["one", "ddp", "fsdp2", "expert_parallel"]
+Precision = Literal["float32", "bfloat16", "mixed"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
+STRATEGIES: tuple[Strategy, ...] = ("one", "ddp", "fsdp2", "expert_parallel")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a number, of each kind."""
+
+    weight: int
+    compute: int
+    gradient: int
+    state: int
+
+    @property
+    def copy(self) -> int:
+        """Of the copy of the weights that is computed with, where that is not the weights themselves."""
+        return self.compute if self.compute != self.weight else 0
+
+
+PRECISIONS: dict[str, Sizes] = {
+    "float32": Sizes(4, 4, 4, 4),
+    "bfloat16": Sizes(2, 2, 2, 2),
+    "mixed": Sizes(4, 2, 4, 4),  # float32 weights, gradients and states; bfloat16 copies compute
+}
+
+
+def activation_bytes(model: PreTrainedModel, batch_size: int, block_size: int, checkpointing: bool) -> int:
+    """Return the most bytes that a step holds besides weights, gradients and optimizer: activations and temporaries.
+
+    The family's own forward and backward run on the meta device, with gradients that are already there, as in all but
+    the first micro-batch of a step. Experts run as one grouped product and attention as a fused kernel; layers of
+    linear attention as transformers' reference code, which keeps more than their own kernels do.
+
+    Args:
+        model: on the meta device, in the dtype that computes; it is left in eval mode.
+        batch_size: sequences.
+        block_size: tokens in each.
+        checkpointing: whether every layer is computed again in the backward pass (non-reentrant).
+    """
+    model = model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    if checkpointing:
+        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputing_on_meta}
+        model.gradient_checkpointing_enable(again)
+    tokens = torch.empty(batch_size, block_size, dtype=torch.int64, device="meta")
+    known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in parameters), tokens]
+    try:
+        with counted_on_meta(known) as allocations:
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+    return allocations.peak
+
+
+def plan_training(
+    tensors: Sequence[Tensor],
+    buffer_bytes: int,
+    activations: int,
+    precision: Precision,
+    optimizer: Optimizer,
+    strategy: Strategy,
+    num_gpus: int,
+    tokens: int,
+    hidden_size: int,
+    top_k: dict[int, int],
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Return the byte fields of `Training` for one GPU of a strategy.
+
+    Args:
+        tensors: every parameter once.
+        buffer_bytes: of the model's buffers.
+        activations: from `activation_bytes`, of the sequences of one GPU.
+        precision: dtypes of weights, of computing, of gradients and of states.
+        optimizer: see `state_numbers`.
+        strategy: see the functions below.
+        num_gpus: N; 1 for "one".
+        tokens: of one GPU in a step.
+        hidden_size: H.
+        top_k: experts of a token by layer.
+        checkpointing: whether layers are computed again.
+    """
+    sizes = PRECISIONS[precision]
+    states = sum(state_numbers(tensor, optimizer) for tensor in tensors) * sizes.state
+    weights = sum(tensor.num for tensor in tensors)
+    experts = sum(tensor.num for tensor in tensors if tensor.component == "experts")
+    ring = (num_gpus - 1) / num_gpus
+    if strategy == "fsdp2":
+        root, others, largest = _units(tensors)
+        gathered = (root + 2 * largest) * sizes.compute
+        fields = (
+            weights * sizes.weight / num_gpus + gathered,
+            weights * sizes.gradient / num_gpus + largest * (sizes.compute + sizes.gradient),
+            states / num_gpus,
+            ring * ((root + 2 * others) * sizes.compute + weights * sizes.gradient),
+        )
+    elif strategy == "expert_parallel":
+        own = weights - experts + experts / num_gpus
+        expert_states = (
+            sum(state_numbers(tensor, optimizer) for tensor in tensors if tensor.component == "experts") * sizes.state
+        )
+        passes = 6 if checkpointing else 4  # dispatch and combine: forward, backward, and computed again
+        sent = passes * ring * tokens * sum(top_k.values()) * hidden_size * sizes.compute
+        fields = (
+            own * (sizes.weight + sizes.copy),
+            own * sizes.gradient,
+            states - expert_states + expert_states / num_gpus,
+            2 * ring * (weights - experts) * sizes.gradient + sent,
+        )
+    else:
+        copies = 2 if strategy == "ddp" else 1  # DDP's buckets, unless gradient_as_bucket_view
+        fields = (
+            weights * (sizes.weight + sizes.copy),
+            weights * sizes.gradient * copies,
+            states,
+            2 * ring * weights * sizes.gradient if strategy == "ddp" else 0,
+        )
+    weight_bytes, gradient_bytes, optimizer_bytes, communicated = map(round, fields)
+    weight_bytes += buffer_bytes
+    return {
+        "weight_bytes": weight_bytes,
+        "gradient_bytes": gradient_bytes,
+        "optimizer_bytes": optimizer_bytes,
+        "activation_bytes": activations,
+        "total_bytes": weight_bytes + gradient_bytes + optimizer_bytes + activations,
+        "communicated_bytes": communicated,
+    }
+
+
+def state_numbers(tensor: Tensor, optimizer: Optimizer) -> int:
+    """Return how many numbers an optimizer keeps of a parameter.
+
+    AdamW keeps two of each (arXiv 1711.05101, algorithm 2). Muon keeps a momentum of every matrix and of every
+    expert's matrix, and leaves embeddings, head, biases, norms and convolutions to AdamW (Jordan et al., 2024, "Muon:
+    an optimizer for hidden layers").
+    """
+    if optimizer == "adamw":
+        return 2 * tensor.num
+    is_matrix = len(tensor.shape) == (3 if tensor.component == "experts" else 2)
+    is_hidden = tensor.component not in ("embedding", "head") and not NO_DECAY.search(tensor.name)
+    return tensor.num if is_matrix and is_hidden else 2 * tensor.num
+
+
+def _units(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Cut a model into FSDP2's units: the root (what is in no layer), each layer, each pool.
+
+    Returns:
+        Parameters of the root, which stays gathered from forward to backward; of all others, each gathered once
+        forward and once backward (a pool too: its gather is kept until the last layer of its group, see
+        docs/scaling.md); and of the largest layer with the pool it reads. Two of these are gathered at a time, as
+        FSDP2 fetches the next while one computes.
+    """
+    root = 0
+    layers: dict[int, int] = {}
+    pools: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.pool is not None:
+            pools[tensor.pool] = pools.get(tensor.pool, 0) + tensor.num
+        elif tensor.layer is not None:
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.num
+        else:
+            root += tensor.num
+    largest = max(layers.values(), default=0) + max(pools.values(), default=0)
+    return root, sum(layers.values()) + sum(pools.values()), largest

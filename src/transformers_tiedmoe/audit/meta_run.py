@@ -1,0 +1,111 @@
+"""Run a model on the meta device and count what it would allocate: shapes only, no memory, no arithmetic.
+
+Every tensor's storage is counted from its making until its last reference is gone, as torch's allocators do. So a run
+says what transformers' own code keeps: activations, caches, temporary tensors.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+aten = torch.ops.aten
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is entered: `live` now, and `peak`.
+
+    Args:
+        known: tensors that exist already and are not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: Any = weakref.WeakSet()
+        for tensor in known:
+            self._seen.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = _without_values(func, args, kwargs or {})
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        num_bytes = storage.nbytes()
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, num_bytes)
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+def _without_values(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Call an operator, or say what it would return where torch has no rule for the meta device."""
+    if func is aten._grouped_mm.default:  # torch's rule takes bfloat16 only
+        left, right, offsets = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
+        if right.dim() == 3:
+            return left.new_empty(left.shape[0], right.shape[2])
+        return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])
+    if func is aten.nonzero.default and args[0].is_meta:  # at most
+        return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+    return func(*args, **kwargs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Attention as fused kernels do it: they keep queries, keys, values, the output and a number for every query.
+
+    On the meta device torch would take the kernel that keeps every attention weight (FlashAttention, arXiv 2205.14135,
+    section 3.1, is what GPUs run).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _Answers(TorchFunctionMode):
+    """Answers what code asks of values that are not there, and runs attention as a fused kernel."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True  # "is this batch one sequence a row?"
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            query, key, value = args[:3]
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is not None and mask.dtype is torch.bool:
+                mask = query.new_empty(mask.shape)
+            return _FusedAttention.apply(query, key, value, mask)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def counted_on_meta(known: Iterable[torch.Tensor]) -> Iterator[Allocations]:
+    """Count what is allocated on the meta device within the block, beside the tensors of `known`."""
+    with Allocations(known) as allocations, _Answers():
+        yield allocations
+
+
+def recomputing_on_meta() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Return the contexts of a checkpointed layer's two passes: torch runs the second outside of the mode above."""
+    return contextlib.nullcontext(), _Answers()
