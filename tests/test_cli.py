@@ -31,6 +31,7 @@ from tiedmoe_cli import terminal
 from tiedmoe_cli.flags import FileOption, with_flags
 from tiedmoe_conversion import ConversionRecipe
 from tiedmoe_demo import DemoConfig
+from transformers_tiedmoe.audit.config import AuditConfig
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 
 RECIPES = Path(tiedmoe_conversion.__file__).parent / "recipes"
@@ -40,6 +41,7 @@ COMMANDS = {
     "verify": cli.VerifyConfig,
     "untie": cli.UntieConfig,
     "heal": TiedMoeTrainingArguments,
+    "audit": AuditConfig,
     "demo": DemoConfig,
     "recipes": cli.RecipesConfig,
 }

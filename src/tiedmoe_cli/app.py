@@ -136,7 +136,7 @@ def build_app() -> typer.Typer:
     return app
 
 
-_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, verify, heal."
+_HELP = "Tie the experts of a trained Mixture-of-Experts model: plan, convert, verify, heal, audit."
 _PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 
@@ -187,6 +187,10 @@ def _commands() -> dict[str, Command]:
             heal, "transformers_tiedmoe.training.arguments:TiedMoeTrainingArguments",
             "tiedmoe heal tied --data text.txt --output healed --max-steps 500",
             parse="transformers_tiedmoe.training.arguments:parse_arguments",
+        ),
+        Command(
+            audit, "transformers_tiedmoe.audit.config:AuditConfig",
+            f"tiedmoe audit {EXAMPLE_SOURCE} tied healed --data text.txt --output audit", ("models",),
         ),
         Command(demo, "tiedmoe_demo.config:DemoConfig", "tiedmoe demo --output demo"),
         Command(
@@ -289,6 +293,18 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
     done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output_dir}."
     return report, [table, *(f"warning: {each}" for each in report["warnings"]), done]
+
+
+def audit(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Say where the compute, memory and quality of models go: any transformers MoE, tied or not, or several.
+
+    MODELS are folders or hub ids. OUTPUT gets report.html, report.md, audit.json and the figures. A killed audit goes
+    on with the same command.
+    """
+    from transformers_tiedmoe.audit.run import audit
+
+    found = audit(config, progress)
+    return found, f"The report is in {config.output}."
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:

@@ -1,4 +1,7 @@
-"""Command-line flags out of dataclass fields: the type and `metadata["help"]` of each field, listed nowhere else."""
+"""Command-line flags out of dataclass fields: the type and `metadata["help"]` of each field, listed nowhere else.
+
+A list of texts with `metadata["repeats"]`, which names one of them in the help, is a flag that may be given again.
+"""
 
 import dataclasses
 import inspect
@@ -37,9 +40,9 @@ def with_flags(
     """
     file_name = file_option.name if file_option else ""
 
-    def callback(context: typer.Context, as_json: bool, **flags: Any) -> None:
+    def callback(called: typer.Context, as_json: bool, **flags: Any) -> None:
         file = flags.pop(file_name, None)
-        sources = {name: context.get_parameter_source(name) for name in flags}
+        sources = {name: called.get_parameter_source(name) for name in flags}
         given = {
             name: _expanded(flags[name])
             for name, source in sources.items()
@@ -48,7 +51,7 @@ def with_flags(
         run(given, as_json, _expanded(file))
 
     hints = typing.get_type_hints(config_class)
-    parameters = [_keyword("context", typer.Context)]
+    parameters = [_keyword("called", typer.Context)]
     for field in dataclasses.fields(config_class):
         parameters.append(_flag(field, hints[field.name], field.name in arguments, file_option is not None))
     if file_option is not None:
@@ -70,13 +73,16 @@ def _flag(field: dataclasses.Field, hint: Any, is_argument: bool, is_optional: b
     options: dict[str, Any] = {"help": field.metadata.get("help")}
     default = None if field.default is dataclasses.MISSING else field.default
     hint = _without_none(hint)
-    if hint not in SIMPLE_TYPES:
+    is_repeated = hint == list[str] and (is_argument or "repeats" in field.metadata)
+    if is_repeated:
+        options["metavar"] = field.metadata.get("repeats", field.name.upper())
+    elif hint not in SIMPLE_TYPES:
         is_list = hint is not Any and issubclass(typing.get_origin(hint), Sequence)
         options |= {"parser": _parse_list if is_list else _parse_yaml, "metavar": "LIST" if is_list else "YAML"}
         hint, default = str, None  # typer would parse the default, too
     flag = "--" + field.name.replace("_", "-")
     if is_argument:
-        info = typer.Argument(**options, metavar=field.name.upper())
+        info = typer.Argument(**{"metavar": field.name.upper(), **options})
     else:
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if hint is bool else flag, **options)
     has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -95,6 +101,8 @@ def _without_none(hint: Any) -> Any:
 
 def _expanded(value: Any) -> Any:
     """Expand a leading `~` as the shell does in `--output ~/x`, and does not in `--output=~/x`."""
+    if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
+        return [_expanded(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .errors import TiedMoeError
@@ -78,6 +79,15 @@ def write_stub(directory: str | Path) -> None:
 def versions() -> dict[str, str]:
     """Name the packages whose version can change what is written."""
     return {"transformers-tiedmoe": __version__, **{name: version(name) for name in ("transformers", "torch")}}
+
+
+def fingerprint(model: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what identifies a model: size and time of each file of a folder, or a hub id's commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"commit": getattr(config, "_commit_hash", None)}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def save_manifest(folder: Path, made_by: str, fields: Mapping[str, Any], digests: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ averaged, which is the recipe of "Tying the Loop" (arXiv 2606.16825, Section 4).
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -93,14 +93,21 @@ def watch_routers(base_model: PreTrainedModel) -> None:
     if getattr(base_model, "_routers_are_watched", False):
         return
     base_model._routers_are_watched = True
+    for _, module, index in router_modules(base_model):
+        if not hasattr(module, "records_itself"):
+            module.register_forward_hook(functools.partial(_record, index, scores_of(module)))
+
+
+def router_modules(base_model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield path and module of each router of the family's `router_logits`, and which of its outputs these are."""
     recorders = (base_model._can_record_outputs or {}).get("router_logits", [])
     for recorder in recorders if isinstance(recorders, list) else [recorders]:
         if not isinstance(recorder, OutputRecorder):
             recorder = OutputRecorder(recorder, index=1)
         for name, module in base_model.named_modules():
             in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-            if isinstance(module, recorder.target_class) and in_layer and not hasattr(module, "records_itself"):
-                module.register_forward_hook(functools.partial(_record, recorder.index, scores_of(module)))
+            if isinstance(module, recorder.target_class) and in_layer:
+                yield name, module, recorder.index
 
 
 def record_routing(logits: torch.Tensor, scores: Callable[[torch.Tensor], torch.Tensor], chosen: torch.Tensor) -> None:
@@ -117,9 +124,11 @@ def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     it against the weights that each family's routers give.
     """
     score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
+    # Of a softened router the family's class comes after its own and ours.
+    family_class: Any = type(router).__mro__[2] if hasattr(router, "records_itself") else type(router)
     if getattr(router, "expert_selection_fn", None) == "softmax":  # cohere2_moe, whose source has both
         score_fn = None
-    elif score_fn is None and "sigmoid" in inspect.getsource(type(router).forward):
+    elif score_fn is None and "sigmoid" in inspect.getsource(family_class.forward):
         score_fn = torch.sigmoid
     if score_fn is None:
         return functools.partial(torch.softmax, dim=-1)

@@ -4,16 +4,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..configuration_tiedmoe import NUM_EXPERTS_FIELDS, TOP_K_FIELDS
+from ..errors import TiedMoeError
 from ..families import expert_layers
+from ..hub import public_name
 from ..modeling_tiedmoe import TiedExperts
 from ..training.heal import load_config, load_model
 from .routing import layer_experts
 from .schema import Layer
+
+HELD_SHARE = 0.8  # of the free memory that weights may take; the rest is for activations
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Subject:
     """What is known of a model before its weights are read.
 
     Attributes:
-        name: the last part of its path, or its hub id; unique among the models of an audit.
+        name: the folder's own name, or its hub id; unique among the models of an audit.
         path: folder or hub id.
         config: of the text model.
         layers: every decoder layer.
@@ -40,9 +45,37 @@ class Subject:
         """Whether any layer has experts; of a dense model only memory and quality can be told."""
         return any(layer.kind != "dense" for layer in self.layers)
 
-    def load(self) -> PreTrainedModel:
-        """Load the model with all of its weights, in eval mode."""
-        return load_model(self.path, self.trust_remote_code).eval()
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the config's dtype, pools once; more than a quantised checkpoint has."""
+        return sum(each.nbytes for each in self.skeleton().parameters())
+
+    def load(self, offload_folder: Path | None = None) -> PreTrainedModel:
+        """Load the model in eval mode: on the GPU or in memory if it fits there, else spread by accelerate.
+
+        Args:
+            offload_folder: where weights are laid that fit neither on a GPU nor in memory.
+
+        Raises:
+            TiedMoeError: weights are missing, or it does not fit and there is no such folder.
+        """
+        num_bytes = self.weight_bytes
+        if torch.cuda.is_available() and num_bytes < HELD_SHARE * torch.cuda.mem_get_info()[0]:
+            return load_model(self.path, self.trust_remote_code).eval().to("cuda")
+        if num_bytes < HELD_SHARE * psutil.virtual_memory().available:
+            return load_model(self.path, self.trust_remote_code).eval()
+        if offload_folder is None:
+            raise TiedMoeError(
+                f"{self.name} has {num_bytes / 2**30:.1f} GiB of weights, for which the memory of this machine does "
+                "not suffice; expected a folder for those that do not fit (offload_folder)"
+            )
+        self.notes.append(
+            f"its {num_bytes / 2**30:.1f} GiB of weights do not fit into this machine's memory: they were read from "
+            "the disk as they were needed"
+        )
+        return load_model(
+            self.path, self.trust_remote_code, device_map="auto", offload_folder=str(offload_folder)
+        ).eval()
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model on the meta device: modules and shapes, no memory."""
@@ -58,7 +91,7 @@ def open_subject(path: str, name: str | None = None, trust_remote_code: bool = F
     """
     config = load_config(path, trust_remote_code)
     layers = layers_of(build_skeleton(config, trust_remote_code))
-    return Subject(name or Path(path).name or path, path, config, layers, trust_remote_code)
+    return Subject(name or public_name(path), path, config, layers, trust_remote_code)
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

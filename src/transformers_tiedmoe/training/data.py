@@ -5,7 +5,9 @@ attention mask. The last part of the text is held out, never a random sample: ne
 otherwise leak into the validation set.
 """
 
+import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -48,25 +50,84 @@ def load_blocks(
         TiedMoeError: an unknown file type, a damaged file, no such text column, or too little text for one block in
             each part.
     """
-    if block_size < 2:
-        raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
     if not 0 < validation_fraction < 1:
         raise TiedMoeError(f"validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.05")
-    texts, is_lines = _load_texts(data, text_column)
-    tokens = _tokenize(texts, tokenizer, is_lines)
-    num_blocks = len(tokens) // block_size
-    if num_blocks < 2:
+    packed, num_tokens = _pack(data, tokenizer, block_size, text_column)
+    if len(packed) < 2:
         raise TiedMoeError(
-            f"{data} has {len(tokens)} tokens, but block_size={block_size} needs at least {2 * block_size}: one block "
+            f"{data} has {num_tokens} tokens, but block_size={block_size} needs at least {2 * block_size}: one block "
             "to train on and one held out; give more text or a smaller block_size"
         )
-    num_validation = min(max(1, round(num_blocks * validation_fraction)), num_blocks - 1)
-    blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[: num_blocks * block_size]), block_size).cast(
-        pa.list_(pa.int32())
-    )
-    packed = datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks}))
-    num_train = num_blocks - num_validation
-    return packed.select(range(num_train)), packed.select(range(num_train, num_blocks))
+    num_validation = min(max(1, round(len(packed) * validation_fraction)), len(packed) - 1)
+    num_train = len(packed) - num_validation
+    return packed.select(range(num_train)), packed.select(range(num_train, len(packed)))
+
+
+def load_last_blocks(
+    data: str | Path,
+    tokenizer,
+    block_size: int = 256,
+    share: float = 1.0,
+    num_blocks: int | None = None,
+    text_column: str = "text",
+) -> datasets.Dataset:
+    """Read text as `load_blocks` does, and return its last blocks: what healing holds out comes last.
+
+    Args:
+        data: as in `load_blocks`, as are `tokenizer`, `block_size` and `text_column`.
+        share: of the text, at its end; at least one block. What `load_blocks` holds out is `validation_fraction`.
+        num_blocks: at most so many of these, the last ones; all if None.
+
+    Raises:
+        FileNotFoundError: `data` is neither here nor on the hub.
+        TiedMoeError: an unknown file type, a damaged file, no such text column, or too little text for one block.
+    """
+    if not 0 < share <= 1:
+        raise TiedMoeError(f"share={share} must lie above 0 and be at most 1, e.g. 0.05")
+    packed, num_tokens = _pack(data, tokenizer, block_size, text_column)
+    if len(packed) == 0:
+        raise TiedMoeError(
+            f"{data} has {num_tokens} tokens, but block_size={block_size}; expected a block at least: give more text "
+            "or a smaller block_size"
+        )
+    kept = max(1, round(len(packed) * share))
+    kept = kept if num_blocks is None else min(kept, num_blocks)
+    return packed.select(range(len(packed) - kept, len(packed)))
+
+
+def tokens_digest(*parts: datasets.Dataset) -> str:
+    """Return the sha256 of all tokens of blocks, in order."""
+    digest = hashlib.sha256()
+    for block in _columns(*parts):
+        digest.update(block.tobytes())
+    return digest.hexdigest()
+
+
+def check_tokens(model: str, vocab_size: int, *parts: datasets.Dataset) -> None:
+    """Raise `TiedMoeError` if blocks hold a token that a model of `vocab_size` has not."""
+    most = max(int(block.max()) for block in _columns(*parts))
+    if most >= vocab_size:
+        raise TiedMoeError(
+            f"{model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the "
+            "tokenizer that belongs to the weights"
+        )
+
+
+def _columns(*parts: datasets.Dataset) -> Iterator[np.ndarray]:
+    for part in parts:
+        for chunk in part.with_format("numpy").iter(4096):
+            yield np.asarray(chunk["input_ids"], dtype=np.int32)
+
+
+def _pack(data: str | Path, tokenizer, block_size: int, text_column: str) -> tuple[datasets.Dataset, int]:
+    """Return all blocks of a text, and how many tokens it has."""
+    if block_size < 2:
+        raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
+    texts, is_lines = _load_texts(data, text_column)
+    tokens = _tokenize(texts, tokenizer, is_lines)
+    used = len(tokens) // block_size * block_size
+    blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[:used]), block_size).cast(pa.list_(pa.int32()))
+    return datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks})), len(tokens)
 
 
 def sequence_losses(

@@ -8,18 +8,16 @@ A killed run goes on from its last checkpoint when it is called again.
 
 import contextlib
 import copy
-import hashlib
 import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import (
@@ -39,14 +37,14 @@ from ..audit.metrics import perplexity as perplexity_of
 from ..auto_files import load_tokenizer, settle_tokenizer
 from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
-from ..hub import MANIFEST, read_manifest, save_healed, versions
+from ..hub import MANIFEST, fingerprint, read_manifest, save_healed, versions
 from ..loading import check_folder
 from ..routing import active_experts
 from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, step_of
-from .data import load_blocks, perplexity
+from .data import check_tokens, load_blocks, perplexity, tokens_digest
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
 from .soft_routing import AnnealRouting
@@ -103,18 +101,18 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
 
     tell(0, args.max_steps, "reading the text")
     config = load_config(args.model, args.trust_remote_code)
-    tokenizer = _tokenizer(args.model, args.trust_remote_code)
+    tokenizer = open_tokenizer(args.model, args.trust_remote_code)
     args = _with_block_size(args, config)
     with state.main_process_first():
         train, validation = load_blocks(
             args.data, tokenizer, args.block_size or 0, args.validation_fraction, args.text_column
         )
-    _check_tokens(args, config, train, validation)
+    check_tokens(args.model, config.get_text_config().vocab_size, train, validation)
     identity = {
         "arguments": args.identity | {name: _place(getattr(args, name)) for name in ("model", "data", "teacher")},
-        "model": _fingerprint(args.model, config),
-        "data": {"tokens_sha256": _tokens_digest(train, validation)},
-        "teacher": _fingerprint(args.teacher, load_config(args.teacher, args.trust_remote_code))
+        "model": fingerprint(args.model, config),
+        "data": {"tokens_sha256": tokens_digest(train, validation)},
+        "teacher": fingerprint(args.teacher, load_config(args.teacher, args.trust_remote_code))
         if args.teacher
         else {},
         "versions": versions(),
@@ -225,7 +223,7 @@ class _Run:
                 f"teacher {args.teacher} has a vocabulary of {sizes[0]} tokens, but {args.model} one of {sizes[1]}; "
                 "give the source that the model was converted from"
             )
-        tokenizer = _tokenizer(args.teacher, args.trust_remote_code)
+        tokenizer = open_tokenizer(args.teacher, args.trust_remote_code)
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise TiedMoeError(
                 f"the tokenizers of teacher {args.teacher} and of {args.model} number their tokens differently; "
@@ -368,15 +366,20 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
         return config
 
 
-def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(path: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal language model of which every weight is in the checkpoint.
+
+    Args:
+        path: folder or hub id.
+        trust_remote_code: whether code that the checkpoint names may run.
+        options: of `from_pretrained`, such as `device_map`.
 
     Raises:
         TiedMoeError: weights are missing or of another shape.
     """
     with reading(f"the model {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+            path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     lacking = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if lacking:
@@ -404,7 +407,8 @@ def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Datas
         raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
 
 
-def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+def open_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a checkpoint; without `trust_remote_code` no code of its files is run."""
     with reading(f"the tokenizer of {model}"):
         if trust_remote_code:
             return AutoTokenizer.from_pretrained(model, trust_remote_code=True)
@@ -432,37 +436,6 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _place(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
-
-
-def _fingerprint(model: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what identifies a model: size and time of each file of a folder, or a hub id's commit."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return {"commit": getattr(config, "_commit_hash", None)}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-
-def _columns(*parts: datasets.Dataset) -> Iterator[np.ndarray]:
-    for part in parts:
-        for chunk in part.with_format("numpy").iter(4096):
-            yield np.asarray(chunk["input_ids"], dtype=np.int32)
-
-
-def _tokens_digest(*parts: datasets.Dataset) -> str:
-    digest = hashlib.sha256()
-    for block in _columns(*parts):
-        digest.update(block.tobytes())
-    return digest.hexdigest()
-
-
-def _check_tokens(args: TiedMoeTrainingArguments, config: PreTrainedConfig, *parts: datasets.Dataset) -> None:
-    most, vocab_size = max(int(block.max()) for block in _columns(*parts)), config.get_text_config().vocab_size
-    if most >= vocab_size:
-        raise TiedMoeError(
-            f"{args.model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the "
-            "tokenizer that belongs to the weights"
-        )
 
 
 def _with_block_size(args: TiedMoeTrainingArguments, config: PreTrainedConfig) -> TiedMoeTrainingArguments:

@@ -1,0 +1,134 @@
+"""`AuditConfig`: what is audited, on what; the command's flags are made of its fields."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import TiedMoeError
+from ..files import expand
+from ..hub import public_name
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """The arguments of `audit`."""
+
+    models: list[str] = field(metadata={"help": "Folders or hub ids, to be compared."})
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text: a file, a folder or a dataset of the hub, as for `tiedmoe heal`, or several, with commas "
+            "between them or by repeating the flag; NAME=DATA gives one a name.",
+            "repeats": "[NAME=]DATA[,...]",
+        },
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "The folder to write, new or empty. Needed unless --memory-only."}
+    )
+    source: str | None = field(
+        default=None,
+        metadata={"help": "What the models were made of: audited first, and their choices compared with its."},
+    )
+    lm_eval: str | None = field(
+        default=None, metadata={"help": "Tasks of lm-evaluation-harness, with commas between them."}
+    )
+    lm_eval_limit: int | None = field(default=None, metadata={"help": "At most so many samples of each task."})
+    memory_only: bool = field(
+        default=False, metadata={"help": "Predict memory from config and headers alone; no weight, no text is read."}
+    )
+    strategy: bool = field(
+        default=True, metadata={"help": "Replace parts of layers by their neighbours', and suggest how to tie."}
+    )
+    num_tokens: int = field(default=65536, metadata={"help": "At most so many tokens of each text, its last."})
+    share: float = field(
+        default=1.0,
+        metadata={"help": "At most this share of each text, its last; 0.05 is what `tiedmoe heal` holds out."},
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens in a block; 512 by default, or what the models' positions allow."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Blocks in one forward pass."})
+    text_column: str = field(default="text", metadata={"help": "The column of the text, where the data has columns."})
+    context: int = field(default=4096, metadata={"help": "Tokens of a sequence in serving, to predict memory for."})
+    sequences: int = field(default=1, metadata={"help": "Sequences at a time in serving, and on a GPU in training."})
+    num_gpus: int = field(default=8, metadata={"help": "GPUs that training is split over."})
+    train_block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence in training."})
+    dtypes: list[str] = field(
+        default_factory=lambda: ["bfloat16"], metadata={"help": "Dtypes of the weights in serving."}
+    )
+    gpus: list[str] | None = field(
+        default=None, metadata={"help": "GPUs to compare with, by name; by default all that are known."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap's draws."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint names."})
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise TiedMoeError("models is empty; give a folder or a hub id")
+        for name in ("num_tokens", "batch_size", *(["block_size"] if self.block_size is not None else [])):
+            if getattr(self, name) < 1:
+                raise TiedMoeError(f"{name}={getattr(self, name)}; expected an integer of at least 1")
+        if self.memory_only and (self.data or self.lm_eval or self.source):
+            raise TiedMoeError("memory_only reads neither text nor weights; leave it off, or data, lm_eval and source")
+        if not self.memory_only and not self.data:
+            raise TiedMoeError("there is no text to run the models on; give one (data), or ask for memory_only")
+        if not self.memory_only and not self.output:
+            raise TiedMoeError("there is no folder to write into; give one (output)")
+        _ = self.texts
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """File or dataset by domain."""
+        found: dict[str, str] = {}
+        for given in self.data:
+            for part in [given] if Path(expand(given)).exists() else given.split(","):
+                name, is_named, data = part.partition("=")
+                if not is_named or Path(expand(part)).exists():
+                    name, data = Path(public_name(part).partition(":")[0]).name.partition(".")[0], part
+                if not name or not data or "|" in name:
+                    raise TiedMoeError(f"data has {part!r}; expected DATA or NAME=DATA, with no '|' in the name")
+                if name in found:
+                    raise TiedMoeError(
+                        f"data names two texts {name!r}: {found[name]} and {data}; name one otherwise (NAME={data})"
+                    )
+                found[name] = expand(data)
+        return found
+
+    @property
+    def paths(self) -> list[str]:
+        """All models to audit, the source first, each once."""
+        paths = [expand(each) for each in ([self.source] if self.source else []) + self.models]
+        given = [expand(each) for each in self.models]
+        if twice := [each for each in given if given.count(each) > 1]:
+            raise TiedMoeError(f"models has {twice[0]} twice; give each once")
+        return list(dict.fromkeys(paths))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a result depends on, JSON-able, without a path of this machine."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "output"}
+        named = {name: public_name(data) for name, data in self.texts.items()}
+        return fields | {
+            "models": [public_name(expand(each)) for each in self.models],
+            "source": self.source and public_name(expand(self.source)),
+            "data": named,
+        }
+
+    def command(self) -> str:
+        """Return the command that gives this, with names in the place of paths."""
+        words = ["tiedmoe audit", *(public_name(expand(each)) for each in self.models)]
+        if self.texts:
+            words += ["--data", ",".join(f"{name}={public_name(data)}" for name, data in self.texts.items())]
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+            if each.name in ("models", "data", "output") or value == default:
+                continue
+            flag = "--" + each.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                shown = public_name(expand(value)) if each.name == "source" else value
+                words += [flag, json.dumps(shown) if isinstance(shown, list) else str(shown)]
+        return " ".join(words)
