@@ -6,6 +6,7 @@ information are in nats unless they say "over log E".
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -177,6 +178,46 @@ def histogram_mean(histogram: torch.Tensor) -> float:
     """Return the mean number of the items of `histogram [N]`, whose entry n counts those that are n."""
     numbers = torch.arange(len(histogram), dtype=torch.float64)
     return float((numbers * histogram).sum() / histogram.sum())
+
+
+# Similarity of layers
+
+
+def linear_cka(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the linear centred kernel alignment of each pair of layers (arXiv 1905.00414, Section 3).
+
+    |Y'X|^2 / (|X'X| |Y'Y|) of centred columns, 0 to 1, by products of tokens: <XX', YY'> / (|XX'| |YY'|). Rotating or
+    scaling a layer's features changes nothing. With fewer tokens than features it is too high.
+
+    Args:
+        layers: L tensors `[T, H]` of the same tokens; H may differ.
+
+    Returns:
+        float32 `[L, L]`.
+    """
+    centred = (each.double() - each.double().mean(0) for each in layers)
+    products = torch.stack([(x @ x.T).float().flatten() for x in centred])
+    products = torch.nn.functional.normalize(products, dim=1)
+    return products @ products.T
+
+
+def best_match(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Match experts one to one by the cosine of their outputs on the same tokens, so that the sum is largest.
+
+    Args:
+        x: `[E, T, H]` outputs of the experts of one layer.
+        y: `[E', T, H]` of another, on the same tokens; E' is at least E.
+
+    Returns:
+        int64 `[E]`, for each of x's experts one of y's, and the mean of their cosines, -1 to 1. The cosine is of all
+        tokens' outputs as one vector; that of an expert without output is 0.
+    """
+    from scipy.optimize import linear_sum_assignment  # here, as it takes a while and healing needs it not
+
+    flat = [torch.nn.functional.normalize(each.flatten(1).float(), dim=1) for each in (x, y)]
+    cosines = flat[0] @ flat[1].T
+    rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
+    return torch.from_numpy(columns).long(), float(cosines[rows, columns].mean())
 
 
 def _log(num_experts: int) -> float:
