@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
 from .errors import TiedMoeError
 
 HASH = "xxh3_128"  # finds damage, not forgery; sha256 would take longer than copying the files
@@ -80,6 +78,8 @@ def file_digest(path: Path) -> dict[str, Any] | None:
     """Return `{"bytes": …, "xxh3_128": …}` of a file, None if it is missing."""
     if not path.is_file():
         return None
+    import xxhash  # here: a GPU machine that only checks kernels has no package installed, but reads this file
+
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
