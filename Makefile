@@ -69,13 +69,13 @@ gpu-test: $(INSTALLED)  ## the tests marked gpu
 	$(PY) -m pytest -q -m gpu -n $(GPU_WORKERS) $(ARGS) $(GPU_TESTS)
 
 bench: $(INSTALLED)  ## the experts on this CPU against transformers' own
-	$(PY) benchmarks/experts_cpu.py --output benchmarks/results/experts_cpu $(ARGS)
+	$(PY) benchmarks/experts.py --device cpu --budget-s 600 --output benchmarks/results/experts_cpu $(ARGS)
 
 bench-conversion: $(INSTALLED)  ## memory and throughput of a 20 GB conversion against copying its files; needs 45 GB of disk
 	$(PY) benchmarks/conversion_scale.py scale --gigabytes 20 --pairs 3 $(ARGS)
 
 bench-gpu: $(INSTALLED)  ## the kernels on this GPU against transformers' own and other libraries'
-	$(PY) benchmarks/experts_gpu.py --output benchmarks/results/experts_gpu $(ARGS)
+	$(PY) benchmarks/experts.py --output benchmarks/results/experts_gpu $(ARGS)
 
 STAGE ?= a
 RESULTS ?= build/gpu-check-$(STAGE)

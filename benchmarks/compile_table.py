@@ -16,34 +16,37 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from ahead import TARGETS, compiling
+from tables import table, write_json
 
-from tiedmoe_kernels import triton_backend, tuning
+from tiedmoe_kernels import triton_backend, tune, tuning
 from tiedmoe_kernels.low_rank import Residual
 from tiedmoe_kernels.spec import Segment, Spec
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # Shared memory of one block, bytes: CUDA C++ programming guide, "compute capabilities"; LDS of a CDNA3 compute unit.
 SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
+    name: kib * 1024 for name, kib in {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}.items()
 }
+WHAT = ("architecture", "kernel", "dtype", "H", "tokens")
+TILES = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "tma", "persistent")
+TAKEN = ("loop", "registers", "stack", "shared")
+
+
+HEAD = """# What each kernel takes of a chip, compiled ahead of time
+
+`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA only; what
+changes the segment of a weight gradient or the tile of a persistent program is among them, and is run once each).
+Registers and stack (bytes; above 0: registers spilled) are of one thread, shared memory is in bytes of one block;
+where one kernel serves several products or numbers of segments, the most that any takes. Limits of a block: {limits}.
+`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, nothing larger).
+
+"""
 
 
 class Shape(NamedTuple):
@@ -99,24 +102,6 @@ CASES = (
 )
 
 
-class _Driver:
-    """What `JITFunction` asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-        # `JITFunction` keeps what it has compiled by device: every target is a device of its own.
-        self.device = list(TARGETS.values()).index(target)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def launches(case: Case) -> None:
     """Make every launch of the case, on the meta device."""
     (E, H, I, K, spec, has_bias), dtype, tokens = case.shape, case.dtype, case.tokens
@@ -146,41 +131,6 @@ def launches(case: Case) -> None:
     for out_dtype in {dtype, torch.float32} if case.num_segments > 1 else {dtype}:
         into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in biases]
         triton_backend.backward_weight([segment] * case.num_segments, spec, out_dtype, needs, into)
-
-
-def compiled(target: GPUTarget, cases: Iterable[Case]) -> Iterator[tuple[dict, object]]:
-    """Every kernel with tile sizes that the cases launch, compiled for the target: what it is, and triton's kernel."""
-    kernels: dict[str, tuple[dict, object]] = {}
-
-    def compile_instead(self, grid):
-        def launch(*args, **options):
-            kernel = self.warmup(*args, grid=grid, **options)
-            if "PRECISION" in options:  # the others sort and sum: there are no tile sizes to choose
-                facts = {name.lower(): options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options}
-                facts |= {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
-                facts["tma"], facts["persistent"] = options.get("TMA", False), options.get("PERSISTENT", False)
-                kernels.setdefault(
-                    kernel.hash, ({"kernel": self.fn.__name__.removesuffix("_kernel"), **facts}, kernel)
-                )
-
-        return launch
-
-    getitem = JITFunction.__getitem__
-    triton.runtime.driver.set_active(_Driver(target))
-    tuning.choose.cache_clear()
-    JITFunction.__getitem__ = compile_instead
-    try:
-        for case in cases:
-            known = set(kernels)
-            launches(case)
-            for key in kernels.keys() - known:
-                kernels[key][0].update(
-                    H=case.shape.H, dtype=str(case.dtype).removeprefix("torch."), tokens=case.tokens
-                )
-    finally:
-        JITFunction.__getitem__ = getitem
-        tuning.choose.cache_clear()
-    return iter(kernels.values())
 
 
 def main_loop(sass: str) -> int:
@@ -227,19 +177,26 @@ def resources(kernel) -> dict[str, int | None]:
 
 
 def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
-    """One row per kernel and configuration on a chip, under the installed triton."""
-    found = [*compiled(TARGETS[architecture], cases)]
-    if architecture in ("sm_90", "sm_100"):  # no entry yet, but a candidate of `make tune`
-        tuning.FORCED["rows"] = tuning.Config(128, 256, 64, 8, 8, 3, tma=True, persistent=True)
-        try:
-            found += compiled(TARGETS[architecture], [Case(OLMOE, torch.bfloat16, 8192)])
-        finally:
-            tuning.FORCED.clear()
-    kernels = {kernel.hash: (facts, kernel) for facts, kernel in found}
-    return [
-        {"architecture": architecture, "triton": triton.__version__, **facts, **resources(kernel)}
-        for facts, kernel in kernels.values()
-    ]
+    """One row per kernel with tile sizes that the cases launch on a chip, compiled by the installed triton."""
+    kernels: dict[str, dict] = {}
+    case = None
+
+    def found(name: str, options: dict, kernel) -> None:
+        if "PRECISION" not in options or kernel.hash in kernels:
+            return  # without tile sizes to choose: it sorts, or sums
+        facts = {field: options.get(field.upper(), options.get(field, False)) for field in TILES}
+        where = {"H": case.shape.H, "dtype": str(case.dtype).removeprefix("torch."), "tokens": case.tokens}
+        about = {"architecture": architecture, "triton": triton.__version__, "kernel": name}
+        kernels[kernel.hash] = about | facts | where | resources(kernel)
+
+    with compiling(TARGETS[architecture], found):
+        for case in cases:
+            launches(case)
+        if architecture in ("sm_90", "sm_100"):  # no entry yet, but a candidate of `make tune`
+            case = Case(OLMOE, torch.bfloat16, 8192)
+            with tune.forced("rows", tuning.Config(128, 256, 64, 8, 8, 3, tma=True, persistent=True)):
+                launches(case)
+    return list(kernels.values())
 
 
 def faults(row: dict) -> list[str]:
@@ -270,52 +227,20 @@ def unused_entries(found: list[dict]) -> list[dict]:
 
 
 def markdown(found: list[dict]) -> str:
-    """Return the table of all rows, one line per kernel and configuration, a column pair per triton."""
+    """Return the table of all rows, one line per kernel and configuration, what it takes with each triton."""
     versions = sorted({row["triton"] for row in found})
-    columns = (
-        "architecture",
-        "kernel",
-        "dtype",
-        "H",
-        "tokens",
-        "block_m",
-        "block_n",
-        "block_k",
-        "num_warps",
-        "num_stages",
-        "tma",
-        "persistent",
-    )
-    lines: dict[tuple, dict[str, list[dict]]] = {}
+    lines: dict[tuple, list[dict]] = {}
     for row in found:
-        lines.setdefault(tuple(row[c] for c in columns), {}).setdefault(row["triton"], []).append(row)
-    taken = ("loop", "registers", "stack", "shared")
-    head = [*columns, *(f"{what}, triton {v}" for v in versions for what in taken)]
-    text = [
-        "# What each kernel takes of a chip, compiled ahead of time",
-        "",
-        "`make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA "
-        "only; what changes the",
-        "segment of a weight gradient or the tile of a persistent program is among them, and is run once each). "
-        "Registers and stack (bytes;",
-        "above 0: registers spilled) are of one thread, shared memory is in bytes of one block; where one kernel "
-        "serves several products or",
-        "numbers of segments, the most that any takes. Limits of a block: "
-        + ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items() if name in TARGETS)
-        + ".",
-        "`H` 2048 is OLMoE's layer, 2880 gpt-oss's (transposed, interleaved, biased), 1008 none (16 divides it, no "
-        "larger block).",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-    ]
-    for key, by_version in lines.items():
-        cells = [str(c) for c in key]
-        for version in versions:
-            same = by_version.get(version, [])
-            cells += [str(max(r[what] for r in same)) if same and same[0][what] is not None else "-" for what in taken]
-        text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+        lines.setdefault(tuple(row[column] for column in (*WHAT, *TILES)), []).append(row)
+
+    def most(rows: list[dict], version: str, what: str) -> str:
+        values = [row[what] for row in rows if row["triton"] == version]
+        return "-" if not values or None in values else str(max(values))
+
+    cells = [[*key, *(most(same, v, what) for v in versions for what in TAKEN)] for key, same in lines.items()]
+    limits = ", ".join(f"{name} {limit}" for name, limit in SHARED_LIMIT.items())
+    columns = [*WHAT, *TILES, *(f"{what}, triton {v}" for v in versions for what in TAKEN)]
+    return HEAD.format(limits=limits) + "\n".join(table(columns, cells, left=3)) + "\n"
 
 
 def main() -> None:
@@ -333,12 +258,9 @@ def main() -> None:
         found = [row for path in arguments.table for row in json.loads(path.read_text())]
         arguments.output.write_text(markdown(found))
     else:
-        found = [
-            row
-            for architecture in arguments.architectures
-            for row in rows(architecture, QUICK_CASES if arguments.quick else CASES)
-        ]
-        arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")  # a row a line
+        cases = QUICK_CASES if arguments.quick else CASES
+        found = [row for architecture in arguments.architectures for row in rows(architecture, cases)]
+        write_json(arguments.output, found)
     wrong = [f"{row}: {fault}" for row in found for fault in faults(row)]
     wrong += [f"{e['architecture']}: no case compiles the entry {e}" for e in unused_entries(found)]
     if wrong:

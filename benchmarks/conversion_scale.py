@@ -8,6 +8,7 @@ group's experts plus 1 GB of memory.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,25 +21,13 @@ from pathlib import Path
 
 import torch
 from tables import table, write_json
-from timing import machine, versions
+from timing import in_own_process, machine, resident_bytes, versions
 
 RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
 METHODS = ("union", "select", "average")
 GROUP_SIZE = 2
 EXPERTS, HIDDEN, WIDTH, VOCAB = 8, 4096, 14336, 32000
 SHARD_BYTES = 1_000_000_000
-CONVERT = """
-import json, sys, time
-from tiedmoe_conversion import ConversionRecipe, execute, make_plan
-def high_water():  # of this process alone; resource's includes the one that started it
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = high_water()
-start = time.perf_counter()
-report = execute(make_plan(ConversionRecipe(**json.loads(sys.argv[1]))))
-seconds = time.perf_counter() - start
-peak = high_water()
-print(json.dumps({"seconds": seconds, "imports_bytes": before, "peak_bytes": peak, "report": report}))
-"""
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
@@ -50,11 +39,9 @@ def write_source(folder: Path, gigabytes: float) -> int:
     layer_bytes = 2 * (3 * EXPERTS * HIDDEN * WIDTH + 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4)
     num_layers = max(round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes), GROUP_SIZE)
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_local_experts": EXPERTS}
-    config = MixtralConfig(
-        **sizes, num_hidden_layers=num_layers, architectures=["MixtralForCausalLM"], dtype="bfloat16"
-    )
+    sizes |= {"num_hidden_layers": num_layers, "architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}
     folder.mkdir(parents=True)
-    config.save_pretrained(folder)
+    MixtralConfig(**sizes).save_pretrained(folder)
     shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
@@ -100,14 +87,15 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert(source: Path, target: Path, method: str, num_layers: int) -> dict:
-    recipe = {"source": str(source), "output": str(target), "method": method, "group_size": GROUP_SIZE}
-    recipe |= {"skip_first": 0, "skip_last": num_layers % GROUP_SIZE}
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, json.dumps(recipe)], check=True, stdout=subprocess.PIPE, text=True
-    )
-    shutil.rmtree(target)
-    return json.loads(done.stdout.splitlines()[-1])
+def convert(recipe: dict) -> dict:
+    """Convert in this process, a fresh one, and return its seconds and bytes."""
+    from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+
+    imports, start = resident_bytes("VmHWM"), time.perf_counter()
+    report = execute(make_plan(ConversionRecipe(**recipe)))
+    seconds, peak = time.perf_counter() - start, resident_bytes("VmHWM")
+    found = {"convert_seconds": seconds, "imports_bytes": imports, "peak_bytes": peak}
+    return found | {"planned_bytes": report["peak_memory_bytes"], "bytes_after": report["bytes_after"]}
 
 
 def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) -> dict:
@@ -115,44 +103,33 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
     num_layers = write_source(source, gigabytes)
     num_bytes = sum(path.stat().st_size for path in source.iterdir())
     group_bytes = GROUP_SIZE * 2 * 3 * EXPERTS * HIDDEN * WIDTH
+    tying = {"group_size": GROUP_SIZE, "skip_first": 0, "skip_last": num_layers % GROUP_SIZE}
+    recipe = {"source": str(source), "output": str(folder / "out"), **tying}
     rows = []
-    for pair in range(pairs):
-        for method in methods:
-            os.sync()
-            copied = copy_seconds(source, folder / "copy")
-            os.sync()
-            converted = convert(source, folder / "out", method, num_layers)
-            report = converted.pop("report")
-            seconds = converted.pop("seconds")
-            row = {"method": method, "pair": pair, "cp_seconds": copied, "convert_seconds": seconds}
-            row |= {"ratio": seconds / copied} | converted
-            row |= {"planned_bytes": report["peak_memory_bytes"], "bytes_after": report["bytes_after"]}
-            rows.append(row | {"limit_bytes": int(1.5 * group_bytes + 1e9)})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for pair, method in itertools.product(range(pairs), methods):
+        os.sync()
+        copied = copy_seconds(source, folder / "copy")
+        os.sync()
+        converted = in_own_process(convert, recipe | {"method": method})
+        shutil.rmtree(folder / "out")
+        row = {"method": method, "pair": pair, "cp_seconds": copied, "ratio": converted["convert_seconds"] / copied}
+        rows.append(row | converted | {"limit_bytes": int(1.5 * group_bytes + 1e9)})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     shards = len(list(source.glob("*.safetensors")))
     shutil.rmtree(source)
-    return {
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "source": {"bytes": num_bytes, "layers": num_layers, "shards": shards, "group_bytes": group_bytes},
-        "rows": rows,
-    }
+    about = {"bytes": num_bytes, "layers": num_layers, "shards": shards, "group_bytes": group_bytes}
+    return {"machine": machine(torch.device("cpu")), "versions": versions(), "source": about, "rows": rows}
 
 
 def markdown(result: dict) -> str:
     source, rows = result["source"], result["rows"]
     columns = ["method", "cp (s)", "convert (s)", "ratio", "limit", "peak RSS (GB)", "limit (GB)", "written (GB)"]
-    cells = [
-        [
-            f"`{row['method']}`",
-            *(f"{row[name]:.1f}" for name in ("cp_seconds", "convert_seconds")),
-            f"{row['ratio']:.2f}",
-            2,
-            *(f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "limit_bytes")),
-            f"{row['bytes_after'] / 1e9:.1f}",
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        seconds = [f"{row[name]:.1f}" for name in ("cp_seconds", "convert_seconds")]
+        gigabytes = [f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "limit_bytes")]
+        written = f"{row['bytes_after'] / 1e9:.1f}"
+        cells.append([f"`{row['method']}`", *seconds, f"{row['ratio']:.2f}", 2, *gigabytes, written])
     lines = [
         "# Converting a large checkpoint, against copying it",
         "",

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,50 +29,26 @@ from tables import write_json
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
-from transformers_tiedmoe.files import check_apart
 from transformers_tiedmoe.workdir import open_folder
 
 RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_experts": 4,
-    "batch_size": 8,
-    "block_size": 16,
-}
-TINY_STUDY = Study(
-    DemoConfig(**TINY, source_steps=20, source_learning_rate=6e-3, balance_by_layer=True),
-    heal_share=0.2,
-    shares=(0.25, 1.0),
-    calibration_tokens=256,
-    num_seeds=2,
-)
-HEAL_LEARNING_RATE = 5e-4
+TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "batch_size": 8}
+TINY |= {"block_size": 16, "source_steps": 20, "source_learning_rate": 6e-3, "balance_by_layer": True}
+TINY_STUDY = Study(DemoConfig(**TINY), heal_share=0.2, shares=(0.25, 1.0), calibration_tokens=256, num_seeds=2)
 QUICK_CHARACTERS = 20_000
 _worker = contextlib.ExitStack()
 TEXT = "text.txt"  # of a quick study
 
 
-def parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("study"), help="working folder; what is there is reused")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file name without .json, .md, .png")
-    parser.add_argument("--data", help="text to train, heal and measure on instead of the novels")
-    parser.add_argument("--learning-rate", type=float, default=HEAL_LEARNING_RATE, help="peak, of every healing")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run starts later")
-    parser.add_argument(
-        "--only", default="", help=r"runs whose name this regular expression finds, e.g. seed0\.before"
-    )
-    parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run starts later; 0 only reports")
     parser.add_argument("--quick", action="store_true", help="a tiny source and few steps: whether it all works")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     quieten()
     with contextlib.ExitStack() as stack:
         study = make_study(options, stack)
@@ -84,8 +59,7 @@ def write_results(study: Study, options: argparse.Namespace) -> None:
     """Run what is not there yet, and write the results of all."""
     rows = QUICK if options.quick else ROWS
     training = study.train_source(show)
-    if not options.report:
-        run_all(study, rows, training, options)
+    run_all(study, rows, training, options)
     results = [(row, [(run, study.result(run)) for run in study.runs(row)]) for row in rows]
     summary = summarize(study, training, results) | {
         "command": "make study-conversion" + (" ARGS=--quick" if options.quick else ""),
@@ -100,15 +74,13 @@ def write_results(study: Study, options: argparse.Namespace) -> None:
 
 def make_study(options: argparse.Namespace, stack: contextlib.ExitStack) -> Study:
     """Return the study asked for, in its folder until `stack` ends; refuse the folder of another one."""
-    data = str(options.output / TEXT) if options.quick else options.data
     study = TINY_STUDY if options.quick else Study(DemoConfig(**SOURCE))
-    demo = dataclasses.replace(study.demo, output=str(options.output), data=data)
-    study = dataclasses.replace(study, demo=demo, heal_learning_rate=options.learning_rate)
-    check_apart(options.output, {"data": options.data})
+    data = str(options.output / TEXT) if options.quick else None
+    study = dataclasses.replace(study, demo=dataclasses.replace(study.demo, output=str(options.output), data=data))
     identity = {"settings": study.settings()}
     work = stack.enter_context(open_folder(options.output, identity, what="a study", advice="give another --output"))
     if options.quick:
-        text = datasets.load_dataset("text", data_files=options.data or TINY_STUDY.demo.text, split="train")["text"]
+        text = datasets.load_dataset("text", data_files=TINY_STUDY.demo.text, split="train")["text"]
         work.write_text(TEXT, "\n".join(text)[:QUICK_CHARACTERS])
     return dataclasses.replace(study, work=work)
 
@@ -116,13 +88,12 @@ def make_study(options: argparse.Namespace, stack: contextlib.ExitStack) -> Stud
 def run_all(study: Study, rows: list[Row], training: dict, options: argparse.Namespace) -> None:
     """Run what is not there yet: first every conversion, then the healings."""
     deadline = time.time() + 60 * options.minutes
-    runs = [run for run in study.all_runs(rows) if re.search(options.only, run.name) and not study.result(run)]
+    runs = [run for run in study.all_runs(rows) if not study.result(run)]
     steps = sum(study.steps(run.share) for run in runs)
     # A healing step is a step of training and a forward of the teacher, about a third of one.
     minutes = steps * training["seconds"] / training["steps"] * 4 / 3 / 60
     print(
-        f"{len(runs)} runs, {steps} healing steps: about {minutes:.0f} minutes of one core and the conversions",
-        flush=True,
+        f"{len(runs)} runs, {steps} healing steps: about {minutes:.0f} minutes of a core, and conversions", flush=True
     )
     # A row's conversion is deleted when all of its runs are there; one that is asked for later is converted again.
     heals = [run for run in runs if run.share]

@@ -7,16 +7,19 @@ driver nothing happens. TRITON_INTERPRET must not be set.
 """
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 
-import compile_table
 import torch
 import triton
+from ahead import TARGETS, Driver
+from shapes import OLMOE
+from torch.utils.benchmark import Timer
 from triton.compiler.compiler import CompiledKernel
 
 from tiedmoe_kernels import backends, experts_forward, triton_backend
+from tiedmoe_kernels.tune import SPEC
 
 
 def stand_in_for_a_gpu(launched: Callable[..., None]) -> None:
@@ -27,7 +30,7 @@ def stand_in_for_a_gpu(launched: Callable[..., None]) -> None:
         kernel._run = lambda *args: launched(kernel, *args)
 
     CompiledKernel._init_handles = handles
-    triton.runtime.driver.set_active(compile_table._Driver(compile_table.TARGETS["sm_90"]))
+    triton.runtime.driver.set_active(Driver(TARGETS["sm_90"]))
     backends.backend_of = lambda device_type: triton_backend
 
 
@@ -37,28 +40,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="of 50 calls each")
     arguments = parser.parse_args()
     stand_in_for_a_gpu(lambda *_: None)
-    torch.set_num_threads(1)
-    E, H, I, K, _, _ = compile_table.OLMOE
-    T, empty = arguments.tokens, torch.empty
-    x, weights = empty(T, H, dtype=torch.bfloat16), torch.ones(T, K, dtype=torch.bfloat16)
-    index = torch.arange(T * K).view(T, K) % E
-    pool = empty(E, 2 * I, H, dtype=torch.bfloat16), empty(E, H, I, dtype=torch.bfloat16)
+    _, E, H, I, K = OLMOE
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16)
+    T, pool = arguments.tokens, (empty(E, 2 * I, H), empty(E, H, I))
+    x, index, weights = empty(T, H), torch.arange(T * K).view(T, K) % E, empty(T, K)
     calls = {
         "experts_forward": lambda: experts_forward(x, index, weights, *pool),
-        "backend only": lambda: triton_backend.forward(
-            x, index, weights, *pool, None, None, None, compile_table.OLMOE.spec, False
-        ),
+        "backend only": lambda: triton_backend.forward(x, index, weights, *pool, None, None, None, SPEC, False),
     }
     with torch.no_grad():
         for name, call in calls.items():
-            times = []
-            for _ in range(arguments.rounds + 1):  # the first compiles
-                start = time.perf_counter()
-                for _ in range(50):
-                    call()
-                times.append((time.perf_counter() - start) / 50 * 1e6)
-            times = sorted(times[1:])
-            print(f"{name}: {statistics.median(times):.1f} us a call, least {times[0]:.1f}")
+            call()  # compiles
+            times = [Timer("call()", globals={"call": call}).timeit(50).mean * 1e6 for _ in range(arguments.rounds)]
+            print(f"{name}: {statistics.median(times):.1f} us a call, least {min(times):.1f}")
 
 
 if __name__ == "__main__":

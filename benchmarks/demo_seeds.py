@@ -30,18 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     reports = [run_demo(DemoConfig(output=f"{options.output}/{seed}", seed=seed), show) for seed in seeds]
-    rows = [
-        {"model": name, "seed": seed} | {figure: report[name][figure] for figure in FIGURES}
-        for name in MODELS
-        for seed, report in zip(seeds, reports)
-    ]
-    settings = {name: value for name, value in reports[0]["settings"].items() if name != "seed"}
-    training = {
-        name: each and {"steps": each["steps"], "tokens": each["tokens"]}
-        for name, each in reports[0]["training"].items()
+    found = [(name, seed, report[name]) for name in MODELS for seed, report in zip(seeds, reports)]
+    rows = [{"model": name, "seed": seed} | {figure: each[figure] for figure in FIGURES} for name, seed, each in found]
+    first = reports[0]
+    shared = {"settings": {name: value for name, value in first["settings"].items() if name != "seed"}}
+    shared["training"] = {
+        n: each and {k: each[k] for k in ("steps", "tokens")} for n, each in first["training"].items()
     }
-    shared = {"training": training, "versions": reports[0]["versions"], "machine": reports[0]["machine"]}
-    write_json(options.results / "demo_seeds.json", {"rows": rows, "settings": settings, **shared})
+    shared |= {"versions": first["versions"], "machine": first["machine"]}
+    write_json(options.results / "demo_seeds.json", {"rows": rows, **shared})
     (options.results / "demo_seeds.md").write_text(markdown(rows))
     print(markdown(rows))
 
@@ -52,23 +49,16 @@ def show(done: int, total: int, what: str) -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    found = {
-        (model, figure): mean_of([row[figure] for row in rows if row["model"] == model])
-        for model in MODELS
-        for figure in FIGURES
-    }
+    def of(model: str, figure: str) -> dict:
+        return mean_of([row[figure] for row in rows if row["model"] == model])
+
     columns = ["", "parameters", "in experts", "weights on disk, MB", "memory to train, MB", "held-out perplexity"]
-    cells = [
-        [
-            model,
-            *(f"{found[model, figure]['mean']:,.0f}" for figure in ("parameters", "expert_parameters")),
-            f"{found[model, 'checkpoint_bytes']['mean'] / 1e6:.1f}",
-            f"{found[model, 'peak_training_memory_bytes']['mean'] / 1e6:.0f}",
-            plus_minus(found[model, "perplexity"], 2),
-        ]
-        for model in MODELS
-    ]
-    perplexities = (found[model, "perplexity"]["values"] for model in ("healed", "control"))
+    cells = []
+    for model in MODELS:
+        *counts, disk, memory = (of(model, figure)["mean"] for figure in FIGURES[:-1])
+        sizes = [*(f"{count:,.0f}" for count in counts), f"{disk / 1e6:.1f}", f"{memory / 1e6:.0f}"]
+        cells.append([model, *sizes, plus_minus(of(model, "perplexity"), 2)])
+    perplexities = (of(model, "perplexity")["values"] for model in ("healed", "control"))
     above = plus_minus(mean_of([math.log(healed / control) for healed, control in zip(*perplexities)]), 3)
     seeds = ", ".join(str(row["seed"]) for row in rows if row["model"] == MODELS[0])
     head = [f"Seeds {seeds}; mean ± sample standard deviation (`make seeds`).", ""]

@@ -30,78 +30,53 @@ from unittest import mock
 
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no intermediate code: cubin and json are what a launch needs
 
+import gpu_steps
 import pytest
 import torch
 import triton
-from gpu_check import CACHE, ROOT, TESTS, gpu_tests
-from gpu_steps import CASES, Case, make, outputs
+from ahead import compiling
+from experts import GPU_CASES, parse_cases
+from gpu_check import BAR_CASES, CACHE, MORE_CASES, ROOT, TESTS, gpu_tests
+from measure import make_problem, outcome, prepare
+from peers import PEERS
+from shapes import Case
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import cache
-from triton.runtime.jit import JITFunction
 
-from tiedmoe_kernels import backends, experts_forward, triton_backend, tune, tuning
+from tiedmoe_kernels import triton_backend, tune, tuning
 
 ARCHIVE = ROOT / ".gpu-cache.tar.xz"
-QWEN3 = tune.Shape(E=128, H=2048, I=768, K=8)  # Qwen3-30B
-# What the benchmark's cases launch besides: steps of groups of one and two.
-MORE = (Case(8192, 2), Case(512, 2), Case(8192, 4))
 
 
-class Driver:
-    """What `JITFunction` asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def launch(case: Case, device: torch.device) -> None:
+    """Make the launches of a case: those that are timed, and those that are checked, without a gradient there, too."""
+    problem = make_problem(case, device)
+    prepare(PEERS[0], problem).call(0)
+    for _ in range(2):
+        outcome(PEERS[0], problem, problem.pools[0], case.dtype)
+        for weight in problem.pools[0]:
+            weight.grad = None
 
 
-@contextlib.contextmanager
-def compiling(target: GPUTarget) -> Iterator[None]:
-    """Every launch is compiled for the target instead, into triton's cache; any device's tensors reach the kernels."""
-
-    def compile_instead(self, grid):
-        def launch(*arguments, **options) -> None:  # None: there is no kernel to keep and launch again
-            self.warmup(*arguments, grid=grid, **options)
-
-        return launch
-
-    triton.runtime.driver.set_active(Driver(target))
-    tuning.choose.cache_clear()
-    with (
-        mock.patch.object(JITFunction, "__getitem__", compile_instead),
-        mock.patch.object(backends, "backend_of", return_value=triton_backend),
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know meta
-    ):
-        yield
-
-
-def jobs(device: str, tma: bool) -> list[Callable[[], object]]:
+def jobs(tma: bool) -> list[Callable[[], object]]:
     """Return what makes the launches of stages a and b: checks, benchmarks, then the tuner's candidates."""
-    found: list[Callable[[], object]] = []
-    for shape in (tune.OLMOE, QWEN3):
-        for case in (*CASES, *MORE):
-            found.append(lambda case=case, shape=shape: outputs(experts_forward, make(case, shape, device)))
+    timed = [GPU_CASES[number] for number in parse_cases(f"{BAR_CASES},{MORE_CASES}", len(GPU_CASES))]
+    found: list[Callable[[], object]] = [
+        partial(launch, case, torch.device("meta")) for case in (*gpu_steps.CASES, *timed)
+    ]
     for tokens in tune.DEFAULTS_AT:
         is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
         for kernel in ("decode",) if is_decode else ("rows", "weight_grad"):
-            found.append(lambda kernel=kernel, tokens=tokens: tune.calls(kernel, tokens, tune.OLMOE, device)[0]())
+            found.append(lambda kernel=kernel, tokens=tokens: tune.calls(kernel, tokens, tune.OLMOE, "meta")[0]())
     for problem in tune.PROBLEMS:
-        found += [partial(try_candidate, problem, config, device) for config in tune.candidates(problem, tma)]
+        found += [partial(try_candidate, problem, config) for config in tune.candidates(problem, tma)]
     return found
 
 
-def try_candidate(problem: tune.Problem, config: tuning.Config, device: str) -> None:
-    call, _ = tune.calls(problem.kernel, problem.tokens, tune.OLMOE, device)
+def try_candidate(problem: tune.Problem, config: tuning.Config) -> None:
+    call, _ = tune.calls(problem.kernel, problem.tokens, tune.OLMOE, "meta")
     with tune.forced(problem.kernel, config):
         call()
 
@@ -164,7 +139,7 @@ def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
     triton.knobs.cache.dir = folder
     tma = target.backend == "cuda" and target.arch >= 90
     with compiling(target), keys_kept(), tune.counted():
-        for job in jobs("meta", tma)[part::parts]:
+        for job in jobs(tma)[part::parts]:
             job()
         launch_tests(part, parts)
 
@@ -187,9 +162,8 @@ def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float)
 
 def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
     """Pack the kernels of a cache that was filled under `keys_kept`; what is in it."""
-    keys = sorted(
-        key for key in folder.glob("*/key") if list(key.parent.glob("*.json"))
-    )  # without: it did not compile
+    compiled = {path.parent for path in folder.glob("*/*.json")}
+    keys = sorted(key for key in folder.glob("*/key") if key.parent in compiled)
     about = facts(target) | {"kernels": len(keys)}
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         _add(tar, "about.json", json.dumps(about).encode())
@@ -236,20 +210,14 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def verify(folder: Path, target: GPUTarget) -> bool:
     """Whether launches with tensors that have memory find every kernel in the folder, in this fresh process."""
     triton.knobs.cache.dir = str(folder)
-    missed: list[str] = []
-    hits = 0
-
-    def listen(*, src, cache_hit: bool, **_) -> None:
-        nonlocal hits
-        hits += cache_hit
-        missed.extend([] if cache_hit else [src.name])
-
-    triton.knobs.compilation.listener = listen
+    found: dict[bool, list[str]] = {True: [], False: []}
+    triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: found[cache_hit].append(src.name)
     with compiling(target):
-        for case in (Case(1, 0), Case(32, 0), Case(64, 1), Case(512, 1), Case(512, 4)):
-            outputs(experts_forward, make(case, tune.OLMOE, "cpu"))
-    print(json.dumps({"found": hits, "missed": missed}))
-    return hits > 0 and not missed
+        for case in gpu_steps.CASES:
+            if case.T <= 512:
+                launch(case, torch.device("cpu"))
+    print(json.dumps({"found": len(found[True]), "missed": found[False]}))
+    return bool(found[True]) and not found[False]
 
 
 def main() -> int:

@@ -25,11 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from tables import write_json
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -37,11 +38,16 @@ CACHE = ROOT / "build" / "gpu-cache"  # git ignores it, and a machine that is he
 SECONDS = {"a": 240, "b": 430, "c": 430}  # of a whole stage
 MAX_FILES, MAX_BYTES = 8, 16 << 20
 PRINTED_BYTES = 1 << 20  # of each step, the end of what it printed
+NEXT = {  # what is to be done after a stage
+    "a": "Next: `make gpu-check STAGE=b PREVIOUS=` and this folder.",
+    "b": 'Send a.json, b.json, b_bar.jsonl, b_tuned.json: an issue with the form "GPU results".',
+    "c": 'Send c.json and c_hub.jsonl with the others: an issue with the form "GPU results".',
+}
 REST = math.inf  # the budget of a step that takes what is left
 LEFT = "{seconds left}"  # in a command: until when it must have ended by itself
 END_SECONDS = 8  # of these, for what a command has begun
 TESTS = "not sanitizer and not two_to_the_31"  # of those marked gpu, in stage a: the sanitizer is a step of its own
-MORE_CASES = "7,9,11-17"  # of experts_gpu.py: Qwen3-30B, Zipf routing, 512 and 2048 tokens
+BAR_CASES, MORE_CASES = "0-6", "7,9,11-17"  # of experts.py: the bar; Qwen3-30B, Zipf routing, 512 and 2048 tokens
 
 
 class Step(NamedTuple):
@@ -51,7 +57,7 @@ class Step(NamedTuple):
     seconds: float
     command: tuple[str, ...]
     judges: bool = False  # correctness: its failure is the check's
-    keeps: tuple[Path, ...] = ()  # files that it writes; a `.xml` is a report of pytest
+    keeps: tuple[Path, ...] = ()  # files that it writes
 
 
 class Result(NamedTuple):
@@ -74,41 +80,31 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
     if stage == "a":
         tests, sanitizer = scratch / "a_tests.xml", scratch / "a_sanitizer.xml"
         return [
-            Step("machine", 10, (*own, "machine", *cpu)),
+            Step("machine", 20, (*own, "machine", *cpu)),
             cache,
             Step("float64", 50, (*own, "float64", *cpu), judges=True),
-            Step("tests", 100, pytest(tests, TESTS, stand_in), True, (tests,)),
+            Step("tests", 95, pytest(tests, TESTS, stand_in), True, (tests,)),
             Step("times", 40, (*tune, "--defaults")),
             Step("sanitizer", REST, pytest(sanitizer, "sanitizer", False, workers=2), True, (sanitizer,)),
         ]
 
     def bench(name: str, seconds: float, cases: str, peers: str) -> Step:
         prefix = scratch / f"{stage}_{name}"
-        where = ("--device", "cpu") if stand_in else ("--cases", cases)
-        command = (
-            *python,
-            str(HERE / "experts_gpu.py"),
-            "--output",
-            str(prefix),
-            *where,
-            "--peers",
-            peers,
-            "--budget-s",
-            LEFT,
-        )
-        return Step(name, seconds, command, keeps=(prefix.with_suffix(".jsonl"), prefix.with_suffix(".md")))
+        what = ("--device", "cpu", "--tiny", "--cases", "0-2") if stand_in else ("--cases", cases)
+        command = (*python, str(HERE / "experts.py"), "--output", str(prefix), *what, "--peers", peers)
+        keeps = (prefix.with_suffix(".jsonl"), prefix.with_suffix(".md"))
+        return Step(name, seconds, (*command, "--budget-s", LEFT), keeps=keeps)
 
     if stage == "c":
-        return [cache, bench("hub", REST, "0-6", "sonicmoe,deepgemm")]
+        return [cache, bench("hub", REST, BAR_CASES, "sonicmoe,deepgemm")]
     again, tuned = scratch / "b_again.xml", scratch / "b_tuned.json"
     options = ("--previous", str(previous), "--report", str(again)) if previous else ()
+    tune += ("--seconds", LEFT, "--output" if stand_in else "--copy", str(tuned))
     return [
         cache,
         Step("again", 60, (*own, "again", *options, *cpu), True, (again,)),
-        Step(
-            "tune", 130, (*tune, "--seconds", LEFT, "--output" if stand_in else "--copy", str(tuned)), keeps=(tuned,)
-        ),
-        bench("bar", 130, "0-6", "grouped_mm,batched_mm,liger"),
+        Step("tune", 130, tune, keeps=(tuned,)),
+        bench("bar", 130, BAR_CASES, "grouped_mm,batched_mm,liger"),
         bench("more", REST, MORE_CASES, "grouped_mm,liger"),
     ]
 
@@ -147,7 +143,9 @@ def check(
         print(f"{time.monotonic() - start:5.0f} s  {step.name} ...", flush=True)
         budget = min(step.seconds, seconds - (time.monotonic() - start))
         result = run(step, budget, environment)
-        rows = kept(step.keeps, results, result.printed)
+        rows = kept(step.keeps, results)
+        if tests := tests_in(result.printed):
+            rows.append(tests)
         if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
             result = result._replace(state="skipped")
         found.append(result._replace(rows=[*result.rows, *rows]))
@@ -164,8 +162,9 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
     before = compiled()
     command = [word.replace(LEFT, f"{max(1.0, budget - END_SECONDS):.0f}") for word in step.command]
     with tempfile.TemporaryFile() as printed:
+        env = {**(environment or os.environ), "COLUMNS": "300"}  # or pytest cuts why a test failed
         process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            command, stdout=printed, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
         )
         try:
             state = "failed" if process.wait(budget) else "passed"
@@ -201,59 +200,37 @@ def rows_in(text: str) -> list[dict]:
     return rows
 
 
-def kept(paths: Iterable[Path], results: Path, printed: str) -> list[dict]:
-    """Copy a step's files to the results; what each report of pytest says, and which files are not there, as rows."""
+def kept(paths: Iterable[Path], results: Path) -> list[dict]:
+    """Copy a step's files to the results; which are not there, or too large, as rows."""
     rows = []
     for path in paths:
         if not path.exists():
             rows.append({"missing": path.name})
-            rows += [tests_printed(printed)] if path.suffix == ".xml" else []
         elif path.stat().st_size > MAX_BYTES:
             rows.append({"left_out": path.name, "bytes": path.stat().st_size})
         else:
             shutil.copyfile(path, results / path.name)
-            rows += [report_of_pytest(path)] if path.suffix == ".xml" else []
     return rows
 
 
-def report_of_pytest(path: Path) -> dict:
-    """How many tests passed, failed and were skipped, and the failed ones by the names that pytest takes."""
-    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, {}
-    for case in ElementTree.parse(path).iter("testcase"):
-        fault = next((each for each in case if each.tag in ("failure", "error")), None)
-        state = "failed" if fault is not None else "passed" if case.find("skipped") is None else "skipped"
-        counts[state] += 1
-        if fault is not None:
-            failed[node(case)] = (fault.get("message") or "").partition("\n")[0][:200]
-    return {**counts, "failures": failed}
-
-
-def tests_printed(text: str) -> dict:
-    """As `report_of_pytest`, of what `pytest -v` has printed: it writes its report at its end only."""
-    by_worker = re.findall(r"^\[gw\d+\] .*?(PASSED|FAILED|ERROR|SKIPPED) (.+)$", text, re.MULTILINE)
-    alone = re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
-    states = {name.strip(): state for state, name in [*by_worker, *((state, name) for name, state in alone)]}
-    failed = {name: "" for name, state in states.items() if state in ("FAILED", "ERROR")}
-    counts = {word: sum(state == word.upper() for state in states.values()) for word in ("passed", "skipped")}
-    return {"passed": counts["passed"], "failed": len(failed), "skipped": counts["skipped"], "failures": failed}
-
-
-def node(case: ElementTree.Element) -> str:
-    """`tests.test_x.TestY`, `test_z[1]` -> `tests/test_x.py::TestY::test_z[1]`."""
-    module, _, classes = re.sub(r"\.(?=[A-Z])", "::", case.get("classname", "")).partition("::")
-    return "::".join(filter(None, [module.replace(".", "/") + ".py", classes, case.get("name")]))
+def tests_in(text: str) -> dict:
+    """Count what `pytest -v` has printed by its end or until it was stopped; `failures` by name, with a reason."""
+    states = "PASSED|FAILED|ERROR|SKIPPED"
+    found = {name.strip(): state for state, name in re.findall(rf"^\[gw\d+\].*? ({states}) (.+)$", text, re.MULTILINE)}
+    found |= dict(re.findall(rf"^(\S+::.+) ({states})\b", text, re.MULTILINE))
+    why = dict(re.findall(r"^(?:FAILED|ERROR) (\S.*?) - (.*)$", text, re.MULTILINE))
+    failures = {name: why.get(name, "") for name, state in found.items() if state in ("FAILED", "ERROR")}
+    failures |= {name: reason for name, reason in why.items() if name not in found}  # what could not be imported
+    counts = {word: list(found.values()).count(word.upper()) for word in ("passed", "skipped")}
+    return {**counts, "failed": len(failures), "failures": failures} if found or why else {}
 
 
 def write(found: list[Result], results: Path, stage: str, seconds: float, to_come: list[str]) -> None:
     """`<stage>.json`, a row a line, and `<stage>.txt`."""
-    steps = []
-    for result in found:
-        head = {"name": result.name, "state": result.state, "seconds": round(result.seconds, 1)}
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in result.rows)
-        steps.append(f'  {json.dumps(head)[:-1]}, "rows": [' + (f"\n{rows}\n  ]}}" if rows else "]}"))
+    steps = [{"name": r.name, "state": r.state, "seconds": round(r.seconds, 1)} for r in found]
+    rows = [{"step": result.name} | row for result in found for row in result.rows]
     head = {"stage": stage, "date": datetime.date.today().isoformat(), "seconds": round(seconds), "to_come": to_come}
-    text = f'{json.dumps(head)[:-1]}, "steps": [\n' + ",\n".join(steps) + "\n]}\n"
-    (results / f"{stage}.json").write_text(text)
+    write_json(results / f"{stage}.json", head | {"steps": steps, "rows": rows})
     printed = [f"===== {r.name}: {r.state}, {r.seconds:.1f} s\n{r.printed}\n" for r in found]
     (results / f"{stage}.txt").write_text("".join(printed) + summary(found, stage))
 
@@ -264,21 +241,25 @@ def summary(found: list[Result], stage: str) -> str:
     for result in found:
         last = next((json.dumps(row) for row in reversed(result.rows) if result.state != "passed"), "")
         lines.append(f"{result.name:10} {result.state:12} {result.seconds:6.1f} s  {last[:200]}".rstrip())
-    wrong = [r.name for r in found if r.judges and r.state == "failed"]
-    unknown = [f"{r.name} ({r.state})" for r in found if r.judges and r.state in ("out of time", "skipped")]
-    lines.append("wrong: " + ", ".join(wrong) if wrong else "nothing was found wrong")
-    if unknown:
-        lines.append("not known: " + ", ".join(unknown))
-    return "\n".join(lines) + "\n"
+    judged = [r for r in found if r.judges]
+    wrong = [r.name for r in judged if r.state == "failed"]
+    unknown = [f"{r.name} ({r.state})" for r in judged if r.state in ("out of time", "skipped")]
+    others = [f"{r.name} ({r.state})" for r in found if not r.judges and r.state != "passed"]
+    right = any(r.state == "passed" for r in judged)
+    lines.append(
+        "wrong: " + ", ".join(wrong) if wrong else "nothing was found wrong" if right else "nothing was judged"
+    )
+    lines += [f"not known: {', '.join(unknown)}"] * bool(unknown)
+    lines += [f"not measured, or in part: {', '.join(others)}"] * bool(others)
+    return "\n".join(lines) + f"\n{stage}.txt has all that was printed.\n{NEXT[stage]}\n"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def environment_of(scratch: Path, wheels: Path, stand_in: bool) -> dict[str, str]:
-    """Make the checkout's packages and the pure Python wheels beside it importable; triton's cache in its place."""
-    site = scratch / "site"
-    for wheel in sorted(wheels.glob("*.whl")):
+def environment_of(site: Path, stand_in: bool) -> dict[str, str]:
+    """Make the checkout's packages, and pure Python wheels in `.whl`, importable; triton's cache in its place."""
+    for wheel in sorted(ROOT.glob(".whl/*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     folders = [ROOT / "src", ROOT / "kernels" / "torch-ext", ROOT / "conversion", ROOT / "examples", site]
@@ -287,21 +268,12 @@ def environment_of(scratch: Path, wheels: Path, stand_in: bool) -> dict[str, str
     return found | ({"TRITON_INTERPRET": "1"} if stand_in else {})
 
 
-def budget(text: str) -> tuple[str, float]:
-    name, _, seconds = text.partition("=")
-    return name, float(seconds)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=SECONDS, required=True)
     parser.add_argument("--results", type=Path, required=True, help="a folder, made if it is not there")
     parser.add_argument("--previous", type=Path, help="stage b: the results of stage a, whose failures run again")
-    parser.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="peers as wheels; default .whl")
-    parser.add_argument("--seconds", type=float, help=f"of the whole stage; default {SECONDS}")
-    parser.add_argument(
-        "--budget", type=budget, action="append", default=[], metavar="STEP=SECONDS", help="instead of the step's own"
-    )
+    parser.add_argument("--seconds", type=float, help=f"of the whole stage, shared out alike; default {SECONDS}")
     parser.add_argument("--stand-in", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args(arguments)
     if options.previous and not (options.previous / "a.json").exists():
@@ -309,12 +281,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         scratch = Path(folder)
         steps = tables(options.stage, scratch, options.previous, options.stand_in)
-        changed = dict(options.budget)
-        if unknown := changed.keys() - {step.name for step in steps}:
-            parser.error(f"stage {options.stage} has no step {', '.join(sorted(unknown))}")
-        steps = [step._replace(seconds=changed.get(step.name, step.seconds)) for step in steps]
-        environment = environment_of(scratch, options.wheels, options.stand_in)
-        found = check(steps, options.seconds or SECONDS[options.stage], options.results, options.stage, environment)
+        seconds = options.seconds or SECONDS[options.stage]
+        steps = [step._replace(seconds=step.seconds * seconds / SECONDS[options.stage]) for step in steps]
+        environment = environment_of(scratch / "site", options.stand_in)
+        found = check(steps, seconds, options.results, options.stage, environment)
     return int(any(result.judges and result.state == "failed" for result in found))
 
 

@@ -4,26 +4,37 @@ A peer's result is first compared with float64: one that is wrong is reported as
 timed in turn with ours, round by round, so that their ratio is one of the same minute; memory is measured apart.
 """
 
+import dataclasses
 import functools
 import gc
 import re
 import statistics
-import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peers import PEERS, TIEDMOE, Layer, Peer, reason_to_leave_out
-from shapes import Case, route
-from timing import clock_for, interleave, paired_ratio, spread, synchronize
+from shapes import TINY, Case, route
+from timing import (
+    by_wall_clock,
+    in_own_process,
+    interleave,
+    on_device,
+    paired_ratio,
+    resident_growth,
+    spread,
+    synchronize,
+)
 from torch import Tensor, nn
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # relative, Frobenius norm
 CHECKED_TOKENS = 8192  # compared with float64 at most: the memory ends
 CHECKED = ("y", "grad x", "grad weights", "grad gate_up", "grad down")
+ALREADY = 0.25  # in the pool's `.grad` when a checked gradient is added to it
+CPU, CPU_BYTES = torch.device("cpu"), 2 << 30  # what a peer may take there
 
-Pools = list[tuple[nn.Parameter, nn.Parameter]]
+Pool = tuple[nn.Parameter, nn.Parameter]
 
 
 class Inputs(NamedTuple):
@@ -37,7 +48,7 @@ class Inputs(NamedTuple):
 class Problem(NamedTuple):
     case: Case
     device: torch.device
-    pools: Pools  # one, or for decoding as many as keep the caches cold
+    pools: list[Pool]  # one, or for decoding as many as keep the caches cold
     sets: list[Inputs]
     grad_output: Tensor  # [T, H]
 
@@ -47,12 +58,11 @@ class Problem(NamedTuple):
         return statistics.mean(inputs.index[0].unique().numel() for inputs in self.sets)
 
 
-def make_problem(case: Case, device: torch.device, seed: int = 0, pools: Pools | None = None) -> Problem:
-    """Draw tokens and routing, and pools unless they are given. Nothing is zero: zeros run faster."""
+def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
+    """Draw pools, tokens and routing. Nothing is zero: zeros run faster."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    if pools is None:
-        pools = [make_pool(case, device) for _ in range(num_pools(case, device))]
+    pools = [make_pool(case, device) for _ in range(num_pools(case, device))]
 
     def inputs() -> Inputs:
         x = torch.randn(case.T, case.shape.H, dtype=case.dtype, device=device)
@@ -63,11 +73,11 @@ def make_problem(case: Case, device: torch.device, seed: int = 0, pools: Pools |
             tensor.requires_grad_()
         return Inputs(x, index, weights)
 
-    sets = [inputs() for _ in range(8 if case.kind == "decode" and device.type != "cpu" else 3)]
+    sets = [inputs() for _ in range(8 if case.kind == "decode" and device.type == "cuda" else 3)]
     return Problem(case, device, pools, sets, torch.randn(case.T, case.shape.H, dtype=case.dtype, device=device))
 
 
-def make_pool(case: Case, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+def make_pool(case: Case, device: torch.device) -> Pool:
     """Draw weights that keep sizes near 1 through the layers; for a step with gradients to be added to."""
     E, H, I = case.shape.E, case.shape.H, case.shape.I
     gate_up = torch.empty(E, 2 * I, H, dtype=case.dtype, device=device).normal_(std=H**-0.5)
@@ -80,7 +90,7 @@ def make_pool(case: Case, device: torch.device) -> tuple[nn.Parameter, nn.Parame
 
 def num_pools(case: Case, device: torch.device) -> int:
     """Count the pools that decoding goes through, so that none is cached when its turn comes again: 8 at most."""
-    if case.kind != "decode" or device.type == "cpu":
+    if case.kind != "decode" or device.type != "cuda":
         return 1
     # An AMD accelerator's memory-side cache is not in the properties.
     cache = 512 << 20 if torch.version.hip else 2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -99,70 +109,58 @@ def group_forward(layer: Layer, x: Tensor, index: list[Tensor], weights: list[Te
 
 
 def training_step(peer: Peer, layer: Layer, problem: Problem, number: int) -> None:
-    """Run a tied group forward and backward for each microbatch, the pool's gradients added to what is there."""
-    for microbatch in range(problem.case.microbatches):
-        inputs = problem.sets[(number + microbatch) % len(problem.sets)]
-        with peer.scope():
-            y = group_forward(layer, *inputs)
-        y.backward(problem.grad_output)
-        for tensor in (inputs.x, *inputs.weights):
-            tensor.grad = None  # the stream's own gradients are no part of the accumulation
+    """Run a tied group forward and backward, the pool's gradients added to what is there."""
+    inputs = problem.sets[number % len(problem.sets)]
+    with peer.scope():
+        y = group_forward(layer, *inputs)
+    y.backward(problem.grad_output)
+    for tensor in (inputs.x, *inputs.weights):
+        tensor.grad = None  # the stream's own gradients are not accumulated
 
 
 class Prepared(NamedTuple):
     call: Callable[[int], Any]
     layer: Layer  # on the first pool
-    calls: int = 1  # of a layer in one `call`; a decode time is divided by it
+    calls: int = 1  # of a layer in one `call`; a time is divided by it
 
 
 def prepare(peer: Peer, problem: Problem) -> Prepared:
-    case, (gate_up, down) = problem.case, problem.pools[0]
-    layer = peer.build(gate_up, down)
-    if case.kind == "step":
-        return Prepared(lambda number: training_step(peer, layer, problem, number), layer)
-    if case.kind == "forward":
-
-        @torch.no_grad()
-        def forward(number: int) -> Tensor:
-            x, index, weights = problem.sets[number % len(problem.sets)]
-            return layer(x, index[0], weights[0])
-
-        return Prepared(forward, layer)
-    layers = [layer, *(peer.build(*pool) for pool in problem.pools[1:])]
-    calls = max(len(problem.sets), len(layers))
+    layers = [peer.build(*pool) for pool in problem.pools]
+    if problem.case.kind == "step":
+        return Prepared(lambda number: training_step(peer, layers[0], problem, number), layers[0])
+    calls = max(len(problem.sets), len(layers)) if problem.case.kind == "decode" else 1
 
     @torch.no_grad()
-    def decode(number: int) -> list[Tensor]:
-        turns = ((layers[turn % len(layers)], problem.sets[turn % len(problem.sets)]) for turn in range(calls))
-        return [layer(x, index[0], weights[0]) for layer, (x, index, weights) in turns]
+    def forward(number: int) -> None:
+        for turn in range(number, number + calls):
+            x, index, weights = problem.sets[turn % len(problem.sets)]
+            layers[turn % len(layers)](x, index[0], weights[0])
 
-    return Prepared(decode, layer, calls)
+    return Prepared(forward, layers[0], calls)
 
 
 # --- is it right -----------------------------------------------------------------------------------------------------
 
 
 def float64_layer(gate_up: Tensor, down: Tensor) -> Layer:
-    """Return a layer, expert after expert, whose backward writes each one's gradient once, not one of all."""
+    """Return a layer in float64, expert after expert; its backward writes each one's gradient once, not one of all."""
     experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
 
     def layer(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
         for e in index.unique().tolist():
+            gate_up_e, down_e = (each.double() for each in experts[e])
             token, k = (index == e).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], experts[e][0]).chunk(2, dim=-1)
-            y = y.index_add(0, token, F.linear(F.silu(gate) * up, experts[e][1]) * weights[token, k, None])
+            gate, up = F.linear(x[token], gate_up_e).chunk(2, dim=-1)
+            y = y.index_add(0, token, F.linear(F.silu(gate) * up, down_e) * weights[token, k, None])
         return y
 
     return layer
 
 
-FLOAT64 = Peer("float64", float64_layer)
-
-
-def outcome(peer: Peer, problem: Problem, pool: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Return what must be right: the output, and of a step the gradients, the pool's as they are added to `.grad`."""
-    dtype, is_step = pool[0].dtype, problem.case.kind == "step"
+def outcome(peer: Peer, problem: Problem, pool: Pool, dtype: torch.dtype) -> list[Tensor]:
+    """Return what must be right: the output and a step's gradients, the pool's as added to a `.grad` that is there."""
+    is_step = problem.case.kind == "step"
     x, index, weights = problem.sets[0]
     index = [each[:CHECKED_TOKENS] for each in index]
     x, *weights = (t.detach()[:CHECKED_TOKENS].to(dtype).requires_grad_(is_step) for t in (x, *weights))
@@ -171,17 +169,25 @@ def outcome(peer: Peer, problem: Problem, pool: tuple[Tensor, Tensor]) -> list[T
         with torch.no_grad():
             return [layer(x, index[0], weights[0])]
     for weight in pool:
-        weight.grad = None if weight.grad is None else weight.grad.zero_()
+        weight.grad = None if weight.grad is None else weight.grad.fill_(ALREADY)
+    already = 0.0 if pool[0].grad is None else ALREADY
     with peer.scope():
         y = group_forward(layer, x, index, weights)
     y.backward(problem.grad_output[:CHECKED_TOKENS].to(dtype))
-    return [y.detach(), x.grad, torch.stack([each.grad for each in weights]), *(weight.grad for weight in pool)]
+    routing = torch.stack([each.grad for each in weights])
+    return [y.detach(), x.grad, routing, *(weight.grad - already for weight in pool)]
 
 
 def expected_outcome(problem: Problem) -> list[Tensor]:
-    """Compute the outcome in float64; it is kept in float32."""
-    pool = tuple(t.detach().double().requires_grad_(problem.case.kind == "step") for t in problem.pools[0])
-    return [each.float() for each in outcome(FLOAT64, problem, pool)]
+    """Compute the outcome in float64, gradients of the pool summed in float32; it is kept in float32."""
+    pool = tuple(nn.Parameter(weight.detach().float()) for weight in problem.pools[0])
+    return [each.float() for each in outcome(Peer("float64", float64_layer), problem, pool, torch.float64)]
+
+
+def errors_of(peer: Peer, problem: Problem, expected: list[Tensor]) -> dict[str, float]:
+    """Return the relative error of everything that must be right."""
+    found = outcome(peer, problem, problem.pools[0], problem.case.dtype)
+    return {name: relative_error(*pair) for name, *pair in zip(CHECKED, found, expected)}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -207,28 +213,34 @@ def saved_bytes(layer: Layer, problem: Problem) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    on_device = problem.device.type != "cpu"
+    on_gpu = problem.device.type == "cuda"
     synchronize(problem.device)
-    before = torch.cuda.memory_allocated() if on_device else 0
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(inputs.x, inputs.index[0], inputs.weights[0])
-    if not on_device:
+    if not on_gpu:
         return sum(kept.values())
     still_there = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
     return max(sum(kept.values()), still_there + inputs.x.untyped_storage().nbytes())
 
 
-def peak_bytes(call: Callable[[int], Any], device: torch.device) -> int | None:
-    """Measure device memory of one call above what was allocated before it; None on a CPU."""
-    if device.type == "cpu":
-        call(0)  # as a warm-up
-        return None
-    synchronize(device)
+def allocated_growth(call: Callable[[int], Any]) -> int:
+    """Measure device memory of one call above what was allocated before it."""
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call(0)
-    synchronize(device)
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_growth_of(case: Case, name: str) -> int:
+    """Measure, best in a process of its own, resident memory of one call above pool, gradients and inputs."""
+    peer = next(peer for peer in PEERS if peer.name == name)
+    small = dataclasses.replace(case, shape=TINY, T=2)
+    prepare(peer, make_problem(small, CPU)).call(0)  # libraries load at a first call
+    call = prepare(peer, make_problem(case, CPU)).call
+    return resident_growth(lambda: call(0))
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -238,28 +250,19 @@ class Bench:
     """A case, and a row for each peer that is asked for: ours first, then the others have a ratio to it.
 
     Args:
-        has_ours: our own row is there already, from a process before this one.
+        rates: the machine's, of `machine_rates`.
+        own_process: measure the peak of resident memory on a CPU, which takes a process of its own.
         limits: `seconds`, `least` and `most` of `interleave`.
     """
 
-    def __init__(self, case: Case, device: torch.device, rates: dict, has_ours: bool = False, **limits):
-        self.case, self.device, self.rates, self.has_ours = case, device, rates, has_ours
+    def __init__(self, case, device: torch.device, rates: dict, own_process: bool = False, **limits):
+        self.case, self.device, self.rates, self.own_process = case, device, rates, own_process
         self.limits = {"seconds": 1.5, "least": 3, "most": 9} | limits
-        self.memory = 4 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
         self.ours: Prepared | None = None
-
-    @functools.cached_property
-    def problem(self) -> Problem:
-        return make_problem(self.case, self.device)
-
-    @functools.cached_property
-    def expected(self) -> list[Tensor]:
-        return expected_outcome(self.problem)
 
     def row(self, peer: Peer) -> dict:
         """Return what was measured. `status`: measured, wrong, failed or left out; but for the first with a reason."""
-        reason = reason_to_leave_out(peer, self.case, self.memory)
-        if reason:
+        if reason := self.reason(peer):
             return {"status": "left out", "reason": reason}
         try:
             return self._measure(peer)
@@ -275,76 +278,83 @@ class Bench:
         return found
 
     def _measure(self, peer: Peer) -> dict:
-        prepared = prepare(peer, self.problem)
-        if self.has_ours and self.ours is None:
-            self.ours = prepare(PEERS[0], self.problem)
-        found = outcome(peer, self.problem, self.problem.pools[0])
-        errors = {name: relative_error(*pair) for name, *pair in zip(CHECKED, found, self.expected)}
-        del found
+        prepared = self.prepare(peer)
+        errors = self.errors(peer, prepared)
         wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE[self.case.dtype]]
         row: dict = {"status": "measured", "largest_error": max(errors.values())}
         if wrong:
             row = {"status": "wrong", "reason": "relative error of " + ", ".join(wrong)}
-        if self.case.kind == "step":
-            row["saved_bytes"] = saved_bytes(prepared.layer, self.problem)
-        row["peak_bytes"] = peak_bytes(prepared.call, self.device)
+        row |= self.memory(peer, prepared)
         if peer.name == TIEDMOE and not wrong:
             self.ours = prepared
         return row | self._time(peer, prepared)
 
     def _time(self, peer: Peer, prepared: Prepared) -> dict:
         calls = {peer.name: prepared.call} | ({TIEDMOE: self.ours.call} if self.ours else {})
-        in_graph = [each for each in calls.values() if self.case.kind == "decode" and self.device.type != "cpu"]
+        in_graph = set(calls) if self.case.kind == "decode" and self.device.type == "cuda" else set()
         row = {}
-        if not peer.capturable and prepared.call in in_graph:
-            in_graph.remove(prepared.call)
+        if not peer.capturable and peer.name in in_graph:
+            in_graph.remove(peer.name)
             row["no_graph"] = "it waits for the device"
-        times = None
-        while times is None:
-            try:
-                times = interleave(calls, clock_for(self.device, in_graph), **self.limits)
-            except RuntimeError as error:
-                if prepared.call not in in_graph:
-                    raise
-                in_graph.remove(prepared.call)
-                row["no_graph"] = one_line(error)
+        try:
+            times = self._rounds(calls, in_graph)
+        except RuntimeError as error:
+            if peer.name not in in_graph:
+                raise
+            row["no_graph"] = one_line(error)
+            times = self._rounds(calls, in_graph - {peer.name})
         each = [seconds / prepared.calls for seconds in times[peer.name]]
-        row |= {"ms": spread([seconds * 1e3 for seconds in each]), **self._rate(statistics.median(each))}
+        row |= {"ms": spread([seconds * 1e3 for seconds in each]), **self.rate(statistics.median(each))}
         if self.ours:
             row["time_over_tiedmoe"] = paired_ratio(each, [seconds / self.ours.calls for seconds in times[TIEDMOE]])
         return row
 
-    def _rate(self, seconds: float) -> dict:
+    def _rounds(self, calls: dict[str, Callable[[int], Any]], in_graph: set[str]) -> dict[str, list[float]]:
+        if self.device.type == "cpu":
+            return interleave({name: by_wall_clock(call) for name, call in calls.items()}, **self.limits)
+        return interleave({name: on_device(call, name in in_graph) for name, call in calls.items()}, **self.limits)
+
+    # What a case of a layer is; `models.py` has that of a whole model.
+
+    def reason(self, peer: Peer) -> str | None:
+        """Return why a peer does not take part, or None."""
+        memory = CPU_BYTES
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        return reason_to_leave_out(peer, self.case, memory, self.rates["copy_tb_per_s"])
+
+    @functools.cached_property
+    def problem(self) -> Problem:
+        return make_problem(self.case, self.device)
+
+    @functools.cached_property
+    def expected(self) -> list[Tensor]:
+        return expected_outcome(self.problem)
+
+    def prepare(self, peer: Peer) -> Prepared:
+        return prepare(peer, self.problem)
+
+    def errors(self, peer: Peer, prepared: Prepared) -> dict[str, float]:
+        return errors_of(peer, self.problem, self.expected)
+
+    def memory(self, peer: Peer, prepared: Prepared) -> dict[str, int]:
+        """Return bytes saved by a layer for its backward, and the most of a call; calls it once, as a warm-up."""
+        found = {"saved_bytes": saved_bytes(prepared.layer, self.problem)} if self.case.kind == "step" else {}
+        if self.device.type == "cuda":
+            return found | {"peak_bytes": allocated_growth(prepared.call)}
+        prepared.call(0)
+        return found | self.resident(resident_growth_of, self.case, peer.name)
+
+    def resident(self, work: Callable[..., int], *arguments: Any) -> dict[str, int]:
+        return {"peak_bytes": in_own_process(work, *arguments)} if self.own_process else {}
+
+    def rate(self, seconds: float) -> dict:
+        """Return the rate of the work that the layer cannot do without, and its share of the machine's own."""
         if self.case.kind != "decode":
             tflops = self.case.flops / seconds / 1e12
             return {"tflops": tflops, "of_machine": tflops / self.rates["matmul_tflops"]}
         tb_per_s = self.case.decode_bytes(self.problem.active_experts) / seconds / 1e12
         return {"tb_per_s": tb_per_s, "of_machine": tb_per_s / self.rates["copy_tb_per_s"]}
-
-
-def run_plan(
-    cases: Iterable[Any],
-    execute: Callable[[Any], dict],
-    seconds: float,
-    now: Callable[[], float] = time.monotonic,
-    kind: Callable[[Any], Hashable] = lambda case: case.kind,
-) -> tuple[list[dict], list]:
-    """Execute the cases in turn; one that would not end within `seconds`, judged by its kind so far, is left out.
-
-    Returns:
-        The results, and the `key` of each case that was left out.
-    """
-    start, took = now(), {}
-    results: list[dict] = []
-    left_out: list = []
-    for case in cases:
-        begun = now()
-        if begun - start + statistics.median(took.get(kind(case), [10.0])) > seconds:
-            left_out.append(case.key)
-            continue
-        results.append(execute(case))
-        took.setdefault(kind(case), []).append(now() - begun)
-    return results, left_out
 
 
 def one_line(error: BaseException) -> str:

@@ -56,11 +56,6 @@ def transformers_layer(implementation: str, gate_up: nn.Parameter, down: nn.Para
     return experts
 
 
-def compiled_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
-    torch._dynamo.config.recompile_limit = 256  # one forward is compiled for many shapes
-    return torch.compile(transformers_layer("grouped_mm", gate_up, down))
-
-
 def liger_layer(gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
     """Call it as `LigerExperts.forward` of liger-kernel 0.8.5 does: indices in int32."""
     from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels
@@ -87,16 +82,16 @@ def run_compiled_at_once(kernel, run: Callable, known: set, *args, grid, warmup:
     return run(*args, grid=grid, warmup=warmup, **options)
 
 
+MOST_SECONDS = 5  # that `eager` may take for the gradients of a step alone
 TIEDMOE = "tiedmoe"
 RECOMPUTE = "tiedmoe recompute"
-TRANSFORMERS = ("grouped_mm", "grouped_mm compiled", "batched_mm", "eager")
+TRANSFORMERS = ("grouped_mm", "batched_mm", "eager")
 PEERS = (
     Peer(TIEDMOE, tiedmoe_layer, scope=tiedmoe_scope),
     Peer(RECOMPUTE, functools.partial(tiedmoe_layer, recompute=True), scope=tiedmoe_scope),
     Peer("grouped_mm", functools.partial(transformers_layer, "grouped_mm")),
     Peer("batched_mm", functools.partial(transformers_layer, "batched_mm")),
     Peer("eager", functools.partial(transformers_layer, "eager"), capturable=False),
-    Peer("grouped_mm compiled", compiled_layer, slow_to_prepare=True),
     Peer("liger", liger_layer, capturable=False, slow_to_prepare=True),
     # These two load a kernel from the Hub.
     Peer("sonicmoe", functools.partial(transformers_layer, "sonicmoe"), slow_to_prepare=True),
@@ -104,12 +99,15 @@ PEERS = (
 )
 
 
-def reason_to_leave_out(peer: Peer, case: Case, memory_bytes: float) -> str | None:
-    """Say why `peer` does not take part in `case` on a device of that much memory, or None."""
+def reason_to_leave_out(peer: Peer, case: Case, memory_bytes: float, copy_tb_per_s: float) -> str | None:
+    """Say why `peer` does not take part in `case` on a device of that much memory and that rate of a copy, or None."""
     if peer.name == RECOMPUTE and case.kind != "step":
         return "differs from tiedmoe in training only"
     if case.kind == "step" and not peer.trains:
         return "it has no backward"
     if peer.name == "batched_mm" and case.weight_copies_bytes() > 0.6 * memory_bytes:
         return f"its copies of the weights take {case.weight_copies_bytes() / 2**30:.1f} GiB"
+    moved = 3 * case.g * case.shape.E * case.shape.pool_bytes(case.dtype.itemsize)
+    if peer.name == "eager" and case.kind == "step" and moved > MOST_SECONDS * copy_tb_per_s * 1e12:
+        return f"its backward makes a gradient of the whole pool for each expert, {moved / 1e9:.0f} GB"
     return None

@@ -9,10 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS = (1, 8, 32, 64, 512, 2048, 8192, 32768)
-GROUP_SIZES = (1, 2, 4)
 ROUTINGS = ("uniform", "zipf")
-DECODE_TOKENS = (1, 8, 32, 64)
 
 
 class Shape(NamedTuple):
@@ -32,6 +29,7 @@ class Shape(NamedTuple):
 
 
 OLMOE = Shape("OLMoE", 64, 2048, 1024, 8)
+QUARTER = Shape("OLMoE/4", OLMOE.E, OLMOE.H // 4, OLMOE.I // 4, OLMOE.K)
 QWEN3 = Shape("Qwen3-30B", 128, 2048, 768, 8)
 SHAPES = (  # "2x", "4x": with that many times the experts, as wide as a tied group's pool may be made
     OLMOE,
@@ -53,7 +51,6 @@ class Case:
     g: int = 1
     routing: str = "uniform"
     dtype: torch.dtype = torch.bfloat16
-    microbatches: int = 2  # of a step: forwards and backwards whose gradients are accumulated
 
     @property
     def key(self) -> str:
@@ -64,7 +61,7 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of the matrix products, 2 per multiply-add; a backward is two forwards."""
         forward = 2 * self.T * self.shape.K * self.shape.expert_numbers
-        return forward * 3 * self.g * self.microbatches if self.kind == "step" else forward
+        return forward * 3 * self.g if self.kind == "step" else forward
 
     def decode_bytes(self, active_experts: float) -> float:
         """Count bytes one layer must move: the experts that some token chose, once, the tokens in and out."""
@@ -74,11 +71,6 @@ class Case:
         """Count bytes of `batched_mm`'s weight copies, one per slot; a backward keeps them and makes gradients."""
         copies = self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
         return copies * (self.g + 1) if self.kind == "step" else copies
-
-    def activation_bytes(self) -> tuple[int, int]:
-        """Count what one layer must keep for its backward: the input and the pre-activation, or the input alone."""
-        inputs = self.T * self.shape.H * self.dtype.itemsize
-        return inputs + self.T * self.shape.K * 2 * self.shape.I * self.dtype.itemsize, inputs
 
 
 def route(T: int, shape: Shape, routing: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Clocks, spreads and the machine's own limits.
+"""Clocks, memory, spreads and the machine's own limits.
 
 Variants are timed in turn, round by round: a ratio is taken inside a round and its median reported, so that a machine
 that slows down slows both.
@@ -6,26 +6,28 @@ that slows down slows both.
 
 import contextlib
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import re
-import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 Call = Callable[[int], object]  # the number of the round chooses the inputs
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "kernels", "llama-cpp-python")
+Timed = Callable[[int], float]  # the same call, and its seconds
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "kernels", "llama-cpp-python", "pytest", "pytest-xdist")
 
 
 def spread(values: list[float]) -> dict:
     """Return median, 20th and 80th percentile, and how many values there are."""
-    if len(values) < 2:
-        return {"median": values[0], "p20": values[0], "p80": values[0], "n": 1}
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "n": len(values)}
+    wanted = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    found = torch.tensor(values, dtype=torch.float64).quantile(wanted).tolist()
+    return dict(zip(("median", "p20", "p80"), found)) | {"n": len(values)}
 
 
 def paired_ratio(values: list[float], base: list[float]) -> dict:
@@ -33,58 +35,68 @@ def paired_ratio(values: list[float], base: list[float]) -> dict:
     return spread([value / reference for value, reference in zip(values, base)])
 
 
-class WallClock:
-    """Seconds of one call by the host's clock, on a CPU, where `torch.utils.benchmark` would warm up before each."""
+def by_wall_clock(call: Call) -> Timed:
+    """Time one call by the host's clock: `torch.utils.benchmark` would make two more before each."""
 
-    def time(self, call: Call, number: int) -> float:
+    def timed(number: int) -> float:
         start = time.perf_counter()
         call(number)
         return time.perf_counter() - start
 
-
-class DeviceClock:
-    """Seconds of a call by triton's timers: those `in_graph` many in a CUDA graph, others with a cold L2 cache."""
-
-    def __init__(self, in_graph: Collection[Call] = ()):
-        self.in_graph = in_graph
-
-    def time(self, call: Call, number: int) -> float:
-        from triton.testing import do_bench, do_bench_cudagraph
-
-        if call in self.in_graph:
-            return do_bench_cudagraph(lambda: call(number), rep=20, return_mode="median") / 1e3
-        return do_bench(lambda: call(number), warmup=10, rep=50, return_mode="median") / 1e3
+    return timed
 
 
-def clock_for(device: torch.device, in_graph: Collection[Call] = ()) -> WallClock | DeviceClock:
-    return WallClock() if device.type == "cpu" else DeviceClock(in_graph)
+def on_device(call: Call, in_graph: bool) -> Timed:
+    """Time a call by triton's timers: replays of a CUDA graph of many, or one by one with a cold L2 cache."""
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    if in_graph:
+        return lambda number: do_bench_cudagraph(lambda: call(number), rep=20, return_mode="median") / 1e3
+    return lambda number: do_bench(lambda: call(number), warmup=10, rep=50, return_mode="median") / 1e3
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def interleave(calls: dict[str, Call], clock, *, seconds: float, least: int, most: int) -> dict[str, list[float]]:
-    """Time every call once a round, in an order that rotates, until `seconds` are over; `least` to `most` rounds.
-
-    A call that has used up half of the time after its `least` rounds drops out; the others, two at least, go on.
-    """
+def interleave(calls: dict[str, Timed], *, seconds: float, least: int, most: int) -> dict[str, list[float]]:
+    """Time every call once a round, in an order that rotates, until `seconds` are over; `least` to `most` rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    start, dropped = time.perf_counter(), 0.0
-    for number in range(most if calls else 0):
-        if number == least:
-            names = [name for name in names if sum(times[name]) <= seconds / 2]
-            dropped = sum(sum(times[name]) for name in calls if name not in names)
-            if len(names) < min(2, len(calls)):
-                break
-        if number >= least and time.perf_counter() - start > seconds + dropped:
+    names, start = list(calls), time.perf_counter()
+    for number in range(most):
+        if number >= least and time.perf_counter() - start > seconds:
             break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            times[name].append(clock.time(calls[name], number))
+            times[name].append(calls[name](number))
     return times
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def in_own_process(work: Callable, *arguments: Any) -> Any:
+    """Return what `work` returns in a fresh process, with as many threads as this one's torch has."""
+    spawned, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, spawned, torch.set_num_threads, threads) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def resident_bytes(name: str) -> int:
+    """Return "VmRSS", what this process holds of the memory, or "VmHWM", the most it has held."""
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def resident_growth(call: Callable[[], object]) -> int:
+    """Return by how many bytes the greatest resident memory during a call is above what is held before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident_bytes("VmRSS")
+    call()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 << 30) -> dict:
@@ -92,12 +104,13 @@ def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 <<
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    clock = clock_for(device)
-    matmul, copy = (
-        min(clock.time(call, number) for number in range(5))
-        for call in (lambda _: a @ b, lambda _: target.copy_(source))
-    )
-    return {"matmul_tflops": 2 * size**3 / matmul / 1e12, "copy_tb_per_s": 2 * copy_bytes / copy / 1e12}
+    calls = {"matmul": lambda _: a @ b, "copy": lambda _: target.copy_(source)}
+    timed = {n: by_wall_clock(c) if device.type == "cpu" else on_device(c, False) for n, c in calls.items()}
+    least = {name: min(each) for name, each in interleave(timed, seconds=0, least=5, most=5).items()}
+    return {
+        "matmul_tflops": 2 * size**3 / least["matmul"] / 1e12,
+        "copy_tb_per_s": 2 * copy_bytes / least["copy"] / 1e12,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +131,7 @@ def machine(device: torch.device) -> dict:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     described: dict = {"processor": processors[0] if processors else platform.machine(), "cores": os.cpu_count()}
     described["memory_gib"] = round(memory_bytes / 2**30, 1)
-    if device.type != "cpu":
+    if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         described |= {
             "device": properties.name,

@@ -27,17 +27,9 @@ from tiedmoe_demo.train_source import train_tokenizer
 TEXT = "It is a truth universally acknowledged, that a single man"
 TOLERANCE = 1e-4  # of a logit of size 1 to 10 in float32; the source's experts are 0.1 and more away
 RESULTS = Path(__file__).parent / "results" / "untied_in_llama_cpp.json"
-COMMON = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 2}
+COMMON |= {"num_experts_per_tok": 2, "initializer_range": 0.1}
+COMMON |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DEEPSEEK = {"intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1}
 DEEPSEEK |= {"first_k_dense_replace": 1, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
 DEEPSEEK |= {"v_head_dim": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
@@ -49,8 +41,7 @@ FAMILIES = {
     "qwen2_moe": QWEN | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False},
     "qwen3_moe": QWEN | {"head_dim": 32, "norm_topk_prob": True},
     "deepseek_v2": DEEPSEEK | {"topk_method": "greedy"},
-    "deepseek_v3": DEEPSEEK
-    | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},  # as released configs say, for llama.cpp
+    "deepseek_v3": DEEPSEEK | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},  # as released configs say
 }
 # The converter knows pre-tokenizers by a hash of what they make of a text, none trained here; this one is GPT-2's.
 TO_GGUF = """
@@ -107,10 +98,8 @@ def check(family: str, tokenizer: PreTrainedTokenizerFast, llama_cpp: Path, fold
     if any(errors.values()) or not installed():
         return result | {name: error for name, error in errors.items() if error}
     tokens = tokenizer(TEXT)["input_ids"]
-    logits = {
-        name: AutoModelForCausalLM.from_pretrained(folder / name)(torch.tensor([tokens])).logits[0]
-        for name in ("source", "tied")
-    }
+    models = {name: AutoModelForCausalLM.from_pretrained(folder / name) for name in ("source", "tied")}
+    logits = {name: model(torch.tensor([tokens])).logits[0] for name, model in models.items()}
     theirs = {name: logits_in_llama_cpp(f"{folder / name}.gguf", tokens) for name in ("source", "untied")}
     differences = {
         "source": theirs["source"] - logits["source"],

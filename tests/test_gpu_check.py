@@ -1,6 +1,5 @@
 """`benchmarks/gpu_check.py` with real processes on a CPU: budgets, what is written, what decides the exit status."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu_check
+from gpu_check import Step
+
 ROOT = Path(__file__).parents[1]
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load("gpu_check")
-Step = gpu_check.Step
+PRINTED = """
+tests/test_x.py::TestY::test_z[1] FAILED
+tests/test_x.py::test_w PASSED
+tests/test_x.py::test_v SKIPPED (no)
+FAILED tests/test_x.py::TestY::test_z[1] - assert 2 == 3
+"""
 
 
 def shell(name: str, script: str, seconds: float = 20, **facts) -> Step:
@@ -31,14 +31,9 @@ def shell(name: str, script: str, seconds: float = 20, **facts) -> Step:
 def steps(folder: Path) -> list[Step]:
     """A table like a stage's own: rows, a report, a failure of each kind."""
     report = folder / "tests.xml"
-    xml = (
-        '<testsuite><testcase classname="tests.test_x.TestY" name="test_z[1]"><failure message="2 != 3"/></testcase>'
-        '<testcase classname="tests.test_x" name="test_w"/>'
-        '<testcase classname="tests.test_x" name="test_v"><skipped/></testcase></testsuite>'
-    )
     return [
         shell("rows", """echo '{"a": 1}'; echo noise; echo '{"cut'; echo '{"b": 2}'"""),
-        shell("tests", f"echo '{xml}' > {report}; exit 1", judges=True, keeps=(report,)),
+        shell("tests", f"echo '{PRINTED}' | tee {report}; exit 1", judges=True, keeps=(report,)),
         shell("broken", "echo sorry >&2; exit 3"),
         shell("right", "exit 0", judges=True),
     ]
@@ -46,7 +41,10 @@ def steps(folder: Path) -> list[Step]:
 
 def results(folder: Path, stage: str = "a") -> tuple[dict, dict]:
     found = json.loads((folder / f"{stage}.json").read_text())
-    return found, {step["name"]: step for step in found["steps"]}
+    by_name = {step["name"]: step | {"rows": []} for step in found["steps"]}
+    for row in found["rows"]:
+        by_name[row.pop("step")]["rows"].append(row)
+    return found, by_name
 
 
 def test_every_step_runs_and_its_rows_are_kept(tmp_path, capsys):
@@ -61,12 +59,15 @@ def test_every_step_runs_and_its_rows_are_kept(tmp_path, capsys):
     assert written["to_come"] == []
     assert by_name["rows"]["rows"] == [{"a": 1}, {"b": 2}]
     assert by_name["tests"]["rows"][1:] == [
-        {"passed": 1, "failed": 1, "skipped": 1, "failures": {"tests/test_x.py::TestY::test_z[1]": "2 != 3"}}
+        {"passed": 1, "failed": 1, "skipped": 1, "failures": {"tests/test_x.py::TestY::test_z[1]": "assert 2 == 3"}}
     ]
     assert by_name["broken"]["rows"] == [{"exit_status": 3, "last_line": "sorry"}]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "a.txt", "tests.xml"]
     assert "noise" in (tmp_path / "out" / "a.txt").read_text()
-    assert "wrong: tests\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "wrong: tests\n" in text
+    assert "not measured, or in part: broken (failed)\n" in text
+    assert "Next: `make gpu-check STAGE=b" in text
 
 
 @pytest.mark.parametrize("slow", range(4))
@@ -97,8 +98,8 @@ def test_no_step_starts_without_time_and_each_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
-def test_what_pytest_printed_stands_in_for_its_report(workers, tmp_path):
-    """It writes none when its time is over."""
+def test_what_pytest_prints_is_counted(workers, tmp_path):
+    """Also where its report is missing: it writes none when its time is over."""
     (tmp_path / "test_some.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', ['a b', 'c', 'd'])\n"
         "def test_it(i):\n    pytest.skip() if i == 'd' else None\n    assert i != 'c'\n"
@@ -108,17 +109,24 @@ def test_what_pytest_printed_stands_in_for_its_report(workers, tmp_path):
     (result,) = gpu_check.check([step], 60, tmp_path / "out", "a")
     missing, found = result.rows[-2:]
     assert missing == {"missing": "report.xml"}
-    assert [name.partition("::")[2] for name in found.pop("failures")] == ["test_it[c]"]
+    ((name, why),) = found.pop("failures").items()
+    assert name.partition("::")[2] == "test_it[c]"
+    assert "assert 'c' != 'c'" in why
     assert found == {"passed": 1, "failed": 1, "skipped": 1}, result.printed
 
 
+def test_a_file_that_cannot_be_imported_is_a_failure():
+    text = "tests/test_a.py::test_b PASSED\nERROR tests/test_c.py - ModuleNotFoundError: No module named 'hypothesis'"
+    found = gpu_check.tests_in(text)
+    assert (found["passed"], found["failed"]) == (1, 1)
+    assert found["failures"] == {"tests/test_c.py": "ModuleNotFoundError: No module named 'hypothesis'"}
+
+
 def test_a_step_without_a_test_that_ran_is_no_success(tmp_path, capsys):
-    report = tmp_path / "tests.xml"
-    xml = '<testsuite><testcase classname="tests.test_x" name="test_v"><skipped/></testcase></testsuite>'
-    gpu_check.check(
-        [shell("tests", f"echo '{xml}' > {report}", judges=True, keeps=(report,))], 60, tmp_path / "out", "a"
-    )
-    assert "not known: tests (skipped)" in capsys.readouterr().out
+    gpu_check.check([shell("tests", "echo 'tests/x.py::test_v SKIPPED (no)'", judges=True)], 60, tmp_path / "out", "a")
+    text = capsys.readouterr().out
+    assert "not known: tests (skipped)" in text
+    assert "nothing was judged" in text
 
 
 def test_a_step_is_told_what_it_has_left(tmp_path):
@@ -174,20 +182,20 @@ def test_only_a_step_that_judges_decides_the_exit_status(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "tables", lambda *_: [table[0], table[2], table[3]])
     arguments = ["--stage", "a", "--results", str(tmp_path / "out")]
     assert gpu_check.main(arguments) == 0
-    assert gpu_check.main([*arguments, "--budget", "right=0"]) == 0  # not known is not wrong, and the summary says it
+    table[3] = table[3]._replace(seconds=0)
+    assert gpu_check.main(arguments) == 0  # not known is not wrong, and the summary says it
     assert "not known: right (out of time)" in (tmp_path / "out" / "a.txt").read_text()
+    table[3] = shell("right", f"echo '{{\"left\": {gpu_check.LEFT}}}'", seconds=20)
+    assert gpu_check.main([*arguments, "--seconds", "480"]) == 0  # twice as long for each step
+    assert results(tmp_path / "out")[1]["right"]["rows"] == [{"left": 40 - gpu_check.END_SECONDS}]
     monkeypatch.setattr(gpu_check, "tables", lambda *_: table)
     assert gpu_check.main(arguments) == 1
 
 
 def test_wrong_arguments_are_named(tmp_path, capsys):
-    for more, message in (
-        (["--budget", "nothing=1"], "stage b has no step nothing"),
-        (["--previous", str(tmp_path)], "holds no a.json"),
-    ):
-        with pytest.raises(SystemExit):
-            gpu_check.main(["--stage", "b", "--results", str(tmp_path / "out"), *more])
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--stage", "b", "--results", str(tmp_path / "out"), "--previous", str(tmp_path)])
+    assert "holds no a.json" in capsys.readouterr().err
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -204,15 +212,15 @@ import gpu_cache, triton
 from pathlib import Path
 what, folder, archive = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 triton.knobs.cache.dir = str(folder)
-target = gpu_cache.GPUTarget("cuda", 90, 32)
+target, shape = gpu_cache.GPUTarget("cuda", 90, 32), gpu_cache.gpu_steps.OLMOE
 if what == "unpack":
     build = gpu_cache.cache.triton_key()
     gpu_cache.cache.triton_key = lambda: build + "of another Python"
     print(gpu_cache.unpack(archive, folder))
 with gpu_cache.compiling(target), gpu_cache.keys_kept(), gpu_cache.tune.counted():
-    device = "meta" if what == "pack" else "cpu"
-    shape = gpu_cache.tune.OLMOE if what == "pack" else gpu_cache.tune.Shape(E=16, H=1024, I=1024, K=8)
-    gpu_cache.outputs(gpu_cache.experts_forward, gpu_cache.make(gpu_cache.Case(1, 0), shape, device))
+    device = gpu_cache.torch.device("meta" if what == "pack" else "cpu")
+    case = gpu_cache.Case("decode", shape if what == "pack" else shape._replace(E=16, H=1024), 1)
+    gpu_cache.launch(case, device)
 if what == "pack":
     print(gpu_cache.pack(folder, archive, target))
 """
@@ -240,10 +248,9 @@ def test_a_stage_runs_end_to_end_on_a_stand_in(stage, tmp_path):
     out = tmp_path / "out"
     arguments = ["--stage", stage, "--results", str(out), "--stand-in"]
     if stage == "b":
-        failed = {"name": "float64", "state": "failed", "rows": []}
-        (tmp_path / "a.json").write_text(
-            json.dumps({"steps": [failed, {"name": "tests", "state": "passed", "rows": []}]})
-        )
+        states = {"float64": "failed", "tests": "passed"}
+        steps = [{"name": name, "state": state} for name, state in states.items()]
+        (tmp_path / "a.json").write_text(json.dumps({"steps": steps, "rows": []}))
         arguments += ["--previous", str(tmp_path)]
     run = python("benchmarks/gpu_check.py", *arguments)
     _, by_name = results(out, stage)

@@ -43,11 +43,7 @@ SOURCE = Row("source", "untied", kind="source")
 PAIRS = {"groups": [[3, 4], [5, 6], [7, 8]]}
 G4, G2, THREE_PAIRS = ("g=4", {}), ("g=2", {"group_size": 2}), ("three pairs", PAIRS)
 # Of methods that make pools of any width: 50 %, 75 % and once more 75 % of the expert bytes.
-E, WIDE, WIDE_PAIRS = (
-    ("g=4", {}),
-    ("g=4, 2.5E", {"pool_experts": "2.5x"}),
-    ("g=2, 1.25E", {"group_size": 2, "pool_experts": "1.25x"}),
-)
+WIDE, WIDE_PAIRS = ("g=4, 2.5E", {"pool_experts": "2.5x"}), ("g=2, 1.25E", {"group_size": 2, "pool_experts": "1.25x"})
 
 
 def rows(
@@ -58,31 +54,24 @@ def rows(
 
 
 TEACHER_ALONE = {"teacher_weight": 1.0}
-HALF, MOST = (0.5, "50% of every layer"), (0.75, "75% of every layer")
+KEPT = HALF, _ = (0.5, "50% of every layer"), (0.75, "75% of every layer")
+PROTOTYPES = [(size, {"pool_experts": f"{share}x"}) for share, size in KEPT]
 # What says most comes first: a study that is stopped lacks the end.
 ROWS = [
     SOURCE,
     *rows("average", G4, THREE_PAIRS, method="average"),
-    *rows("prototype", E, WIDE, WIDE_PAIRS, G2, method="prototype"),
+    *rows("prototype", G4, WIDE, WIDE_PAIRS, G2, method="prototype"),
     *rows("least_squares", G4, THREE_PAIRS, method="least_squares"),
-    *rows("prototype, least_squares", E, WIDE, method="prototype", then=["least_squares"]),
+    *rows("prototype, least_squares", G4, WIDE, method="prototype", then=["least_squares"]),
     *rows("prefit", G4, THREE_PAIRS, method="prefit"),
-    *rows("prototype, prefit", E, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"]),
+    *rows("prototype, prefit", G4, WIDE, WIDE_PAIRS, method="prototype", then=["prefit"]),
     *rows("union; teacher alone", G4, method="union", heal=TEACHER_ALONE),
     *rows("prefit; teacher alone", G4, method="prefit", heal=TEACHER_ALONE),
     *rows("least_squares; teacher alone", G4, method="least_squares", heal=TEACHER_ALONE),
     *rows("prototype, prefit; teacher alone", WIDE, method="prototype", then=["prefit"], heal=TEACHER_ALONE),
-    *[
-        Row(f"within layers, {keep}", size, {"keep": keep, "share": share}, kind="prune")
-        for keep in ("random", "magnitude")
-        for share, size in (HALF, MOST)
-    ],
-    *rows(
-        "within layers, prototype",
-        *((size, {"pool_experts": f"{share}x"}) for share, size in (HALF, MOST)),
-        method="prototype",
-        groups=[[layer] for layer in range(12)],
-    ),
+    *(Row("within layers, random", size, {"keep": "random", "share": s}, kind="prune") for s, size in KEPT),
+    *(Row("within layers, magnitude", size, {"keep": "magnitude", "share": s}, kind="prune") for s, size in KEPT),
+    *rows("within layers, prototype", *PROTOTYPES, method="prototype", groups=[[layer] for layer in range(12)]),
     *rows("align", G4, THREE_PAIRS, method="align"),
     *rows("align, experts by number", G4, method="align", method_options={"experts": "identity"}),
     *rows("align, experts at random", G4, method="align", method_options={"experts": "random"}),
@@ -96,7 +85,5 @@ ROWS = [
     *rows("union", G4, method="union"),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
 ]
-QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1])]
-QUICK = [
-    row for row in QUICK if row.series in ("source", "union", "average", "tied from scratch", "within layers, random")
-]
+QUICK_SERIES = ("source", "union", "average", "tied from scratch", "within layers, random")
+QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1]) and row.series in QUICK_SERIES]

@@ -3,11 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import source_config, train_on_text

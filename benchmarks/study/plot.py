@@ -23,16 +23,22 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
         axes.yaxis.set_major_locator(FixedLocator(TICKS))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.axhline(0, color="0.4", linewidth=1)
+        axes.set_ylabel("nats per token, logarithmic above 0.01")
+        axes.grid(alpha=0.3)
     rows = [row for row in summary["rows"] if row["kind"] != "source"]
     series = list(dict.fromkeys(row["series"] for row in rows))
     families = list(dict.fromkeys(map(_family, series)))
     for name in series:
         own = sorted((row for row in rows if row["series"] == name), key=lambda row: row["expert_share"])
         relatives = [each for each in series if _family(each) == _family(name)]
+        colour = COLOURS[families.index(_family(name)) % len(COLOURS)]
+        marker = MARKERS[relatives.index(name) % len(MARKERS)]
+        line = {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--")
         style = {
-            "color": COLOURS[families.index(_family(name)) % len(COLOURS)],
-            "marker": MARKERS[relatives.index(name) % len(MARKERS)],
-            "linestyle": {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--"),
+            "color": colour,
+            "marker": marker,
+            "linestyle": line,
             "linewidth": 1.2,
             "markersize": 6,
             "alpha": 0.85,
@@ -45,10 +51,6 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
         axes.set_title(f"Loss above the control's, {when}")
     healing.set_xlabel("healing, % of the source's training tokens")
     healing.set_title("What healing does, smallest size of each")
-    for axes in (before, after, healing):
-        axes.axhline(0, color="0.4", linewidth=1)
-        axes.set_ylabel("nats per token, logarithmic above 0.01")
-        axes.grid(alpha=0.3)
     handles = {label: handle for axes in (before, after) for handle, label in zip(*axes.get_legend_handles_labels())}
     ordered = [name for name in series if name in handles]
     figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=6, fontsize=9)
@@ -63,26 +65,16 @@ def _family(series: str) -> str:
 
 
 def _draw_sizes(axes, rows: list[dict], share: str, style: dict[str, Any]) -> None:
-    points = [(100 * row["expert_share"], row["loss_above_control"][share]) for row in rows]
-    points = [(size, above) for size, above in points if above]
-    if not points:
-        return
-    axes.errorbar(
-        [size for size, _ in points],
-        [above["mean"] for _, above in points],
-        yerr=[above["standard_deviation"] or 0 for _, above in points],
-        capsize=2,
-        **style,
-    )
+    points = [(row["expert_share"], row["loss_above_control"][share]) for row in rows]
+    points = [(100 * size, above["mean"], above["standard_deviation"] or 0) for size, above in points if above]
+    if points:
+        sizes, means, deviations = zip(*points)
+        axes.errorbar(sizes, means, yerr=deviations, capsize=2, **style)
 
 
 def _draw_healing(axes, rows: list[dict], summary: dict[str, Any], style: dict[str, Any]) -> None:
     shares = ["0.0", *map(str, summary["settings"]["shares"])]
-    above = rows[0]["loss_above_control"]
-    points = [
-        (100 * summary["settings"]["heal_share"] * float(share), above[share]["mean"])
-        for share in shares
-        if above[share]
-    ]
+    above, percent = rows[0]["loss_above_control"], 100 * summary["settings"]["heal_share"]
+    points = [(percent * float(share), above[share]["mean"]) for share in shares if above[share]]
     if len(points) > 1:
         axes.plot(*zip(*points), **style)

@@ -104,12 +104,8 @@ class Study:
         """Return a row's runs: each seed before healing and after all of the budget, the first after parts, too."""
         if row.kind == "scratch":
             return [Run(row, seed, BEFORE) for seed in self.seeds(row)]
-        return [
-            Run(row, seed, share)
-            for seed in self.seeds(row)
-            for share in (BEFORE, *self.shares)
-            if share in (BEFORE, 1.0) or seed == 0
-        ]
+        shares = {seed: (BEFORE, *self.shares) if seed == 0 else (BEFORE, 1.0) for seed in self.seeds(row)}
+        return [Run(row, seed, share) for seed in shares for share in shares[seed]]
 
     def all_runs(self, rows: Sequence[Row]) -> list[Run]:
         """Return all runs of `rows`, what says most first: a study that is stopped lacks the end."""
@@ -135,17 +131,9 @@ class Study:
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Convert and measure, or heal and measure; leaves the run's JSON."""
-        if run.share == BEFORE:
-            measured = self._measure_before(run)
-        else:
-            measured = self._heal(run)
-        result = {
-            "name": run.row.name,
-            "seed": run.seed,
-            "share": run.share,
-            "recipe": dict(run.row.recipe),
-            "heal": dict(run.row.heal),
-        } | measured
+        measured = self._measure_before(run) if run.share == BEFORE else self._heal(run)
+        result = {"name": run.row.name, "seed": run.seed, "share": run.share}
+        result |= {"recipe": dict(run.row.recipe), "heal": dict(run.row.heal)} | measured
         self._folder.write_json(f"runs/{run.name}.json", result)
         self._clean(run)
         return result

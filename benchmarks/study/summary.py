@@ -73,16 +73,10 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
     if row.kind == "scratch":  # its tokens are the source's and the healing's
         found = {(seed, 1.0): result for (seed, _), result in found.items()}
     healed = {seed: result["perplexity"] for (seed, share), result in found.items() if share == 1.0}
-    return {
-        "name": row.name,
-        "series": row.series,
-        "size": row.size,
-        "kind": row.kind,
-        "recipe": dict(row.recipe),
-        "heal": dict(row.heal),
-        "num_seeds": len(healed),
-        "parameters": first["parameters"],
-        "expert_bytes": first["expert_bytes"],
+    fields = {"name": row.name, "series": row.series, "size": row.size, "kind": row.kind}
+    fields |= {"recipe": dict(row.recipe), "heal": dict(row.heal), "num_seeds": len(healed)}
+    fields |= {"parameters": first["parameters"], "expert_bytes": first["expert_bytes"]}
+    return fields | {
         "expert_share": first["expert_bytes"] / source_bytes,
         "loss": {str(share): mean_of(_values(found, share, "loss")) for share in (BEFORE, *shares)},
         "loss_above_control": {str(share): _loss_above(found, control, share) for share in (BEFORE, *shares)},
@@ -95,13 +89,8 @@ def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[s
 
 def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | None:
     """Subtract the control's loss, of the same seed after the same healing: nats."""
-    return mean_of(
-        [
-            result["loss"] - control[seed, each]["loss"]
-            for (seed, each), result in found.items()
-            if each == share and (seed, each) in control
-        ]
-    )
+    losses = {seed: result["loss"] for (seed, each), result in found.items() if each == share}
+    return mean_of([loss - control[seed, share]["loss"] for seed, loss in losses.items() if (seed, share) in control])
 
 
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
@@ -115,26 +104,17 @@ def _values(results: dict, share: float, figure: str) -> list[float]:
 
 def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, Any]:
     """Find the converted row that comes closest to the control with so many bytes."""
-    able = [
-        row
-        for row in rows
-        if row["kind"] == "convert" and row["percent_above_control"] and row["expert_share"] <= expert_share + NEAR
-    ]
+    rows = [row for row in rows if row["kind"] == "convert" and row["percent_above_control"]]
+    able = [row for row in rows if row["expert_share"] <= expert_share + NEAR]
     best = min(able, key=lambda row: row["percent_above_control"]["mean"], default=None)
-    return {
-        "expert_share": expert_share,
-        "percent": percent,
-        "best": best and best["name"],
-        "found": best and best["percent_above_control"],
-        "above_source": best and best["percent_above_source"],
-        "is_met": best and best["percent_above_control"]["mean"] <= percent,
-    }
+    goal = {"expert_share": expert_share, "percent": percent, "best": best and best["name"]}
+    goal |= {"found": best and best["percent_above_control"], "above_source": best and best["percent_above_source"]}
+    return goal | {"is_met": best and best["percent_above_control"]["mean"] <= percent}
 
 
 def _goal_line(goal: dict[str, Any]) -> str:
-    aim = (
-        f"- {goal['expert_share']:.0%} of the expert bytes, within {goal['percent']:g} % of the control's perplexity: "
-    )
+    size = f"- {goal['expert_share']:.0%} of the expert bytes"
+    aim = f"{size}, within {goal['percent']:g} % of the control's perplexity: "
     if goal["best"] is None:
         return aim + "not measured"
     found = plus_minus(goal["found"], 2, " %", "+")

@@ -1,0 +1,290 @@
+"""Experts against their peers, on a GPU or a CPU: `make bench-gpu`, `make bench`.
+
+    python benchmarks/experts.py --output PREFIX --cases 0-6 --peers grouped_mm,batched_mm,liger --budget-s 200
+    python benchmarks/experts.py --device cpu --output PREFIX
+    python benchmarks/experts.py --list                             # every case with its number
+
+The cases of a GPU, in bfloat16; a step is forward and backward of a tied group of g layers, its weight gradient added
+to what is there:
+
+    0        the bar: forward of OLMoE's layer, 8192 tokens (TFLOP/s)
+    1        the bar: a step of it, g=4 (TFLOP/s, and the bytes that a layer saves for its backward)
+    2, 3, 4  the bar: decoding 1, 8 and 32 tokens (microseconds, caches cold, as a CUDA graph)
+    5, 6     the bar: a step at g=1 and g=2 (saved bytes, and never slower than transformers)
+    7-10     Qwen3-30B, forward and step at 8192 and 32768 tokens: what Liger publishes
+    11-13    OLMoE with Zipf routing: forward, step, decode
+    14-20    OLMoE at 512, 2048 and 32768 tokens, and decoding 64
+    21-43    every other shape: forward at 8192, decoding 8, a step at 2048
+
+Those of a CPU are in `CPU_CASES`, whole models among them; peak memory is that of a process of its own there.
+
+One row is a peer (peers.py) in a case, timed in turn with ours. A row is written to PREFIX.jsonl, one JSON object a
+line, as soon as it is measured, after a first line that describes machine, versions and the machine's own rates;
+PREFIX.md, the table, is written again after each. Peers that compile and tune for a minute come after all others, in
+every case. A row that would not end within --budget-s is not begun, and named in the table. A peer that breaks the
+device ends the run. `--tiny` tries the script; those figures mean nothing.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from measure import Bench
+from models import MODELS, ModelBench, ModelCase
+from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
+from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
+from tables import table
+from timing import machine, machine_rates, versions
+
+RESULTS = Path(__file__).parent / "results"
+OTHERS = [shape for shape in SHAPES if shape != OLMOE]
+ZIPF = [Case(kind, OLMOE, T, g, "zipf") for kind, T, g in (("forward", 8192, 1), ("step", 8192, 4), ("decode", 8, 1))]
+GPU_CASES = [
+    *(Case("forward", OLMOE, 8192), Case("step", OLMOE, 8192, 4)),
+    *(Case("decode", OLMOE, T) for T in (1, 8, 32)),
+    *(Case("step", OLMOE, 8192, g) for g in (1, 2)),
+    *(Case(kind, QWEN3, T) for kind in ("forward", "step") for T in (8192, 32768)),
+    *ZIPF,
+    *(Case(kind, OLMOE, T, g) for T in (512, 2048, 32768) for kind, g in (("forward", 1), ("step", 4))),
+    Case("decode", OLMOE, 64),
+    *(Case("forward", shape, 8192) for shape in OTHERS if shape != QWEN3),
+    *(Case("decode", shape, 8) for shape in OTHERS),
+    *(Case("step", shape, 2048, 4) for shape in OTHERS),
+]
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+STEP, STEP_512 = Case("step", QUARTER, 64, 4, dtype=FP32), Case("step", QUARTER, 512, 4, dtype=FP32)
+CPU_CASES = [  # what says most first: the clock may cut the end off
+    STEP,
+    *(Case("decode", OLMOE, T, dtype=dtype) for T, dtype in ((1, FP32), (8, FP32), (1, BF16))),
+    *(ModelCase("generate"), ModelCase("train"), STEP_512, Case("step", QUARTER, 64, 4)),
+    *(Case("decode", OLMOE, 8), Case("step", QUARTER, 512, 4), Case("step", QUARTER, 64, 2, dtype=FP32)),
+    *(Case("step", OLMOE, 64, 4, dtype=FP32), Case("decode", OLMOE, 64, dtype=FP32)),
+]
+CPU_PEERS = (TIEDMOE, "tiedmoe recompute", *TRANSFORMERS)
+CPU_PEAKS = {STEP, STEP_512, ModelCase("generate"), ModelCase("train")}
+TINY_CASES = [Case("forward", TINY, 16), Case("decode", TINY, 2), Case("step", TINY, 16, 2, "zipf")]
+TINY_CASES += [ModelCase(kind, TINY, 4) for kind in ("generate", "train")]
+# Set for an H100 by issue 10 ("The bar stays"): case, figure of our row, at least or at most, what, unit.
+BAR = (
+    (0, "tflops", ">=", 450, "TFLOP/s"),
+    (1, "tflops", ">=", 400, "TFLOP/s"),
+    (2, "us", "<=", 48, "us"),
+    (3, "us", "<=", 252, "us"),
+    (4, "us", "<=", 378, "us"),
+    (1, "saved_mb", "<=", 302, "MB saved by one layer"),
+)
+
+
+class Task(NamedTuple):
+    number: int
+    case: Case | ModelCase
+    peer: Peer
+
+    @property
+    def key(self) -> str:
+        return f"{self.number}: {self.case.key}, {self.peer.name}"
+
+
+def plan(cases: Sequence[Case | ModelCase], numbers: Iterable[int], names: set[str]) -> list[Task]:
+    """Return every case with every peer, case by case; those that take a minute to compile and tune come last."""
+    chosen = [peer for peer in PEERS if peer.name in names]
+    peers_of = {number: MODELS if isinstance(cases[number], ModelCase) else chosen for number in numbers}
+    tasks = [Task(number, cases[number], peer) for number in numbers for peer in peers_of[number]]
+    return sorted(tasks, key=lambda task: task.peer.slow_to_prepare)
+
+
+def parse_cases(text: str, total: int) -> list[int]:
+    """Return the numbers of cases that "0-6,12" means."""
+    ends = [(part.split("-") * 2)[:2] for part in text.split(",")]
+    numbers = [number for first, last in ends for number in range(int(first), int(last) + 1)]
+    if not numbers or max(numbers) >= total:
+        raise ValueError(f"--cases {text}: there are cases 0 to {total - 1}; --list names them")
+    return numbers
+
+
+def run_plan(
+    tasks: Iterable[Task], execute: Callable[[Task], dict], seconds: float, now: Callable[[], float] = time.monotonic
+) -> list[str]:
+    """Execute the tasks in turn until one breaks the device; return the keys of those that were left out.
+
+    One that would not end within `seconds`, judged by what such a case took for such a peer, is not begun.
+    """
+    start, is_broken = now(), False
+    took: dict[tuple[str, str], list[float]] = {}
+    left_out = []
+    for task in tasks:
+        begun, before = now(), took.setdefault((task.case.kind, task.peer.name), [])
+        if is_broken or begun - start + statistics.median(before or [10.0]) > seconds:
+            left_out.append(task.key)
+            continue
+        is_broken = execute(task)["status"] == "broke the device"
+        before.append(now() - begun)
+    return left_out
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def bar(rows: list[dict]) -> list[str]:
+    """Return the bar of issue 10, a line each: needed, found, and whether that passes."""
+    ours = {row["key"]: row for row in rows if row["peer"] == TIEDMOE and row["status"] == "measured"}
+    lines = []
+    for number, figure, sign, needed, unit in BAR:
+        verdict, row = "not measured", ours.get(GPU_CASES[number].key)
+        if row:
+            found = {"us": row["ms"]["median"] * 1e3, "saved_mb": round(row.get("saved_bytes", 0) / 1e6)} | row
+            passes = found[figure] >= needed if sign == ">=" else found[figure] <= needed
+            verdict = f"{found[figure]:.4g}, {'pass' if passes else 'fail'}"
+        lines.append(f"- case {number}, {sign} {needed} {unit}: {verdict}")
+    others = [row for row in rows if row["peer"] in TRANSFORMERS and row["status"] == "measured"]
+    ratios = [(row["time_over_tiedmoe"]["median"], row) for row in others if "time_over_tiedmoe" in row]
+    verdict = "not measured"
+    if ratios:
+        least, row = min(ratios, key=lambda each: each[0])
+        verdict = f"{least:.2f} ({row['key']}, {row['peer']}), {'pass' if least >= 1 else 'fail'}"
+    return [*lines, f"- never slower than transformers' best, time over ours >= 1, {len(ratios)} rows: {verdict}"]
+
+
+def cells(row: dict) -> list[str]:
+    """Return the table's line of a row with a time."""
+    rate = f"{row['tflops']:.4g} TFLOP/s" if "tflops" in row else ""
+    rate = f"{row['tb_per_s']:.3g} TB/s" if "tb_per_s" in row else rate
+    over = row.get("time_over_tiedmoe")
+    return [
+        f"{row['case']}: {row['key']}",
+        row["peer"],
+        ", ".join([row["status"]] * (row["status"] == "wrong") + ["no graph"] * ("no_graph" in row)),
+        "{median:.4g} ({p20:.4g}-{p80:.4g})".format(**row["ms"]),
+        "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**over) if over else "",
+        rate,
+        f"{row['of_machine']:.0%}" if "of_machine" in row else "",
+        *(f"{row[name] / 1e6:.1f}" if row.get(name) else "" for name in ("saved_bytes", "peak_bytes")),
+        f"{row['largest_error']:.1e}" if "largest_error" in row else "",
+        str(row["ms"]["n"]),
+    ]
+
+
+def markdown(run: dict, rows: list[dict], left_out: Sequence[str]) -> str:
+    where = run["machine"] | run["versions"]
+    columns = ["case", "peer", "", "ms", "over ours", "rate", "of machine", "saved, MB", "peak, MB", "error", "rounds"]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if reason := row.get("reason") or row.get("no_graph"):
+            reasons.setdefault(f"{row['peer']}, {row['status']}: {reason}", []).append(str(row["case"]))
+    lines = [
+        f"# Experts on {where.get('device', 'a CPU')}",
+        "",
+        f"{run['date']}, `{run['command']}`. {', '.join(f'{name} {value}' for name, value in where.items())}; "
+        f"{run['threads']} threads, load before the run {run['load']}: above 0.5, other work disturbed it. "
+        + ", ".join(f"{name} {rate:.4g}" for name, rate in run.get("rates", {}).items()),
+        "",
+        "Times are medians of rounds (20th to 80th percentile), `over ours` the median ratio inside a round: above 1 "
+        "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes.",
+        "",
+        *(["The bar, set for an H100:", "", *bar(rows), ""] if "device" in where else []),
+        *table(columns, [cells(row) for row in rows if "ms" in row], left=3),
+        "",
+        *(f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items()),
+        *(f"- left out: {key}" for key in left_out),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """PREFIX.jsonl and PREFIX.md, written row by row."""
+
+    def __init__(self, prefix: Path, run: dict):
+        self.lines, self.table = (prefix.parent / (prefix.name + end) for end in (".jsonl", ".md"))
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.run, self.rows = run, []
+        self.lines.write_text(json.dumps(run) + "\n")
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.lines.open("a") as lines:
+            lines.write(json.dumps(row, allow_nan=False) + "\n")
+        self.write_table()
+
+    def write_table(self, left_out: Sequence[str] = ()) -> None:
+        self.table.write_text(markdown(self.run, self.rows, left_out))
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda is also for ROCm")
+    parser.add_argument("--output", type=Path, metavar="PREFIX", help="of PREFIX.jsonl and PREFIX.md")
+    parser.add_argument("--cases", help="numbers, such as 0-6,12; default all")
+    parser.add_argument("--peers", help="of layers, beside tiedmoe, by commas; default all that run on the device")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds, of everything; default no end")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    options = parser.parse_args(arguments)
+    options.output = options.output or RESULTS / f"experts_{'gpu' if options.device == 'cuda' else 'cpu'}"
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    start = time.monotonic()
+    options = options_of(arguments)
+    device, is_gpu = torch.device(options.device), options.device == "cuda"
+    cases = TINY_CASES if options.tiny else GPU_CASES if is_gpu else CPU_CASES
+    if options.list:
+        print("\n".join(f"{number}: {case.key}" for number, case in enumerate(cases)))
+        return
+    if is_gpu and not torch.cuda.is_available():
+        raise SystemExit("bench-gpu: torch finds no GPU here; nothing was timed (--device cpu times the CPU)")
+    peers = options.peers.split(",") if options.peers else [peer.name for peer in PEERS] if is_gpu else CPU_PEERS
+    if unknown := set(peers) - {peer.name for peer in PEERS}:
+        raise ValueError(f"--peers: unknown {sorted(unknown)}; choose from {[peer.name for peer in PEERS]}")
+    numbers = parse_cases(options.cases or f"0-{len(cases) - 1}", len(cases))
+    command = " ".join(["python benchmarks/experts.py", *(sys.argv[1:] if arguments is None else arguments)])
+    run = {
+        "date": datetime.date.today().isoformat(),
+        "command": command.replace(str(options.output), options.output.name),  # no path of the machine
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+        "rates": machine_rates(device, *(() if is_gpu else (256, 1 << 22) if options.tiny else (1024, 1 << 28))),
+    }
+    results = Results(options.output, run)
+    limits = {} if is_gpu else {"seconds": 0.05, "most": 4} if options.tiny else {"seconds": 6.0, "most": 40}
+    bench: Bench | None = None
+
+    def execute(task: Task) -> dict:
+        nonlocal bench
+        begun = time.monotonic()
+        if bench is None or bench.case != task.case:
+            bench = None  # its memory first
+            gc.collect()
+            if is_gpu:
+                torch.cuda.empty_cache()
+            kind = ModelBench if isinstance(task.case, ModelCase) else Bench
+            bench = kind(task.case, device, run["rates"], task.case in CPU_PEAKS, **limits)
+        row = {"case": task.number, "key": task.case.key, "peer": task.peer.name} | bench.row(task.peer)
+        took = round(time.monotonic() - begun, 1)
+        results.add(row | {"seconds": took})
+        print(f"{begun - start:5.0f} s  {task.key}: {row['status']}, {took} s", file=sys.stderr)
+        return row
+
+    left = options.budget_s - (time.monotonic() - start)
+    results.write_table(run_plan(plan(cases, numbers, {TIEDMOE, *peers}), execute, left))
+    print(results.table.read_text())
+
+
+if __name__ == "__main__":
+    main()
