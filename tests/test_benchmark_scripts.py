@@ -6,14 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import make_text, save_source
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
 import reading
-import soft_routing
+import softmoe_study
 import untied_in_llama_cpp
 from tables import mean_of, plus_minus, table, write_json
 
@@ -39,18 +38,59 @@ def test_means_and_tables():
     assert table(["", "ms"], [["a", 1]]) == ["|  | ms |", "| --- | ---: |", "| a | 1 |"]
 
 
-def test_soft_routing_heals_every_row(tmp_path, monkeypatch):
-    source = save_source(tmp_path / "source")
-    (tmp_path / "text.txt").write_text(make_text())
-    wanted = {name: soft_routing.ROWS[name] for name in ("top-k, k=1", "soft, learned")}
-    monkeypatch.setattr(soft_routing, "ROWS", wanted)
-    arguments = [source, "--work", str(tmp_path / "work"), "--seeds", "0", "--steps", "4", "--block-size", "16"]
-    soft_routing.main([*arguments, "--data", str(tmp_path / "text.txt"), "--results", str(tmp_path)])
-    hard, soft = json.loads((tmp_path / "soft_routing.json").read_text())["rows"]
-    assert (hard["experts_used"], hard["used_by_layer"]) == (1, [])
-    assert soft["experts_used"] == pytest.approx(sum(soft["used_by_layer"]) / 4, abs=1e-3)
-    assert sum(soft["mass_by_layer"]) == pytest.approx(1.25 * 4, abs=1e-2)
-    assert "| soft, learned |" in (tmp_path / "soft_routing.md").read_text()
+@pytest.fixture(scope="module")
+def softmoe(tmp_path_factory):
+    """A quick study of some rows at one seed: its folder, and what it wrote."""
+    folder = tmp_path_factory.mktemp("softmoe")
+    arguments = [
+        "--output",
+        str(folder),
+        "--results",
+        str(folder / "study"),
+        "--quick",
+        "--seeds",
+        "0",
+        "--rounds",
+        "2",
+    ]
+    softmoe_study.main([*arguments, "--only", "top-k, (untied|healed), 4|learned, (tied|healed), 3"])
+    return folder, arguments, json.loads((folder / "study.json").read_text())
+
+
+def test_softmoe_study_says_what_each_row_used(softmoe):
+    folder, _, summary = softmoe
+    rows = {row["row"]: row for row in summary["rows"]}
+    assert list(rows) == [
+        "top-k, untied, 4", "soft, learned, tied, 3", "top-k, healed, 4", "soft, learned, healed, 3",
+    ]  # fmt: skip
+    assert rows["top-k, untied, 4"]["active"]["values"] == [4.0]
+    soft = rows["soft, learned, tied, 3"]
+    assert soft["active"]["mean"] == pytest.approx(sum(soft["by_layer"]["mean"]) / 2)
+    assert sum(soft["by_layer"]["k"]) == pytest.approx(softmoe_study.MASS * 3 * 2, abs=1e-3)
+    above = rows["soft, learned, healed, 3"]["over_top_k"]["mean"]
+    losses = [rows[name]["loss"]["mean"] for name in ("soft, learned, healed, 3", "top-k, healed, 4")]
+    assert above == pytest.approx(losses[0] - losses[1])
+    assert rows["top-k, untied, 4"]["step_over_top_k_4"]["median"] == 1.0
+    assert "| soft, learned, tied, 3 |" in (folder / "study.md").read_text()
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_softmoe_study_does_not_run_a_row_again(softmoe, monkeypatch):
+    folder, arguments, summary = softmoe
+    monkeypatch.setattr(softmoe_study.Study, "pretrain", lambda *_: pytest.fail("trained again"))
+    softmoe_study.main([*arguments, "--report"])
+    assert json.loads((folder / "study.json").read_text())["rows"] == summary["rows"]
+
+
+def test_softmoe_study_compares_like_with_like():
+    """A tied row has its family's sizes and half of the pools; a soft one is steered to what its top-k uses."""
+    sizes = softmoe_study.SIZES
+    rows = {row.name: row.config(sizes, 1024) for row in softmoe_study.ROWS}
+    assert rows["top-k, tied, 2"].groups == [[0, 1], [2, 3], [4, 5]]
+    assert rows["top-k, untied, 2"].groups == []
+    assert rows["soft, even, untied, 3"].softmoe["target_active"] == 3 * sizes["num_hidden_layers"]
+    assert not rows["soft, even, untied, 3"].softmoe["learn_budget"]
+    assert rows["soft, learned, tied, 4"].softmoe["learn_budget"]
 
 
 @pytest.mark.slow
