@@ -5,6 +5,7 @@ family.
 import copy
 import pickle
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import transformers
 from families import moe_families, tiny_config
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from torch._dynamo.backends.common import aot_autograd
+from transformers import AutoModelForCausalLM, CompileConfig, OlmoeConfig, StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -388,6 +390,60 @@ def test_a_tied_model_compiles_without_a_graph_break():
     want = model(tokens, use_cache=False).logits
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+GENERATING = {
+    "slot maps and residuals": {"slot_maps": True, "residual_rank": 2},
+    "soft routing": {"routing": "softmoe", "softmoe": {"alpha": 0.1, "threshold": 0.2}},
+}
+
+
+def generating_model(name, device="cpu"):
+    config = TiedMoeConfig.from_family(tiny_config("olmoe", num_hidden_layers=2), groups=[[0, 1]], **GENERATING[name])
+    with torch.device(device):
+        model = TiedMoeForCausalLM(config).eval()
+    model.set_experts_implementation("tiedmoe")
+    for parameter in model.parameters():  # residuals are zero at first, and all tokens nearly alike
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_generate_with_a_static_cache_compiles_its_step_as_one_graph(name):
+    """As it does by itself on a GPU, where Inductor's CUDA graph then replays the step."""
+    model, tokens = generating_model(name), torch.randint(3, 90, (2, 4))
+    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.generate(tokens, **greedy)
+    assert not torch._dynamo.utils.counters["stats"]
+    got = model.generate(tokens, **greedy, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_decoding_step_makes_no_tensor_on_the_host(name, monkeypatch):
+    """Which would keep Inductor from replaying it as a CUDA graph; traced on the meta device, which is none's host."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it knows no meta device
+    model, devices = generating_model(name, "meta"), Counter()
+
+    def see(graph, _):
+        devices.update(
+            value.device.type for node in graph.graph.nodes if isinstance(value := node.meta.get("val"), torch.Tensor)
+        )
+        return graph.forward
+
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    heads, head_dim = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
+    cache.early_initialization(1, heads, head_dim, torch.float32, torch.device("meta"))
+    step = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=see))
+    tokens, place = (torch.zeros(1, 1, dtype=torch.int64, device="meta") for _ in range(2))
+    with torch.no_grad():
+        step(tokens, past_key_values=cache, position_ids=place)
+    assert devices.keys() == {"meta"}
 
 
 def test_the_forward_keeps_its_signature_and_class():

@@ -40,7 +40,10 @@ def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | tor
     if not isinstance(alpha, torch.Tensor) and not alpha > 0:
         raise ValueError(f"alpha={alpha}; expected a number above 0: for 0 take the family's own top-k")
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    k, alpha = (torch.as_tensor(each, dtype=dtype, device=scores.device) for each in (k, alpha))
+    k, alpha = (  # `full` makes a number where the scores are; `as_tensor` copies it there, which no CUDA graph holds
+        each.to(scores.device, dtype) if isinstance(each, torch.Tensor) else scores.new_full((), each, dtype=dtype)
+        for each in (k, alpha)
+    )
     return _LapSum.apply(scores.to(dtype), k.expand(scores.shape[:-1]), alpha.expand(scores.shape[:-1]))
 
 
