@@ -37,8 +37,8 @@ def test_sorts_stably_and_tiles_every_row_once(routing, device):
     if len(order):
         assert [t.tolist() for t in tiles] == [t.tolist() for t in with_sort]
     rows = [
-        (e, r) for e, first in zip(*(t.tolist() for t in tiles)) if e >= 0
-        for r in range(first, min(first + 16, offsets[e + 1].item()))
+        (e, r) for m, (e, first_m) in enumerate(zip(*(t.tolist() for t in tiles))) if e >= 0
+        for r in range(offsets[e].item() + 16 * (m - first_m), offsets[e + 1].item())[:16]
     ]  # fmt: skip
     assert rows == [(e, r) for e in range(E) for r in range(offsets[e].item(), offsets[e + 1].item())]
 

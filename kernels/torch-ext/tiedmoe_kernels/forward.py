@@ -5,7 +5,7 @@ last row and never stored, so that the loop over the contraction needs no row ma
 
 Shape suffixes: T tokens, H hidden size, I expert intermediate size, E experts in the pool, E1 = E + 1, K top-k,
 N = T*K slots, sorted by expert, M tiles of rows; 2I are gate and up in the weights' column order. `order_N`,
-`offsets_E1`, `position_N`, `expert_M` and `row_M` are those of `metadata.py`. Without a suffix: any two sizes.
+`offsets_E1`, `position_N`, `expert_M` and `first_M` are those of `metadata.py`. Without a suffix: any two sizes.
 """
 
 import triton
@@ -22,6 +22,21 @@ def tile_of(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
     rows = tl.minimum(num_tiles_m - first_m, GROUP_M)
     inside = pid % per_group
     return first_m + inside % rows, inside // rows
+
+
+@triton.jit
+def rows_of_tile(
+    e, tile, num_tiles_n, offsets_E1, first_M, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """Return a tile's sorted rows, its expert's last one, and its tile of columns; `tile` counts all experts' tiles.
+
+    An expert's tiles are grouped by themselves: groups that went on into the next expert would read both's weights.
+    """
+    start = tl.load(offsets_E1 + e)
+    end = tl.load(offsets_E1 + e + 1)
+    first = tl.load(first_M + tile // num_tiles_n)
+    m, n = tile_of(tile - first * num_tiles_n, tl.cdiv(end - start, BLOCK_M), num_tiles_n, GROUP_M)
+    return start + m * BLOCK_M + tl.arange(0, BLOCK_M), end - 1, n
 
 
 @triton.jit
@@ -131,22 +146,21 @@ def finish_rows(
     tl.store(out + row.to(tl.int64)[:, None] * N_SIZE + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tiles_m"])
+@triton.jit
 def gate_up_kernel(
-    x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, row_M,
-    num_tiles_m, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
+    x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, first_M,
+    H, I, stride_we, stride_wk, stride_wn, alpha, limit,
     K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre = x[token] @ gate_up^T + bias + added, columns as the weights have them; hidden = act(gate) * up."""
-    m, tile_n = tile_of(tl.program_id(0), num_tiles_m, tl.cdiv(I, BLOCK_N), GROUP_M)
-    e = tl.load(expert_M + m)
+    tiles_n = tl.cdiv(I, BLOCK_N)
+    e = tl.load(expert_M + tl.program_id(0) // tiles_n)
     if e < 0:
         return
-    row = tl.load(row_M + m) + tl.arange(0, BLOCK_M)
-    last_row = tl.load(offsets_E1 + e + 1) - 1
+    row, last_row, tile_n = rows_of_tile(e, tl.program_id(0), tiles_n, offsets_E1, first_M, BLOCK_M, GROUP_M)
     token = (tl.load(order_N + tl.minimum(row, last_row)) // K).to(tl.int64)
     n0 = first_column(tile_n, I, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -193,17 +207,15 @@ def gate_up_kernel(
 
 @triton.jit
 def rows_tile(
-    tile, num_tiles_m, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
+    tile, tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, first_M,
     K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
     K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of `rows_kernel`; its expert has rows."""
-    m, tile_n = tile_of(tile, num_tiles_m, tl.cdiv(N_SIZE, BLOCK_N), GROUP_M)
-    e = tl.load(expert_M + m)
-    row = tl.load(row_M + m) + tl.arange(0, BLOCK_M)
-    last_row = tl.load(offsets_E1 + e + 1) - 1
+    e = tl.load(expert_M + tile // tiles_n)
+    row, last_row, tile_n = rows_of_tile(e, tile, tiles_n, offsets_E1, first_M, BLOCK_M, GROUP_M)
     a_row = tl.minimum(row, last_row)
     if GATHER:
         a_row = tl.load(order_N + a_row) // K
@@ -241,10 +253,10 @@ def rows_tile(
         )
 
 
-@triton.jit(do_not_specialize=["num_tiles_m"])
+@triton.jit
 def rows_kernel(
-    a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
-    num_tiles_m, E, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
+    a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, first_M,
+    E, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
     K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
@@ -259,19 +271,18 @@ def rows_kernel(
     if PERSISTENT:
         e = tl.arange(0, BLOCK_E)
         rows = tl.load(offsets_E1 + e + 1, mask=e < E, other=0) - tl.load(offsets_E1 + e, mask=e < E, other=0)
-        used = tl.sum((rows + BLOCK_M - 1) // BLOCK_M, axis=0)  # of the num_tiles_m that the host makes room for
+        used = tl.sum((rows + BLOCK_M - 1) // BLOCK_M, axis=0)  # of the tiles that the host makes room for
         for tile in tl.range(tl.program_id(0), used * tiles_n, tl.num_programs(0), flatten=True):
             rows_tile(
-                tile, used, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, row_M,
+                tile, tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, first_M,
                 K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
             )  # fmt: skip
     else:
-        m, _ = tile_of(tl.program_id(0), num_tiles_m, tiles_n, GROUP_M)
-        if tl.load(expert_M + m) >= 0:
+        if tl.load(expert_M + tl.program_id(0) // tiles_n) >= 0:
             rows_tile(
-                tl.program_id(0), num_tiles_m, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M,
-                row_M, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
+                tl.program_id(0), tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M,
+                first_M, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
             )  # fmt: skip
 

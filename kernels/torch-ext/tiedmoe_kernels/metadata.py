@@ -20,10 +20,10 @@ _MAX_SLOTS = 2**31 - 1
 
 
 class Tiles(NamedTuple):
-    """The row tiles of a grouped GEMM; tiles past the last one hold the expert -1."""
+    """The row tiles of a grouped GEMM, expert by expert; those past the last one hold the expert -1."""
 
     expert_M: Tensor
-    row_M: Tensor  # first row of the tile, among all the sorted rows
+    first_M: Tensor  # the first tile of the tile's expert
 
 
 def cdiv(a: int, b: int) -> int:
@@ -78,10 +78,10 @@ def _scan_kernel(count_EB, total_E, num_blocks, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _write_tiles(
-    total, offset, expert, expert_M, row_M, num_tiles, program, num_programs,
+    total, expert, expert_M, first_M, num_tiles, program, num_programs,
     BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write this program's share of the tiles of `[BLOCK_E]` experts with `total` rows from `offset` on."""
+    """Write this program's share of the tiles of `[BLOCK_E]` experts with `total` rows."""
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     end_tile = tl.cumsum(tiles, axis=0)
     first_tile = end_tile - tiles
@@ -89,14 +89,13 @@ def _write_tiles(
         m = first + tl.arange(0, BLOCK_TILES)
         is_of = (m[:, None] >= first_tile[None, :]) & (m[:, None] < end_tile[None, :])
         e = tl.max(tl.where(is_of, expert[None, :], -1), axis=1)
-        row = tl.sum(tl.where(is_of, offset[None, :] + (m[:, None] - first_tile[None, :]) * BLOCK_M, 0), axis=1)
         tl.store(expert_M + m, e, mask=m < num_tiles)
-        tl.store(row_M + m, row, mask=m < num_tiles)
+        tl.store(first_M + m, tl.sum(tl.where(is_of, first_tile[None, :], 0), axis=1), mask=m < num_tiles)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_tiles"])
 def _place_kernel(
-    row_N, count_EB, total_E, order_N, position_N, offsets_E1, expert_M, row_M, num_slots, num_blocks, num_tiles, E,
+    row_N, count_EB, total_E, order_N, position_N, offsets_E1, expert_M, first_M, num_slots, num_blocks, num_tiles, E,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Write each slot's place: the first of its expert, those of the blocks before, those before it in this block.
@@ -123,7 +122,7 @@ def _place_kernel(
     tl.store(order_N + place, slot, mask=slot < num_slots)
     tl.store(position_N + slot, tl.where(row < E, place, -1), mask=slot < num_slots)
     if BLOCK_M > 0:
-        _write_tiles(total, offset, expert, expert_M, row_M, num_tiles, block, num_blocks, BLOCK_M, BLOCK_TILES)
+        _write_tiles(total, expert, expert_M, first_M, num_tiles, block, num_blocks, BLOCK_M, BLOCK_TILES)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -136,7 +135,7 @@ def _invert_kernel(order_N, offsets_E1, position_N, num_slots, E, BLOCK_N: tl.co
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _tiles_kernel(
-    offsets_E1, expert_M, row_M, num_tiles, E,
+    offsets_E1, expert_M, first_M, num_tiles, E,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Write the tiles of rows that were sorted before."""
@@ -144,7 +143,7 @@ def _tiles_kernel(
     offset = tl.load(offsets_E1 + expert, mask=expert < E, other=0)
     total = tl.load(offsets_E1 + expert + 1, mask=expert < E, other=0) - offset
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    _write_tiles(total, offset, expert, expert_M, row_M, num_tiles, program, num_programs, BLOCK_M, BLOCK_TILES)
+    _write_tiles(total, expert, expert_M, first_M, num_tiles, program, num_programs, BLOCK_M, BLOCK_TILES)
 
 
 def sort_slots(
@@ -220,7 +219,7 @@ def make_tiles(offsets: Tensor, N: int, block_m: int) -> Tiles:
     """Return the row tiles of the sorted rows, `block_m` rows each, `num_row_tiles` of them."""
     E = offsets.numel() - 1
     tiles, block_e = empty_tiles(N, E, block_m, offsets.device), next_power_of_2(E)
-    M, block_tiles = tiles.row_M.numel(), _tiles_of_a_program(block_e)
+    M, block_tiles = tiles.first_M.numel(), _tiles_of_a_program(block_e)
     _tiles_kernel[(cdiv(M, block_tiles),)](
         offsets, *tiles, M, E, BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_TILES=block_tiles
     )  # fmt: skip

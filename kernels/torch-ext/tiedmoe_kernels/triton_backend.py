@@ -314,10 +314,9 @@ def _gate_up(
         return pre, hidden
     config = _gate_up_config(x, gate_up, rows.N, rows.E, spec)
     w, flags = matrices.arguments(config, I)
-    num_tiles = rows.num_tiles(config.block_m)
-    fwd.gate_up_kernel[(num_tiles * metadata.cdiv(I, config.block_n),)](
+    fwd.gate_up_kernel[(rows.num_tiles(config.block_m) * metadata.cdiv(I, config.block_n),)](
         x, w, bias, added, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
-        num_tiles, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
+        x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
         HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m,
         TMA=config.tma, **flags, **_options(config, x),
@@ -343,13 +342,12 @@ def _rows(
         return out
     config = _choose("rows", a, rows.N, rows.E, matrices.n_size, matrices.k_size, matrices.can_use_tma())
     w, flags = matrices.arguments(config, matrices.n_size)
-    num_tiles = rows.num_tiles(config.block_m)
-    num_programs = num_tiles * metadata.cdiv(matrices.n_size, config.block_n)
+    num_programs = rows.num_tiles(config.block_m) * metadata.cdiv(matrices.n_size, config.block_n)
     if config.persistent:
         num_programs = min(num_programs, tuning.num_processors(a.device.index if a.is_cuda else None))
     fwd.rows_kernel[(num_programs,)](
         a, w, bias, added, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
-        num_tiles, rows.E, matrices.k_size, matrices.n_size, *matrices.strides,
+        rows.E, matrices.k_size, matrices.n_size, *matrices.strides,
         K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None,
         HAS_ADDED=added is not None, BLOCK_E=metadata.next_power_of_2(rows.E), GROUP_M=config.group_m, TMA=config.tma,
         PERSISTENT=config.persistent, **flags, **_options(config, a),
