@@ -252,6 +252,7 @@ class Task(Section):
     standard_error: float | None
     num_shots: int | None
     num_samples: int
+    is_higher_better: bool = True
 
 
 class Quality(Section):
@@ -259,6 +260,10 @@ class Quality(Section):
 
     loss: dict[str, Interval] = Field(description="by domain, nats per token")
     perplexity: dict[str, float]
+    bits_per_byte: dict[str, Interval] = Field(
+        default_factory=dict,
+        description="by domain, the loss over the text's bytes: compares models of different vocabularies",
+    )
     tasks: list[Task]
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
@@ -270,8 +275,9 @@ class ParetoPoint(Section):
     """One model on one domain or task, among all that were audited."""
 
     model: str
-    measure: str = Field(description="'loss DOMAIN' (lower is better) or 'TASK METRIC' (higher is better)")
+    measure: str = Field(description="'loss DOMAIN', 'bits per byte DOMAIN' or 'TASK METRIC'")
     value: float
+    is_lower_better: bool = Field(default=True, description="as of losses; of most tasks' metrics more is better")
     flops_per_token: float
     memory_bytes: int
     is_on_compute_front: bool
