@@ -301,9 +301,10 @@ def audit(config, progress: ProgressCall) -> tuple[dict, Any]:
     MODELS are folders or hub ids. OUTPUT gets report.html, report.md, audit.json and the figures. A killed audit goes
     on with the same command.
     """
+    from tiedmoe_conversion.suggested import tied_by
     from transformers_tiedmoe.audit.run import audit
 
-    found = audit(config, progress)
+    found = audit(config, progress, tied_by)
     return found, f"The report is in {config.output}."
 
 

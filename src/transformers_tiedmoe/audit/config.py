@@ -41,6 +41,11 @@ class AuditConfig:
     strategy: bool = field(
         default=True, metadata={"help": "Replace parts of layers by their neighbours', and suggest how to tie."}
     )
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "Text to fit suggested plans on, each of which is then made and measured on the data."},
+    )
+    calibration_tokens: int = field(default=32768, metadata={"help": "Tokens of it to fit on."})
     num_tokens: int = field(default=65536, metadata={"help": "At most so many tokens of each text, its last."})
     share: float = field(
         default=1.0,
@@ -70,8 +75,9 @@ class AuditConfig:
         for name in ("num_tokens", "batch_size", *(["block_size"] if self.block_size is not None else [])):
             if getattr(self, name) < 1:
                 raise TiedMoeError(f"{name}={getattr(self, name)}; expected an integer of at least 1")
-        if self.memory_only and (self.data or self.lm_eval or self.source):
-            raise TiedMoeError("memory_only reads neither text nor weights; leave it off, or data, lm_eval and source")
+        weighty = ("data", "source", "lm_eval", "calibration")
+        if self.memory_only and (given := [name for name in weighty if getattr(self, name)]):
+            raise TiedMoeError(f"memory_only reads neither text nor weights; leave it off, or leave {given[0]} off")
         if not self.memory_only and not self.data:
             raise TiedMoeError("there is no text to run the models on; give one (data), or ask for memory_only")
         if not self.memory_only and not self.output:
@@ -111,9 +117,12 @@ class AuditConfig:
         named = {name: public_name(data) for name, data in self.texts.items()}
         return fields | {
             "models": [public_name(expand(each)) for each in self.models],
-            "source": self.source and public_name(expand(self.source)),
+            **{name: value and public_name(expand(value)) for name, value in self._places().items()},
             "data": named,
         }
+
+    def _places(self) -> dict[str, str | None]:
+        return {"source": self.source, "calibration": self.calibration}
 
     def command(self) -> str:
         """Return the command that gives this, with names in the place of paths."""
@@ -129,6 +138,6 @@ class AuditConfig:
             if isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")
             else:
-                shown = public_name(expand(value)) if each.name == "source" else value
+                shown = public_name(expand(value)) if each.name in self._places() else value
                 words += [flag, json.dumps(shown) if isinstance(shown, list) else str(shown)]
         return " ".join(words)

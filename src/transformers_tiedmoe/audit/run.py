@@ -5,6 +5,7 @@ goes on where it was. The output folder appears complete, in one rename.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import platform
@@ -21,11 +22,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import TiedMoeError
+from ..files import expand
 from ..hub import fingerprint, public_name, versions
 from ..training.data import check_tokens, load_last_blocks, tokens_digest
 from ..training.heal import open_tokenizer
 from ..workdir import Work, check_output, open_work
-from . import active, stability
+from . import active, memory, stability, strategy
 from .config import AuditConfig
 from .records import Records, execution_device, record
 from .schema import ActiveExperts, Audit, Domain, Layer, Memory, ModelAudit, Quality, Section, Stability
@@ -33,7 +35,7 @@ from .schema import LayerStrategy as Strategy
 from .subject import Subject, open_subject
 
 Progress = Callable[[int, int, str], None]
-Convert = Callable[[str, dict[str, Any]], PreTrainedModel]
+Convert = Callable[..., PreTrainedModel]
 Blocks = Mapping[str, datasets.Dataset]
 Made = TypeVar("Made", bound=Section)
 
@@ -48,7 +50,7 @@ def _evidence(name: str) -> Any:
         return None
 
 
-memory, quality, report, strategy = map(_evidence, ("memory", "quality", "report", "strategy"))
+quality, report = map(_evidence, ("quality", "report"))
 DEFAULT_BLOCK_SIZE = 512
 MEMORY, ROUTING, STRATEGY, QUALITY = 1, 10, 40, 20  # what the kinds of evidence take, about, for the time left
 
@@ -59,8 +61,8 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
     Args:
         config: which models, on which text.
         progress: called as `progress(done, total, what)`.
-        convert: ties a model, by its path, as a recipe says, so that suggested plans are measured; the package of
-            conversions has it. None predicts only.
+        convert: ties a model as `convert(recipe, source=, calibration=, calibration_tokens=)`, for suggested plans to
+            be measured; this package must not import that of conversions, which has it.
 
     Returns:
         What `audit.json` holds; see `schema.Audit`.
@@ -72,10 +74,14 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
             else, another audit at work on it, a full disk.
         ImportError: `lm_eval` without the harness.
     """
+    if config.calibration is not None and convert is None:
+        raise TiedMoeError("plans are measured by converting (calibration); expected a function for it (convert)")
     tell = progress or (lambda done, total, what: None)
+    if config.lm_eval:
+        quality.open_tasks(_quality_options(config))  # a wrong name is told before the work
     tell(0, 1, "reading the models")
-    inputs = {"model": None, "source": config.source} | {f"data {name}": data for name, data in config.texts.items()}
-    inputs |= {f"model {path}": path for path in config.paths}
+    inputs: dict[str, str | None] = {f"data {name}": data for name, data in config.texts.items()}
+    inputs |= {"calibration": config.calibration} | {f"model {path}": path for path in config.paths}
     output = None if config.output is None else check_output(config.output, inputs)
     subjects = _open_subjects(config)
     if config.memory_only:
@@ -137,11 +143,17 @@ class _Run:
         name, stages = subject.name, self.stages
         found: dict[str, Any] = {}
         with stages.stage(MEMORY, f"{name}: memory"):
-            if memory:
-                options = _memory_options(self.config)
-                found["memory"] = self._section(number, Memory, lambda: memory.measure(subject, options))
+            found["memory"] = self._section(
+                number, Memory, lambda: memory.measure(subject, _memory_options(self.config))
+            )
         if not subject.has_experts:
             subject.notes.append("it has no experts: nothing can be told of active experts, routing and tying")
+        if quantised := getattr(subject.config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            subject.notes.append(
+                f"its weights are quantised ({getattr(method, 'value', method)}): its checkpoint's bytes are those of "
+                "its files, and all that takes weights was measured as transformers loads them here"
+            )
         if not self.config.memory_only:
             found |= self._with_weights(number, subject)
         layers = list(subject.layers)
@@ -175,10 +187,8 @@ class _Run:
                 )
         if config.strategy:
             with stages.stage(STRATEGY, f"{name}: layer strategy") as progress:
-                if subject.has_experts and strategy:
-                    found["strategy"] = self._section(
-                        number, Strategy, lambda: self._strategy(subject, weights, blocks, progress)
-                    )
+                if subject.has_experts:
+                    found |= self._strategy(number, subject, weights, blocks, progress)
         with stages.stage(QUALITY, f"{name}: quality") as progress:
             if quality:
                 found["quality"] = self._section(
@@ -187,23 +197,28 @@ class _Run:
         weights.drop()
         return found
 
-    def _strategy(self, subject: Subject, weights: "_Weights", blocks: Blocks, progress: Progress) -> Strategy:
-        convert = None
-        if self.convert is not None:
-            tie = self.convert
-
-            def convert(recipe: dict[str, Any]) -> PreTrainedModel:
-                return tie(subject.path, recipe)
-
+    def _strategy(
+        self, number: int, subject: Subject, weights: "_Weights", blocks: Blocks, progress: Progress
+    ) -> dict[str, Section]:
+        if weights.is_offloaded:
+            subject.notes.append("layer strategy was left out: to replace parts of layers takes the weights in memory")
+            return {}
+        convert, calibration = None, self.config.calibration
+        if calibration is not None and self.convert is not None:
+            convert = functools.partial(
+                self.convert,
+                source=subject.path,
+                calibration=expand(calibration),
+                calibration_tokens=self.config.calibration_tokens,
+            )
         options = strategy.StrategyOptions(batch_size=self.config.batch_size, convert=convert, seed=self.config.seed)
-        return strategy.measure(subject, weights.model, blocks, options, progress)
+        made = self._section(
+            number, Strategy, lambda: strategy.measure(subject, weights.model, blocks, options, progress)
+        )
+        return {"strategy": made}
 
     def _quality(self, subject: Subject, model: PreTrainedModel, blocks: Blocks, progress: Progress) -> Quality:
-        tasks = tuple(each.strip() for each in (self.config.lm_eval or "").split(",") if each.strip())
-        options = quality.QualityOptions(
-            batch_size=self.config.batch_size, tasks=tasks, limit=self.config.lm_eval_limit, seed=self.config.seed
-        )
-        return quality.measure(subject, model, blocks, options, progress)
+        return quality.measure(subject, model, blocks, _quality_options(self.config), progress)
 
     def _records(
         self, number: int, subject: Subject, weights: "_Weights", blocks: Blocks, progress: Progress
@@ -299,6 +314,11 @@ class _Weights:
         """The model, in eval mode."""
         return self.subject.load(self.offload_folder)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether weights are read from the disk, or from memory to a GPU, as they are needed."""
+        return any(each.is_meta for each in self.model.parameters())
+
     def drop(self) -> None:
         """Free the memory."""
         self.__dict__.pop("model", None)
@@ -365,8 +385,8 @@ def _active(model: PreTrainedModel, records: dict[str, Records], blocks: Blocks)
     return active.measure(records, flops, active.expert_flops(model), active.soft_masses(model))
 
 
-def _memory_options(config: AuditConfig) -> Any:
-    gpus = {} if config.gpus is None else {"gpus": tuple(config.gpus)}
+def _memory_options(config: AuditConfig) -> memory.MemoryOptions:
+    gpus: dict[str, Any] = {} if config.gpus is None else {"gpus": tuple(config.gpus)}
     return memory.MemoryOptions(
         context=config.context,
         batch_size=config.sequences,
@@ -377,13 +397,21 @@ def _memory_options(config: AuditConfig) -> Any:
     )
 
 
+def _quality_options(config: AuditConfig) -> Any:
+    tasks = tuple(each.strip() for each in (config.lm_eval or "").split(",") if each.strip())
+    return quality.QualityOptions(
+        batch_size=config.batch_size, tasks=tasks, limit=config.lm_eval_limit, seed=config.seed
+    )
+
+
 def _open_subjects(config: AuditConfig) -> list[Subject]:
     """Open the models, the source first; two that have one name are told apart by their folders."""
     paths = config.paths
     names = [public_name(path) for path in paths]
-    for number, path in enumerate(paths):
-        if names.count(public_name(path)) > 1 and Path(path).exists():
-            names[number] = "/".join(Path(path).resolve().parts[-2:])
+    names = [
+        "/".join(Path(path).resolve().parts[-2:]) if names.count(name) > 1 and Path(path).exists() else name
+        for path, name in zip(paths, names)
+    ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise TiedMoeError(f"two models are called {twice[0]}; expected names that tell them apart: rename a folder")
     return [open_subject(path, name, config.trust_remote_code) for path, name in zip(paths, names)]

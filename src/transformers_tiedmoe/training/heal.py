@@ -408,11 +408,22 @@ def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Datas
 
 
 def open_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a checkpoint; without `trust_remote_code` no code of its files is run."""
+    """Load the tokenizer of a checkpoint; without `trust_remote_code` no code of its files is run.
+
+    Raises:
+        TiedMoeError: it cannot be read, or there is none: transformers then makes one up, which knows no text.
+    """
     with reading(f"the tokenizer of {model}"):
         if trust_remote_code:
-            return AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-        return load_tokenizer(model)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+        else:
+            tokenizer = load_tokenizer(model)
+        is_empty = not tokenizer("Some text.").input_ids
+    if is_empty:
+        raise TiedMoeError(
+            f"{model} has no tokenizer that knows any text; expected one: put its files beside the weights"
+        )
+    return tokenizer
 
 
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
