@@ -22,7 +22,7 @@ ROOTS = {
     "tiedmoe_conversion": REPOSITORY / "conversion",
     "tiedmoe_demo": REPOSITORY / "examples",
 }
-SHIPPED = {".py", ".typed", ".xz", ".md", ".yaml", ".json"}
+SHIPPED = {".py", ".typed", ".xz", ".md", ".yaml", ".json", ".j2"}
 
 
 def run(*command, **kwargs):
@@ -86,6 +86,7 @@ def test_wheel_holds_every_file_of_the_roots_and_nothing_else(wheel):
     assert any(name.startswith("tiedmoe_conversion/recipes/") for name in found)
     assert any(name.startswith("tiedmoe_kernels/configs/") for name in found)
     assert "transformers_tiedmoe/data/austen.txt.xz" in found
+    assert {f"transformers_tiedmoe/audit/templates/report.{kind}.j2" for kind in ("html", "md")} <= found
 
 
 def test_fresh_environment_imports_the_wheel(fresh_python, tmp_path):

@@ -1,0 +1,430 @@
+"""The audit's tables, one function a kind of evidence; report.py puts them on a page and into the terminal."""
+
+from dataclasses import dataclass
+
+from . import units
+from .findings import inference_shown, smallest_gpu
+from .schema import COMPONENTS, ActiveExperts, Audit, LayerStrategy, Memory, ModelAudit, Quality, Stability
+
+NAMES = {
+    "embedding": "embedding",
+    "attention": "attention",
+    "router": "routers",
+    "experts": "experts",
+    "shared_experts": "shared experts",
+    "dense_mlp": "dense MLP",
+    "norm": "norms",
+    "head": "head",
+    "other": "other",
+}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+STRATEGIES = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2", "expert_parallel": "expert parallelism"}
+LONG = 12  # rows: a longer table is folded
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: the first cell of a row names it."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a page folds it."""
+        return len(self.rows) > LONG
+
+
+def glance(audit: Audit) -> Table:
+    """Return what one wants first: each model's size, memory, compute and loss."""
+    domains = [domain.name for domain in audit.domains]
+    # Models that differ only far into their names keep the whole of them.
+    columns = (
+        "model",
+        "parameters",
+        "a token reads",
+        "FLOPs per token",
+        "memory to serve",
+        "fits one",
+        *(f"loss on {units.short(domain)}" for domain in domains),
+    )
+    rows = []
+    for model in audit.models:
+        memory, shown = model.memory, inference_shown(model.memory) if model.memory else None
+        total = memory.parameters["total"] if memory else None
+        flops = list(model.active.flops_per_token.values()) if model.active else []
+        rows.append(
+            (
+                units.short(model.name, 48),
+                units.count(total.unique) if total else "–",
+                units.count(total.active) if total else "–",
+                _range(flops),
+                f"{units.size(shown.total_bytes)}, {shown.dtype}" if shown else "–",
+                (smallest_gpu(shown.fits, memory.gpus) or "none") if memory and shown and shown.fits else "–",
+                *(units.interval(model.quality.loss.get(name) if model.quality else None, 3) for name in domains),
+            )
+        )
+    shown = next((inference_shown(model.memory) for model in audit.models if model.memory), None)
+    at = f"; memory at {shown.context:,} tokens and a batch of {shown.batch_size}" if shown else ""
+    return Table(f"The models at a glance{at}; losses in nats per token, with 95 % intervals", columns, rows)
+
+
+def active(found: ActiveExperts) -> list[Table]:
+    """Return the experts that a token uses, over all layers and in each."""
+    tables = [
+        Table(
+            "Experts that a token uses, summed over the layers, and what a forward pass computes for it",
+            ("text", "mean", "median", "95 % at most", "99 % at most", "most", "FLOPs per token"),
+            [
+                (
+                    units.one_line(name),
+                    *_distribution(each),
+                    units.flops(found.flops_per_token[name]) if name in found.flops_per_token else "–",
+                )
+                for name, each in found.per_token.items()
+            ],
+        )
+    ]
+    if found.domain_shift:
+        tables.append(
+            Table(
+                "How far texts differ in the numbers of experts used: total variation, mean of the layers, 0 to 1",
+                ("texts", "shift"),
+                [(_pair(pair), f"{shift:.3f}") for pair, shift in found.domain_shift.items()],
+            )
+        )
+    domains = list(found.per_token)
+    is_soft = any(row.soft_mass is not None for row in found.layers)
+    tables.append(
+        Table(
+            "Experts that a token uses in each layer"
+            + (
+                ": soft mass, and mean (95 % at most; most) by text"
+                if is_soft
+                else ": mean (95 % at most; most) by text"
+            ),
+            ("layer", *(("soft mass",) if is_soft else ()), *(units.short(name) for name in domains)),
+            [
+                (
+                    str(row.layer),
+                    *((f"{row.soft_mass:.2f}" if row.soft_mass is not None else "–",) if is_soft else ()),
+                    *(
+                        f"{each.mean:.2f} ({each.p95:g}; {each.max})"
+                        if (each := row.by_domain.get(name)) is not None
+                        else "–"
+                        for name in domains
+                    ),
+                )
+                for row in found.layers
+            ],
+        )
+    )
+    return tables
+
+
+def memory(found: Memory) -> list[Table]:
+    """Return parameters by component and layer, and what serving and training take."""
+    total = found.parameters["total"]
+    shown = [name for name in (*COMPONENTS, "total") if name in found.parameters and found.parameters[name].read]
+    tables = [
+        Table(
+            "Parameters: each pool counted once; how many more there would be if every layer that reads a pool "
+            "counted it; those that one token reads",
+            ("component", "stored", "of all", "shared", "read by a token"),
+            [
+                (
+                    NAMES.get(name, name),
+                    units.count(each.unique),
+                    units.percent(each.unique / max(total.unique, 1)),
+                    units.count(each.read - each.unique) if each.read > each.unique else "–",
+                    units.count(each.active),
+                )
+                for name in shown
+                for each in [found.parameters[name]]
+            ],
+        ),
+        Table(
+            "Memory to serve",
+            ("dtype", "tokens × batch", "weights", "cache", "in all", "fits one"),
+            [
+                (
+                    each.dtype,
+                    f"{each.context:,} × {each.batch_size}",
+                    units.size(each.weight_bytes),
+                    units.size(each.cache_bytes),
+                    units.size(each.total_bytes),
+                    _fits(each.fits, found.gpus),
+                )
+                for each in found.inference
+            ],
+        ),
+        Table(
+            "Memory to train, on each GPU, and what each sends in a step",
+            (
+                "optimizer",
+                "how",
+                "GPUs",
+                "weights",
+                "gradients",
+                "optimizer states",
+                "activations",
+                "in all",
+                "sent",
+                "fits one",
+            ),
+            [
+                (
+                    OPTIMIZERS[each.optimizer],
+                    STRATEGIES[each.strategy],
+                    str(each.num_gpus),
+                    *map(
+                        units.size,
+                        (
+                            each.weight_bytes,
+                            each.gradient_bytes,
+                            each.optimizer_bytes,
+                            each.activation_bytes,
+                            each.total_bytes,
+                            each.communicated_bytes,
+                        ),
+                    ),
+                    _fits(each.fits, found.gpus),
+                )
+                for each in found.training
+            ],
+        ),
+    ]
+    used = [name for name in COMPONENTS if any(row.parameters.get(name) for row in found.layers)]
+    tables.append(
+        Table(
+            "Parameters stored by each layer; a pool counts in the first layer of its group",
+            ("layer", *(NAMES[name] for name in used)),
+            [
+                (str(row.layer), *(units.count(n) if (n := row.parameters.get(name)) else "–" for name in used))
+                for row in found.layers
+            ],
+        )
+    )
+    return [table for table in tables if table.rows]
+
+
+def stability(found: Stability) -> list[Table]:
+    """Return how evenly and steadily each layer's router chooses, and how layers of a pool agree."""
+    has_domains = any(row.specialisation is not None for row in found.layers)
+    pairs = list(dict.fromkeys(pair for row in found.layers for pair in row.drift))
+    tables = [
+        Table(
+            "How evenly each layer's router chooses, with 95 % intervals: spread of loads (standard deviation over "
+            "mean) and the busiest expert's (over mean), 0 and 1 if even; entropy of all choices and of a token's, "
+            "1 if even"
+            + (
+                "; nats that an expert tells about the text; Jensen-Shannon divergence of loads of two texts, in nats"
+                if has_domains
+                else ""
+            ),
+            (
+                "layer",
+                "experts",
+                "spread",
+                "busiest",
+                "entropy",
+                "of a token",
+                "never chosen",
+                *(("specialisation",) if has_domains else ()),
+                *(f"drift, {_pair(pair)}" for pair in pairs),
+            ),
+            [
+                (
+                    f"{row.layer}{' (collapsed)' if row.is_collapsed else ''}",
+                    str(row.num_experts),
+                    units.interval(row.load_cv),
+                    units.interval(row.load_max_over_mean),
+                    units.interval(row.choice_entropy, 3),
+                    units.interval(row.token_entropy, 3),
+                    str(row.num_dead),
+                    *((units.interval(row.specialisation, 3),) if has_domains else ()),
+                    *(f"{row.drift[pair]:.3f}" if pair in row.drift else "–" for pair in pairs),
+                )
+                for row in found.layers
+            ],
+        ),
+        Table(
+            "How far layers of one pool choose the same experts for a token",
+            ("layers", "pool", "same choices", "by chance"),
+            [
+                (units.span(each.layers), str(each.pool), units.interval(each.agreement), f"{each.by_chance:.2f}")
+                for each in found.agreement
+            ],
+        ),
+        Table(
+            "What a token's first choice tells about its first choice in the next layer",
+            ("layers", "nats"),
+            [(units.span(each.layers), f"{each.mutual_information:.3f}") for each in found.flows],
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def strategy(found: LayerStrategy) -> list[Table]:
+    """Return the suggested plans, and what each layer loses with its neighbour's parts."""
+    by_layer: dict[tuple[int, int], dict[str, str]] = {}
+    for each in found.replacements:
+        by_layer.setdefault((each.layer, each.neighbour), {})[each.part] = units.interval(each.loss_increase, 3)
+    parts = [part for part in ("experts", "router", "attention") if any(part in row for row in by_layer.values())]
+    tables = [
+        Table(
+            "Suggested plans, and the loss that each is predicted to add, in nats per token",
+            ("experts' bytes that stay", "predicted", "measured", "why"),
+            [
+                (
+                    units.percent(plan.expert_share),
+                    f"{plan.predicted_loss_increase:+.3f}",
+                    "–" if plan.measured_loss_increase is None else f"{plan.measured_loss_increase:+.3f}",
+                    units.one_line(plan.reason),
+                )
+                for plan in found.plans
+            ],
+        ),
+        Table(
+            "Loss added when a layer uses its neighbour's part, in nats per token",
+            ("layer", "neighbour", *parts),
+            [
+                (str(layer), str(neighbour), *(row.get(part, "–") for part in parts))
+                for (layer, neighbour), row in sorted(by_layer.items())
+            ],
+        ),
+        Table(
+            "How alike layers are: linear CKA of what enters their experts, cosine of best-matched experts' outputs",
+            ("layers", "inputs", "outputs"),
+            [
+                (units.span(each.layers), f"{each.representation_cka:.2f}", f"{each.output_similarity:.2f}")
+                for each in found.similarity
+                if abs(each.layers[0] - each.layers[1]) == 1
+            ],
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def quality(found: Quality) -> list[Table]:
+    """Return losses, tasks and speed."""
+    speeds = [
+        ("reading (prefill)", None if (n := found.prefill_tokens_per_second) is None else units.rate(n)),
+        ("writing (decode)", None if (n := found.decode_tokens_per_second) is None else units.rate(n)),
+        ("peak memory", None if (n := found.peak_memory_bytes) is None else units.size(n)),
+    ]
+    tables = [
+        Table(
+            "Loss, in nats per token with 95 % intervals, and perplexity",
+            ("text", "loss", "perplexity"),
+            [
+                (
+                    units.one_line(name),
+                    units.interval(each, 3),
+                    f"{found.perplexity[name]:.2f}" if name in found.perplexity else "–",
+                )
+                for name, each in found.loss.items()
+            ],
+        ),
+        Table(
+            "Tasks of lm-evaluation-harness, with standard errors",
+            ("task", "metric", "value", "shots", "samples"),
+            [
+                (
+                    units.one_line(task.name),
+                    units.one_line(task.metric),
+                    f"{task.value:.3f}" + (f" ± {task.standard_error:.3f}" if task.standard_error is not None else ""),
+                    "–" if task.num_shots is None else str(task.num_shots),
+                    f"{task.num_samples:,}",
+                )
+                for task in found.tasks
+            ],
+        ),
+        Table(
+            f"Measured here, on {units.one_line(found.device)}",
+            ("what", "measured"),
+            [(what, value) for what, value in speeds if value is not None],
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def pareto(audit: Audit) -> Table:
+    """Return every model's cost and quality, and whether another is better at no more cost."""
+    return Table(
+        "Cost against quality: on a front, no other model is better at the same cost or less",
+        ("model", "measure", "value", "FLOPs per token", "memory to serve", "front of compute", "front of memory"),
+        [
+            (
+                units.short(point.model, 48),
+                units.one_line(point.measure),
+                f"{point.value:.3f}",
+                units.flops(point.flops_per_token),
+                units.size(point.memory_bytes),
+                "yes" if point.is_on_compute_front else "no",
+                "yes" if point.is_on_memory_front else "no",
+            )
+            for point in audit.pareto
+        ],
+    )
+
+
+def texts(audit: Audit) -> Table:
+    """Return the texts that the models were read on."""
+    return Table(
+        "Texts",
+        ("text", "data", "tokens", "blocks", "SHA-256 of the tokens"),
+        [
+            (
+                units.one_line(each.name),
+                units.one_line(each.data),
+                f"{each.num_tokens:,}",
+                f"{each.num_blocks:,} × {each.block_size:,}",
+                each.sha256[:16] if each.sha256 else "–",
+            )
+            for each in audit.domains
+        ],
+    )
+
+
+def conditions(audit: Audit) -> Table:
+    """Return settings, versions and machine."""
+    return Table(
+        "Settings, versions, machine",
+        ("what", "value"),
+        [
+            (units.one_line(f"{kind} {name}"), units.one_line(value))
+            for kind, values in (("setting", audit.settings), ("version", audit.versions), ("machine", audit.machine))
+            for name, value in values.items()
+        ],
+    )
+
+
+def kinds(model: ModelAudit) -> str:
+    """Say in words what a model's layers are."""
+    found = [
+        f"{len(layers)} {kind} {'layer' if len(layers) == 1 else 'layers'}"
+        for kind in ("dense", "untied", "tied")
+        if (layers := [layer for layer in model.layers if layer.kind == kind])
+    ]
+    return units.join(found)
+
+
+def _distribution(each) -> tuple[str, ...]:
+    return f"{each.mean:.1f}", f"{each.p50:g}", f"{each.p95:g}", f"{each.p99:g}", str(each.max)
+
+
+def _fits(fits: dict[str, bool], sizes: dict[str, int]) -> str:
+    return "–" if not fits else smallest_gpu(fits, sizes) or "none"
+
+
+def _pair(pair: str) -> str:
+    return " and ".join(units.short(name) for name in pair.split("|"))
+
+
+def _range(flops: list[float]) -> str:
+    if not flops:
+        return "–"
+    low, high = units.flops(min(flops)), units.flops(max(flops))
+    return low if low == high else f"{low} to {high}"
