@@ -194,8 +194,9 @@ def _memory(num_layers, num_experts, top_k, groups):
                 batch_size=1,
                 weight_bytes=weights,
                 cache_bytes=cache,
-                total_bytes=weights + cache,
-                fits={gpu: weights + cache <= size for gpu, size in GPUS.items()},
+                working_bytes=GIB // 4,
+                total_bytes=weights + cache + GIB // 4,
+                fits={gpu: weights + cache + GIB // 4 <= size for gpu, size in GPUS.items()},
             )
         )
     training = []
@@ -208,6 +209,8 @@ def _memory(num_layers, num_experts, top_k, groups):
                     optimizer=optimizer,
                     strategy=strategy,
                     num_gpus=gpus,
+                    precision="mixed",
+                    gradient_checkpointing=False,
                     weight_bytes=parts[0],
                     gradient_bytes=parts[1],
                     optimizer_bytes=parts[2],
@@ -250,7 +253,7 @@ def _stability(rng, layers, groups, domains):
                 num_dead=int((mean == 0).sum()),
                 is_collapsed=bool(np.sort(mean)[-top_k:].sum() >= 0.5) and top_k < experts / 2,
                 specialisation=interval(rng, float(rng.uniform(0.01, 0.15))) if len(domains) > 1 else None,
-                drift={"prose|code": float(rng.uniform(0.005, 0.08))} if len(domains) > 1 else {},
+                drift={"prose|code": interval(rng, float(rng.uniform(0.005, 0.08)))} if len(domains) > 1 else {},
                 loads={domain: each.tolist() for domain, each in loads.items()},
             )
         )
@@ -303,7 +306,7 @@ def _strategy(rng, layers, num_experts):
                 schema.Similarity(
                     layers=(layer.index, other.index),
                     representation_cka=float(np.exp(-0.12 * apart) * rng.uniform(0.95, 1)),
-                    output_similarity=float(0.5 * np.exp(-0.4 * apart) * rng.uniform(0.8, 1)),
+                    output_similarity=float(0.4 * rng.uniform(0.5, 1)) if apart == 1 else None,
                 )
             )
     middle = len(layers) // 2

@@ -254,7 +254,12 @@ def active(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any | N
 def memory(audit: Audit, is_narrow: bool) -> Any | None:
     """Draw what serving takes, one bar a model and dtype, against the sizes of GPUs."""
     bars = [
-        (model, f"{each.dtype}", {"weights": each.weight_bytes, "cache": each.cache_bytes}, each)
+        (
+            model,
+            f"{each.dtype}",
+            {"weights": each.weight_bytes, "cache": each.cache_bytes, "working": each.working_bytes},
+            each,
+        )
         for model in audit.models
         if model.memory is not None
         for each in model.memory.inference
@@ -264,7 +269,7 @@ def memory(audit: Audit, is_narrow: bool) -> Any | None:
     shown = bars[0][3]
     gpus = next(model.memory.gpus for model in audit.models if model.memory is not None)
     title = f"Memory to serve, {shown.context:,} tokens" + (f" × {shown.batch_size}" if shown.batch_size > 1 else "")
-    return _bars(audit, bars, gpus, title, (BLUE, ORANGE), is_narrow)
+    return _bars(audit, bars, gpus, title, (BLUE, ORANGE, GREEN), is_narrow)
 
 
 def training(audit: Audit, is_narrow: bool) -> Any | None:
@@ -445,19 +450,20 @@ def similarity(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any
     pairs = model.strategy.similarity
     layers = sorted({layer for each in pairs for layer in each.layers})
     place = {layer: i for i, layer in enumerate(layers)}
-    most = max(1e-9, *(each.output_similarity for each in pairs))
+    outputs = {each.layers: each.output_similarity for each in pairs if each.output_similarity is not None}
+    most = max(1e-9, *outputs.values()) if outputs else 1.0
     image = np.zeros((len(layers), len(layers), 4), np.uint8)
     for each in pairs:
         first, second = sorted(place[layer] for layer in each.layers)
         image[first, second] = (*SHADES["blue"], int(255 * np.clip(each.representation_cka, 0, 1)))
-        image[second, first] = (*SHADES["orange"], int(255 * np.clip(each.output_similarity / most, 0, 1)))
-    closest = max(pairs, key=lambda each: each.output_similarity)
+        if each.layers in outputs:
+            image[second, first] = (*SHADES["orange"], int(255 * np.clip(outputs[each.layers] / most, 0, 1)))
+    closest = max(pairs, key=lambda each: outputs.get(each.layers, each.representation_cka))
     figure = new_figure(
         is_narrow,
         4.6 if is_narrow else 5.0,
         f"Matrix of layers of {units.short(model.name)}: the similarity of what enters their experts, and of their "
-        f"experts' outputs. Experts are most alike in layers {units.span(sorted(closest.layers))} "
-        f"({closest.output_similarity:.2f}).",
+        f"experts' outputs. Most alike are layers {units.span(sorted(closest.layers))}.",
     )
     axes = figure.subplots()
     axes.imshow(image, interpolation="none")
@@ -472,8 +478,10 @@ def similarity(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any
     title(axes, model, "How alike layers are", is_narrow)
     for x, y, ha, va, colour, text, values in (
         (0.98, 0.98, "right", "top", BLUE, "experts' inputs, CKA", [each.representation_cka for each in pairs]),
-        (0.02, 0.02, "left", "bottom", ORANGE, "experts' outputs, cosine", [each.output_similarity for each in pairs]),
+        (0.02, 0.02, "left", "bottom", ORANGE, "experts' outputs, cosine", list(outputs.values())),
     ):
+        if not values:
+            continue
         text = f"{text}: {min(values):.2f} to {max(values):.2f}"
         frame = {"facecolor": PAPER, "edgecolor": colour, "linewidth": 0.8, "pad": 3}
         axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, fontsize=8, bbox=frame)
@@ -513,11 +521,11 @@ def pareto(audit: Audit, is_narrow: bool) -> Any | None:
         ):
             _front(axes, points, cost, [getattr(point, front) for point in points], number, is_narrow)
             axes.set_xlabel(unit_name)
-            is_loss = measure.startswith("loss ")
+            is_lower_better, is_loss = points[0].is_lower_better, measure.startswith("loss ")
             axes.set_ylabel(f"{measure}, nats" if is_loss else measure)
             against = "compute" if front == "is_on_compute_front" else "memory"
-            axes.set_title(f"{'Loss' if is_loss else 'Score'} against {against}", loc="left")
-            better = "better ↙" if is_loss else "better ↖"
+            axes.set_title(f"{'Loss' if is_loss else 'Quality'} against {against}", loc="left")
+            better = "better ↙" if is_lower_better else "better ↖"
             label(axes, better, (1, 1), (0, 9), "axes fraction", ha="right", fontsize=8, color=MUTED)
     return figure
 

@@ -146,13 +146,14 @@ def memory(found: Memory) -> list[Table]:
         ),
         Table(
             "Memory to serve",
-            ("dtype", "tokens × batch", "weights", "cache", "in all", "fits one"),
+            ("dtype", "tokens × batch", "weights", "cache", "working", "in all", "fits one"),
             [
                 (
                     each.dtype,
                     f"{each.context:,} × {each.batch_size}",
                     units.size(each.weight_bytes),
                     units.size(each.cache_bytes),
+                    units.size(each.working_bytes),
                     units.size(each.total_bytes),
                     _fits(each.fits, found.gpus),
                 )
@@ -244,7 +245,7 @@ def stability(found: Stability) -> list[Table]:
                     units.interval(row.token_entropy, 3),
                     str(row.num_dead),
                     *((units.interval(row.specialisation, 3),) if has_domains else ()),
-                    *(f"{row.drift[pair]:.3f}" if pair in row.drift else "–" for pair in pairs),
+                    *(units.interval(row.drift.get(pair), 3) for pair in pairs),
                 )
                 for row in found.layers
             ],
@@ -298,7 +299,7 @@ def strategy(found: LayerStrategy) -> list[Table]:
             "How alike layers are: linear CKA of what enters their experts, cosine of best-matched experts' outputs",
             ("layers", "inputs", "outputs"),
             [
-                (units.span(each.layers), f"{each.representation_cka:.2f}", f"{each.output_similarity:.2f}")
+                (units.span(each.layers), f"{each.representation_cka:.2f}", _figure(each.output_similarity))
                 for each in found.similarity
                 if abs(each.layers[0] - each.layers[1]) == 1
             ],
@@ -413,6 +414,10 @@ def kinds(model: ModelAudit) -> str:
 
 def _distribution(each) -> tuple[str, ...]:
     return f"{each.mean:.1f}", f"{each.p50:g}", f"{each.p95:g}", f"{each.p99:g}", str(each.max)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _fits(fits: dict[str, bool], sizes: dict[str, int]) -> str:
