@@ -107,29 +107,27 @@ def launches(case: Case) -> None:
     (E, H, I, K, spec, has_bias), dtype, tokens = case.shape, case.dtype, case.tokens
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, index, weights = empty(tokens, H), empty(tokens, K, dtype=torch.int64), empty(tokens, K)
-    gate_up, down = (
-        (empty(E, H, 2 * I), empty(E, I, H)) if spec.is_transposed else (empty(E, 2 * I, H), empty(E, H, I))
-    )
+    sizes = ((H, 2 * I), (I, H)) if spec.is_transposed else ((2 * I, H), (H, I))
+    gate_up, down = (empty(E, *size) for size in sizes)
     biases = (empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)
     residual = None
     if r := case.rank:
         factors = ((H, r), (r, 2 * I), (I, r), (r, H))
         residual = Residual(*(empty(E, *(size if spec.is_transposed else size[::-1])) for size in factors))
+    pool = (gate_up, down, *biases)
     if not case.num_segments:
-        triton_backend.forward(x, index, weights, gate_up, down, *biases, None, spec, False, residual)
+        triton_backend.forward(x, index, weights, *pool, None, spec, False, residual)
         return
-    _, pre, order, offsets = triton_backend.forward(
-        x, index, weights, gate_up, down, *biases, None, spec, True, residual
-    )
+    _, pre, order, offsets = triton_backend.forward(x, index, weights, *pool, None, spec, True, residual)
     _, _, grad_pre, hidden, _ = triton_backend.backward_data(
-        x, x, weights, gate_up, down, *biases, pre, order, offsets, spec, True, True, residual, residual is not None
+        x, x, weights, *pool, pre, order, offsets, spec, True, True, residual, residual is not None
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
     # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is
     # written.
-    needs, biases = (True, True, has_bias, has_bias), (gate_up, down, *biases)
+    needs = (True, True, has_bias, has_bias)
     for out_dtype in {dtype, torch.float32} if case.num_segments > 1 else {dtype}:
-        into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in biases]
+        into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in pool]
         triton_backend.backward_weight([segment] * case.num_segments, spec, out_dtype, needs, into)
 
 
@@ -147,12 +145,8 @@ def main_loop(sass: str) -> int:
             body = [code[at] for at in code if start <= at <= end]
             if any(re.search(r"MMA\b|\bFFMA", line) for line in body) and "EXIT" not in "".join(body):
                 loops.append((start, end))
-    innermost = [
-        (start, end)
-        for start, end in loops
-        if not any(start <= s and e <= end for s, e in loops if (s, e) != (start, end))
-    ]
-    return max((sum(start <= at <= end for at in code) for start, end in innermost), default=0)
+    outer = {(s, e) for s, e in loops for each in loops if each != (s, e) and s <= each[0] and each[1] <= e}
+    return max((sum(start <= at <= end for at in code) for start, end in set(loops) - outer), default=0)
 
 
 def resources(kernel) -> dict[str, int | None]:
@@ -204,24 +198,19 @@ def faults(row: dict) -> list[str]:
     found, limit = [], SHARED_LIMIT[row["architecture"]]
     if row["stack"]:
         found.append(f"{row['stack']} bytes of stack a thread; expected 0: smaller blocks or more warps")
-    if row["shared"] > limit:
-        found.append(
-            f"{row['shared']} bytes of shared memory a block; {row['architecture']} has {limit}: fewer stages"
-        )
+    if (shared := row["shared"]) > limit:
+        found.append(f"{shared} bytes of shared memory a block; {row['architecture']} has {limit}: fewer stages")
     return found
 
 
 def unused_entries(found: list[dict]) -> list[dict]:
     """Return the entries of `configs/default.json`, for these rows' architectures, that no row was compiled with."""
-    used = {
-        (r["architecture"], r["kernel"], r["dtype"], *(r[f] for f in tuning.Config._fields if f in r)) for r in found
-    }
-    unused = []
+    columns = ("architecture", "kernel", "dtype", *(f for f in tuning.Config._fields if f != "group_m"))
+    used, unused = {tuple(row[column] for column in columns) for row in found}, []
     for architecture in {row["architecture"] for row in found}:
         for entry in json.loads((tuning.CONFIGS / "default.json").read_text())["architectures"][architecture]:
             dtype = {2: "bfloat16", 4: "float32"}[entry["element_size"]]
-            fields = (entry.get(f, False) for f in tuning.Config._fields if f != "group_m")
-            if (architecture, entry["kernel"], dtype, *fields) not in used:
+            if (architecture, entry["kernel"], dtype, *(entry.get(f, False) for f in columns[3:])) not in used:
                 unused.append({"architecture": architecture, **entry})
     return unused
 
@@ -247,12 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument(
-        "--quick", action="store_true", help="each entry of configs/default.json once, not each of its uses"
-    )
-    parser.add_argument(
-        "--table", nargs="+", type=Path, help="make a Markdown table of these JSON files, compile nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="each entry of configs/default.json once, not each use")
+    parser.add_argument("--table", nargs="+", type=Path, help="compile nothing, make a table of these JSON files")
     arguments = parser.parse_args()
     if arguments.table:
         found = [row for path in arguments.table for row in json.loads(path.read_text())]

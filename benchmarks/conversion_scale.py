@@ -122,30 +122,26 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
 
 
 def markdown(result: dict) -> str:
-    source, rows = result["source"], result["rows"]
+    source, rows, where = result["source"], result["rows"], result["machine"] | result["versions"]
     columns = ["method", "cp (s)", "convert (s)", "ratio", "limit", "peak RSS (GB)", "limit (GB)", "written (GB)"]
-    cells = []
+    cells, medians = [], []
     for row in rows:
         seconds = [f"{row[name]:.1f}" for name in ("cp_seconds", "convert_seconds")]
         gigabytes = [f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "limit_bytes")]
         written = f"{row['bytes_after'] / 1e9:.1f}"
         cells.append([f"`{row['method']}`", *seconds, f"{row['ratio']:.2f}", 2, *gigabytes, written])
-    lines = [
-        "# Converting a large checkpoint, against copying it",
-        "",
-        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some "
-        f"{source['shards']} shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} "
-        "GB. `cp` includes fsync, `convert` hashes and verification. One line is a pair, run one after the other.",
-        "",
-        *table(columns, cells),
-        "",
-    ]
     for method in dict.fromkeys(row["method"] for row in rows):
         ratios = [row["ratio"] for row in rows if row["method"] == method]
-        median = statistics.median(ratios)
-        lines.append(f"- `{method}`: {median:.2f} times the seconds of `cp`, the median of {len(ratios)}")
-    where = ", ".join(f"{name} {value}" for name, value in {**result["machine"], **result["versions"]}.items())
-    return "\n".join([*lines, "", f"{where}. {result['note']}".strip(), ""])
+        times = f"{statistics.median(ratios):.2f} times the seconds of `cp`"
+        medians.append(f"- `{method}`: {times}, the median of {len(ratios)}")
+    about = (
+        f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some "
+        f"{source['shards']} shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} "
+        "GB. `cp` includes fsync, `convert` hashes and verification. One line is a pair, run one after the other."
+    )
+    last = f"{', '.join(f'{name} {value}' for name, value in where.items())}. {result['note']}".strip()
+    head = ["# Converting a large checkpoint, against copying it", "", about, ""]
+    return "\n".join([*head, *table(columns, cells), "", *medians, "", last, ""])
 
 
 def main(arguments: list[str] | None = None) -> None:

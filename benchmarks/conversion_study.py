@@ -15,7 +15,6 @@ import dataclasses
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -23,7 +22,7 @@ import torch
 import transformers
 from study.configurations import QUICK, ROWS, Row
 from study.plot import save_plot
-from study.runs import BEFORE, Run, Study
+from study.runs import Study
 from study.summary import markdown, summarize
 from tables import write_json
 from timing import machine, versions
@@ -60,8 +59,7 @@ def write_results(study: Study, options: argparse.Namespace) -> None:
     rows = QUICK if options.quick else ROWS
     training = study.train_source(show)
     run_all(study, rows, training, options)
-    results = [(row, [(run, study.result(run)) for run in study.runs(row)]) for row in rows]
-    summary = summarize(study, training, results) | {
+    summary = summarize(study, training, [(row, study.results(row)) for row in rows]) | {
         "command": "make study-conversion" + (" ARGS=--quick" if options.quick else ""),
         "versions": versions(),
         "machine": machine(torch.device("cpu")) | {"threads of a process": torch.get_num_threads()},
@@ -86,51 +84,42 @@ def make_study(options: argparse.Namespace, stack: contextlib.ExitStack) -> Stud
 
 
 def run_all(study: Study, rows: list[Row], training: dict, options: argparse.Namespace) -> None:
-    """Run what is not there yet: first every conversion, then the healings."""
+    """Run what is not there yet, every row at a first seed before any at a second."""
     deadline = time.time() + 60 * options.minutes
-    runs = [run for run in study.all_runs(rows) if not study.result(run)]
-    steps = sum(study.steps(run.share) for run in runs)
+    jobs = [(row, seed, deadline) for row in rows for seed in study.seeds(row) if study.missing(row, seed)]
+    jobs.sort(key=lambda job: job[1])
+    steps = sum(study.steps(share) for row, seed, _ in jobs for share in study.missing(row, seed))
     # A healing step is a step of training and a forward of the teacher, about a third of one.
     minutes = steps * training["seconds"] / training["steps"] * 4 / 3 / 60
-    print(
-        f"{len(runs)} runs, {steps} healing steps: about {minutes:.0f} minutes of a core, and conversions", flush=True
-    )
-    # A row's conversion is deleted when all of its runs are there; one that is asked for later is converted again.
-    heals = [run for run in runs if run.share]
-    converted = {(run.row.name, run.seed): dataclasses.replace(run, share=BEFORE) for run in heals}
-    lost = [run for run in converted.values() if run not in runs and not study.has_checkpoint(run)]
-    for stage in ([*(run for run in runs if not run.share), *lost], heals):
-        for done, (run, seconds) in enumerate(run_stage(study, stage, options.workers, deadline)):
-            print(f"{done + 1}/{len(stage)} {run.name}: {seconds:.0f} s", flush=True)
+    print(f"{len(jobs)} runs, {steps} healing steps: about {minutes:.0f} minutes and conversions", flush=True)
+    with contextlib.ExitStack() as stack:
+        if options.workers == 1:
+            start_worker(study)
+            done = map(run_job, jobs)
+        else:
+            spawned = multiprocessing.get_context("spawn")
+            start = (start_worker, (dataclasses.replace(study, work=None),))
+            done = stack.enter_context(spawned.Pool(options.workers, *start)).imap_unordered(run_job, jobs)
+        for number, what in enumerate(done):
+            print(f"{number + 1}/{len(jobs)} {what}", flush=True)
 
 
-def run_stage(study: Study, runs: list[Run], workers: int, deadline: float) -> Iterator[tuple[Run, float]]:
-    """Run all of `runs` that can start before the deadline; yields each with its seconds."""
-    jobs = [(run, deadline) for run in runs]
-    if workers == 1:
-        start_worker(study, is_main=True)
-        yield from filter(None, map(run_job, jobs))
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, start_worker, (study,)) as pool:
-        yield from filter(None, pool.imap_unordered(run_job, jobs))
-
-
-def start_worker(study: Study, is_main: bool = False) -> None:
+def start_worker(study: Study) -> None:
     global _study
-    if not is_main:
+    if study.work is None:
         work = _worker.enter_context(open_folder(study.demo.output, {}, what="a study", is_main=False))
         study = dataclasses.replace(study, work=work)
     _study = study  # so that a process reads the text once
     quieten()
 
 
-def run_job(job: tuple[Run, float]) -> tuple[Run, float] | None:
-    run, deadline = job
+def run_job(job: tuple[Row, int, float]) -> str:
+    row, seed, deadline = job
     start = time.time()
     if start > deadline:
-        return None
-    _study.measure(run)
-    return run, time.time() - start
+        return f"{row.name}, seed {seed}: no time left"
+    _study.run(row, seed)
+    return f"{row.name}, seed {seed}: {time.time() - start:.0f} s"
 
 
 def quieten() -> None:

@@ -18,17 +18,15 @@ to what is there:
 
 Those of a CPU are in `CPU_CASES`, whole models among them; peak memory is that of a process of its own there.
 
-One row is a peer (peers.py) in a case, timed in turn with ours. A row is written to PREFIX.jsonl, one JSON object a
-line, as soon as it is measured, after a first line that describes machine, versions and the machine's own rates;
-PREFIX.md, the table, is written again after each. Peers that compile and tune for a minute come after all others, in
-every case. A row that would not end within --budget-s is not begun, and named in the table. A peer that breaks the
-device ends the run. `--tiny` tries the script; those figures mean nothing.
+One row is a peer (peers.py) in a case, timed in turn with ours. PREFIX.json (machine, versions, the machine's own
+rates, a row a line) and PREFIX.md, the table, are written again after each. Peers that compile and tune for a minute
+come after all others, in every case. A row that would not end within --budget-s is not begun, and named in the table.
+A peer that breaks the device ends the run. `--tiny` tries the script; those figures mean nothing.
 """
 
 import argparse
 import datetime
 import gc
-import json
 import os
 import statistics
 import sys
@@ -42,7 +40,7 @@ from measure import Bench
 from models import MODELS, ModelBench, ModelCase
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
-from tables import table
+from tables import table, write_json
 from timing import machine, machine_rates, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -175,8 +173,8 @@ def cells(row: dict) -> list[str]:
     ]
 
 
-def markdown(run: dict, rows: list[dict], left_out: Sequence[str]) -> str:
-    where = run["machine"] | run["versions"]
+def markdown(run: dict) -> str:
+    rows, where = run["rows"], run["machine"] | run["versions"]
     columns = ["case", "peer", "", "ms", "over ours", "rate", "of machine", "saved, MB", "peak, MB", "error", "rounds"]
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -196,7 +194,7 @@ def markdown(run: dict, rows: list[dict], left_out: Sequence[str]) -> str:
         *table(columns, [cells(row) for row in rows if "ms" in row], left=3),
         "",
         *(f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items()),
-        *(f"- left out: {key}" for key in left_out),
+        *(f"- left out: {key}" for key in run["left_out"]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -204,29 +202,10 @@ def markdown(run: dict, rows: list[dict], left_out: Sequence[str]) -> str:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-class Results:
-    """PREFIX.jsonl and PREFIX.md, written row by row."""
-
-    def __init__(self, prefix: Path, run: dict):
-        self.lines, self.table = (prefix.parent / (prefix.name + end) for end in (".jsonl", ".md"))
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.run, self.rows = run, []
-        self.lines.write_text(json.dumps(run) + "\n")
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        with self.lines.open("a") as lines:
-            lines.write(json.dumps(row, allow_nan=False) + "\n")
-        self.write_table()
-
-    def write_table(self, left_out: Sequence[str] = ()) -> None:
-        self.table.write_text(markdown(self.run, self.rows, left_out))
-
-
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda is also for ROCm")
-    parser.add_argument("--output", type=Path, metavar="PREFIX", help="of PREFIX.jsonl and PREFIX.md")
+    parser.add_argument("--output", type=Path, metavar="PREFIX", help="of PREFIX.json and PREFIX.md")
     parser.add_argument("--cases", help="numbers, such as 0-6,12; default all")
     parser.add_argument("--peers", help="of layers, beside tiedmoe, by commas; default all that run on the device")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds, of everything; default no end")
@@ -260,8 +239,14 @@ def main(arguments: list[str] | None = None) -> None:
         "load": round(os.getloadavg()[0], 2),
         "versions": versions(),
         "rates": machine_rates(device, *(() if is_gpu else (256, 1 << 22) if options.tiny else (1024, 1 << 28))),
+        "rows": [],
+        "left_out": [],
     }
-    results = Results(options.output, run)
+
+    def write() -> None:
+        write_json(options.output.with_suffix(".json"), run)
+        options.output.with_suffix(".md").write_text(markdown(run))
+
     limits = {} if is_gpu else {"seconds": 0.05, "most": 4} if options.tiny else {"seconds": 6.0, "most": 40}
     bench: Bench | None = None
 
@@ -277,13 +262,16 @@ def main(arguments: list[str] | None = None) -> None:
             bench = kind(task.case, device, run["rates"], task.case in CPU_PEAKS, **limits)
         row = {"case": task.number, "key": task.case.key, "peer": task.peer.name} | bench.row(task.peer)
         took = round(time.monotonic() - begun, 1)
-        results.add(row | {"seconds": took})
+        run["rows"].append(row | {"seconds": took})
+        write()
         print(f"{begun - start:5.0f} s  {task.key}: {row['status']}, {took} s", file=sys.stderr)
         return row
 
+    write()
     left = options.budget_s - (time.monotonic() - start)
-    results.write_table(run_plan(plan(cases, numbers, {TIEDMOE, *peers}), execute, left))
-    print(results.table.read_text())
+    run["left_out"] = run_plan(plan(cases, numbers, {TIEDMOE, *peers}), execute, left)
+    write()
+    print(markdown(run))
 
 
 if __name__ == "__main__":

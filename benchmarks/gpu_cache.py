@@ -144,13 +144,11 @@ def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
         launch_tests(part, parts)
 
 
-def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float) -> bool:
-    """Compile every job in that many processes; whether all ended well in time. What was compiled by then is kept."""
-    context, end = multiprocessing.get_context("spawn"), time.monotonic() + min(seconds, 1e6)
-    running = [
-        context.Process(target=compile_part, args=(str(folder), target, part, processes), daemon=True)
-        for part in range(processes)
-    ]
+def compile_all(folder: Path, target: GPUTarget, seconds: float = 1e6) -> bool:
+    """Compile every job, on all cores; whether all ended well in time. What was compiled by then is kept."""
+    context, end, cores = multiprocessing.get_context("spawn"), time.monotonic() + seconds, os.cpu_count() or 1
+    parts = [(str(folder), target, part, cores) for part in range(cores)]
+    running = [context.Process(target=compile_part, args=each, daemon=True) for each in parts]
     for process in running:
         process.start()
     for process in running:
@@ -162,7 +160,7 @@ def compile_all(folder: Path, target: GPUTarget, processes: int, seconds: float)
 
 def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
     """Pack the kernels of a cache that was filled under `keys_kept`; what is in it."""
-    compiled = {path.parent for path in folder.glob("*/*.json")}
+    compiled = {path.parent for path in folder.glob("*/*.json")}  # others have failed
     keys = sorted(key for key in folder.glob("*/key") if key.parent in compiled)
     about = facts(target) | {"kernels": len(keys)}
     with tarfile.open(archive, "w:xz", preset=9) as tar:
@@ -223,31 +221,26 @@ def verify(folder: Path, target: GPUTarget) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("build", "unpack", "verify"))
-    parser.add_argument("--archive", type=Path, default=ARCHIVE)
-    parser.add_argument("--folder", type=Path, default=CACHE, help="triton's cache")
     parser.add_argument("--arch", type=int, default=90, help="build: of a CUDA chip")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, help="compile no longer: unpack 15, build without an end")
     parser.add_argument("--stand-in", action="store_true", help="unpack: there is no GPU to compile for")
     options = parser.parse_args()
     target = GPUTarget("cuda", options.arch, 32)
     if options.what == "verify":
-        return int(not verify(options.folder, target))
+        return int(not verify(CACHE, target))
     if options.what == "build":
-        if not compile_all(options.folder, target, options.processes, options.seconds or float("inf")):
+        if not compile_all(CACHE, target):
             return 1
-        print(json.dumps(pack(options.folder, options.archive, target)))
+        print(json.dumps(pack(CACHE, ARCHIVE, target)))
         return 0
-    about: dict = {}
-    if options.archive.exists():
-        about = unpack(options.archive, options.folder)
-        print(json.dumps({"unpacked": about, "sources_here": sources()}), flush=True)
-    else:
-        print(json.dumps({"missing": f"{options.archive.name}: `make gpu-cache` builds it, for an H100"}), flush=True)
+    about = unpack(ARCHIVE, CACHE) if ARCHIVE.exists() else {}
+    found = (
+        {"unpacked": about, "sources_here": sources()} if about else {"missing": f"{ARCHIVE.name}: `make gpu-cache`"}
+    )
+    print(json.dumps(found), flush=True)
     if not options.stand_in:
         here = triton.runtime.driver.active.get_current_target()
         if not facts(here).items() <= about.items():  # else what is not there compiles when it is launched
-            compile_all(options.folder, here, options.processes, options.seconds or 15)
+            compile_all(CACHE, here, seconds=15)
     return 0
 
 

@@ -40,8 +40,8 @@ MAX_FILES, MAX_BYTES = 8, 16 << 20
 PRINTED_BYTES = 1 << 20  # of each step, the end of what it printed
 NEXT = {  # what is to be done after a stage
     "a": "Next: `make gpu-check STAGE=b PREVIOUS=` and this folder.",
-    "b": 'Send a.json, b.json, b_bar.jsonl, b_tuned.json: an issue with the form "GPU results".',
-    "c": 'Send c.json and c_hub.jsonl with the others: an issue with the form "GPU results".',
+    "b": 'Send a.json, b.json, b_bar.json, b_tuned.json: an issue with the form "GPU results".',
+    "c": 'Send c.json and c_hub.json with the others: an issue with the form "GPU results".',
 }
 REST = math.inf  # the budget of a step that takes what is left
 LEFT = "{seconds left}"  # in a command: until when it must have ended by itself
@@ -92,7 +92,7 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
         prefix = scratch / f"{stage}_{name}"
         what = ("--device", "cpu", "--tiny", "--cases", "0-2") if stand_in else ("--cases", cases)
         command = (*python, str(HERE / "experts.py"), "--output", str(prefix), *what, "--peers", peers)
-        keeps = (prefix.with_suffix(".jsonl"), prefix.with_suffix(".md"))
+        keeps = (prefix.with_suffix(".json"), prefix.with_suffix(".md"))
         return Step(name, seconds, (*command, "--budget-s", LEFT), keeps=keeps)
 
     if stage == "c":

@@ -12,20 +12,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import timing
 import torch
 import torch.nn.functional as F
 from peers import PEERS, TIEDMOE, Layer, Peer, reason_to_leave_out
 from shapes import TINY, Case, route
-from timing import (
-    by_wall_clock,
-    in_own_process,
-    interleave,
-    on_device,
-    paired_ratio,
-    resident_growth,
-    spread,
-    synchronize,
-)
 from torch import Tensor, nn
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # relative, Frobenius norm
@@ -58,10 +49,10 @@ class Problem(NamedTuple):
         return statistics.mean(inputs.index[0].unique().numel() for inputs in self.sets)
 
 
-def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw pools, tokens and routing. Nothing is zero: zeros run faster."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+def make_problem(case: Case, device: torch.device) -> Problem:
+    """Draw pools, tokens and routing, always the same. Nothing is zero: zeros run faster."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     pools = [make_pool(case, device) for _ in range(num_pools(case, device))]
 
     def inputs() -> Inputs:
@@ -214,7 +205,7 @@ def saved_bytes(layer: Layer, problem: Problem) -> int:
         return tensor
 
     on_gpu = problem.device.type == "cuda"
-    synchronize(problem.device)
+    timing.synchronize(problem.device)
     before = torch.cuda.memory_allocated() if on_gpu else 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(inputs.x, inputs.index[0], inputs.weights[0])
@@ -240,7 +231,7 @@ def resident_growth_of(case: Case, name: str) -> int:
     small = dataclasses.replace(case, shape=TINY, T=2)
     prepare(peer, make_problem(small, CPU)).call(0)  # libraries load at a first call
     call = prepare(peer, make_problem(case, CPU)).call
-    return resident_growth(lambda: call(0))
+    return timing.resident_growth(lambda: call(0))
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -272,7 +263,7 @@ class Bench:
             found = {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
         try:
             gc.collect()
-            synchronize(self.device)
+            timing.synchronize(self.device)
         except Exception:
             found["status"] = "broke the device"  # which takes no more work from this process
         return found
@@ -304,15 +295,19 @@ class Bench:
             row["no_graph"] = one_line(error)
             times = self._rounds(calls, in_graph - {peer.name})
         each = [seconds / prepared.calls for seconds in times[peer.name]]
-        row |= {"ms": spread([seconds * 1e3 for seconds in each]), **self.rate(statistics.median(each))}
+        row |= {"ms": timing.spread([seconds * 1e3 for seconds in each]), **self.rate(statistics.median(each))}
         if self.ours:
-            row["time_over_tiedmoe"] = paired_ratio(each, [seconds / self.ours.calls for seconds in times[TIEDMOE]])
+            row["time_over_tiedmoe"] = timing.paired_ratio(
+                each, [seconds / self.ours.calls for seconds in times[TIEDMOE]]
+            )
         return row
 
     def _rounds(self, calls: dict[str, Callable[[int], Any]], in_graph: set[str]) -> dict[str, list[float]]:
         if self.device.type == "cpu":
-            return interleave({name: by_wall_clock(call) for name, call in calls.items()}, **self.limits)
-        return interleave({name: on_device(call, name in in_graph) for name, call in calls.items()}, **self.limits)
+            timed = {name: timing.by_wall_clock(call) for name, call in calls.items()}
+        else:
+            timed = {name: timing.on_device(call, name in in_graph) for name, call in calls.items()}
+        return timing.interleave(timed, **self.limits)
 
     # What a case of a layer is; `models.py` has that of a whole model.
 
@@ -346,7 +341,7 @@ class Bench:
         return found | self.resident(resident_growth_of, self.case, peer.name)
 
     def resident(self, work: Callable[..., int], *arguments: Any) -> dict[str, int]:
-        return {"peak_bytes": in_own_process(work, *arguments)} if self.own_process else {}
+        return {"peak_bytes": timing.in_own_process(work, *arguments)} if self.own_process else {}
 
     def rate(self, seconds: float) -> dict:
         """Return the rate of the work that the layer cannot do without, and its share of the machine's own."""

@@ -15,7 +15,9 @@ def write_json(path: Path, result: dict | list) -> None:
     else:
         entries = (f"{json.dumps(name)}: {_rows(value)}" for name, value in result.items())
         text = "{\n" + ",\n".join(entries) + "\n}"
-    path.write_text(text + "\n")
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text + "\n")
+    draft.replace(path)  # whole, or as it was
 
 
 def _rows(value: Any) -> str:

@@ -333,7 +333,7 @@ def test_decoding_that_no_graph_can_hold_is_timed_without_one(monkeypatch):
 
     bench = Bench(Case("decode", TINY, 2), CPU, RATES)
     bench.ours = bench.prepare(BY_NAME["tiedmoe"])
-    monkeypatch.setattr(measure, "on_device", on_device)
+    monkeypatch.setattr(timing, "on_device", on_device)
     for name, why in (("eager", "waits for the device"), ("batched_mm", "not permitted when stream")):
         prepared = bench.prepare(BY_NAME[name])
         refused = prepared.call
@@ -440,9 +440,9 @@ def test_a_wrong_result_is_no_measurement():
 
 def test_markdown_has_every_row_and_every_reason():
     run = {"date": "2026-01-01", "command": "python", "machine": {"device": "NVIDIA H100"}, "versions": {}}
-    run |= {"threads": 16, "load": 0.1}
+    run |= {"threads": 16, "load": 0.1, "rows": results(), "left_out": ["7: step Mixtral, liger"]}
     run["rates"] = {"matmul_tflops": 798.0, "copy_tb_per_s": 3.0}
-    text = experts.markdown(run, results(), ["7: step Mixtral, liger"])
+    text = experts.markdown(run)
     key = "0: forward OLMoE T=8192 g=1 uniform bfloat16"
     assert f"| {key} | tiedmoe |  | 0.04 (0.03-0.05) | 1.00 (1.00-1.00) | 460 TFLOP/s | 50% |" in text
     for said in ("sonicmoe, left out: not installed (case 0)", "left out: 7: step Mixtral, liger", "tflops 798"):
@@ -484,14 +484,17 @@ def test_experts_from_end_to_end_on_a_cpu(tmp_path):
     prefix = tmp_path / "results" / "cpu"
     arguments = ["--device", "cpu", "--tiny", "--output", str(prefix), "--peers", "grouped_mm,batched_mm"]
     experts.main([*arguments, "--cases", "0-2"])
-    run, *rows = map(json.loads, prefix.with_suffix(".jsonl").read_text().splitlines())
+    written = prefix.with_suffix(".json").read_text()
+    run = json.loads(written)
+    rows = run["rows"]
     names = ["tiedmoe", "grouped_mm", "batched_mm"]
     assert [(row["case"], row["peer"]) for row in rows] == [(number, name) for number in (0, 1, 2) for name in names]
     assert all(row["status"] == "measured" for row in rows)
     assert run["rates"].keys() == RATES.keys()
     text = prefix.with_suffix(".md").read_text()
     assert text.count(" tiny ") == 9
-    assert str(tmp_path) not in text + json.dumps(run)
+    assert str(tmp_path) not in text + written
+    assert written.count("\n{") == len(rows)  # a row a line
 
 
 def test_a_peer_that_breaks_the_device_ends_the_run(tmp_path, monkeypatch):
@@ -499,13 +502,13 @@ def test_a_peer_that_breaks_the_device_ends_the_run(tmp_path, monkeypatch):
         raise RuntimeError("an illegal memory access was encountered")
 
     def build(gate_up, down):
-        monkeypatch.setattr(measure, "synchronize", broken)
+        monkeypatch.setattr(timing, "synchronize", broken)
         return broken()
 
     monkeypatch.setattr(experts, "PEERS", [BY_NAME["tiedmoe"], Peer("grouped_mm", build), BY_NAME["batched_mm"]])
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path / "cpu"), "--cases", "0"]
     experts.main([*arguments, "--peers", "grouped_mm,batched_mm"])
-    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()][1:]
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
     assert [(row["peer"], row["status"]) for row in rows] == [
         ("tiedmoe", "measured"),
         ("grouped_mm", "broke the device"),
@@ -516,7 +519,7 @@ def test_a_peer_that_breaks_the_device_ends_the_run(tmp_path, monkeypatch):
 def test_experts_begins_no_row_that_would_not_end_in_time(tmp_path):
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path / "cpu"), "--cases", "1", "--budget-s", "1"]
     experts.main(arguments)
-    assert len((tmp_path / "cpu.jsonl").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == []
     assert "left out: 1: decode tiny T=2 g=1 uniform bfloat16, tiedmoe" in (tmp_path / "cpu.md").read_text()
 
 

@@ -1,12 +1,12 @@
-"""One run of the study: a row at a seed, measured before healing or after a share of the healing budget.
+"""The study's runs: a row at a seed is made, measured, and healed by each share of the healing budget.
 
-Every run leaves `runs/NAME.json` and is not run again while that file says the same recipe; checkpoints are deleted
-once all runs that need them are there.
+What a measurement found is in `runs/NAME.json`, and it is not made again while that file says the same recipe; a row's
+checkpoint is deleted once all of them are there.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -37,21 +37,6 @@ DEMO_SETTINGS = (
     *("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok", "seed"),
     "balance_by_layer",
 )
-TRAINED = "scratch"  # the kind of rows whose checkpoints took long
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row at a seed after a share of the healing budget."""
-
-    row: Row
-    seed: int
-    share: float
-
-    @property
-    def name(self) -> str:
-        """What its file is called."""
-        return f"{self.row.name}.seed{self.seed}." + (f"heal{self.share:g}" if self.share else "before")
 
 
 @dataclass(frozen=True)
@@ -100,97 +85,88 @@ class Study:
         """Return the seeds that a row is run with."""
         return range(min(row.num_seeds, self.num_seeds))
 
-    def runs(self, row: Row) -> list[Run]:
-        """Return a row's runs: each seed before healing and after all of the budget, the first after parts, too."""
+    def shares_of(self, row: Row, seed: int) -> tuple[float, ...]:
+        """Return the shares of the budget after which a row is measured, none first; of the first seed parts, too."""
         if row.kind == "scratch":
-            return [Run(row, seed, BEFORE) for seed in self.seeds(row)]
-        shares = {seed: (BEFORE, *self.shares) if seed == 0 else (BEFORE, 1.0) for seed in self.seeds(row)}
-        return [Run(row, seed, share) for seed in shares for share in shares[seed]]
+            return (BEFORE,)
+        return (BEFORE, *self.shares) if seed == 0 else (BEFORE, 1.0)
 
-    def all_runs(self, rows: Sequence[Row]) -> list[Run]:
-        """Return all runs of `rows`, what says most first: a study that is stopped lacks the end."""
-        runs = [run for row in rows for run in self.runs(row)]
-        return sorted(runs, key=lambda run: (run.share != BEFORE, run.seed, run.share != 1.0))
+    def results(self, row: Row) -> dict[tuple[int, float], dict[str, Any]]:
+        """Return what was measured of a row as it is now, by seed and share."""
+        made_by = json.loads(json.dumps([dict(row.recipe), dict(row.heal)]))
+        keys = [(seed, share) for seed in self.seeds(row) for share in self.shares_of(row, seed)]
+        paths = {key: self.demo.path(self._result_name(row, *key)) for key in keys}
+        found = {key: read_json(path) for key, path in paths.items() if path.is_file()}
+        return {key: each for key, each in found.items() if [each.get("recipe"), each.get("heal", {})] == made_by}
 
-    def result(self, run: Run) -> dict[str, Any] | None:
-        """Return what the run measured, or None where it has not run as the row is now."""
-        path = self._result_path(run)
-        if not path.is_file():
-            return None
-        result = read_json(path)
-        made_by = json.loads(json.dumps([dict(run.row.recipe), dict(run.row.heal)]))
-        return result if [result.get("recipe"), result.get("heal", {})] == made_by else None
-
-    def has_checkpoint(self, run: Run) -> bool:
-        """Say whether what the run heals is there."""
-        return (self._checkpoint(run) / "config.json").is_file()
+    def missing(self, row: Row, seed: int) -> list[float]:
+        """Return the shares that nothing was measured after."""
+        found = self.results(row)
+        return [share for share in self.shares_of(row, seed) if (seed, share) not in found]
 
     def train_source(self, progress: Callable[[int, int, str], None]) -> dict:
         """Train the source, or find it; returns its training's report."""
         return train_source(self.demo, self.source, progress)
 
-    def measure(self, run: Run) -> dict[str, Any]:
-        """Convert and measure, or heal and measure; leaves the run's JSON."""
-        measured = self._measure_before(run) if run.share == BEFORE else self._heal(run)
-        result = {"name": run.row.name, "seed": run.seed, "share": run.share}
-        result |= {"recipe": dict(run.row.recipe), "heal": dict(run.row.heal)} | measured
-        self._folder.write_json(f"runs/{run.name}.json", result)
-        self._clean(run)
-        return result
+    def run(self, row: Row, seed: int) -> None:
+        """Make a row's checkpoint anew, measure what is missing, and delete it unless it took long to train."""
+        name = f"checkpoints/{row.name}.seed{seed}"
+        folder, is_trained = self.demo.path(name), row.kind == "scratch"
+        if not is_trained:
+            self._delete(name)
+        start = time.perf_counter()
+        sizes = self._make(row, seed, folder)
+        if row.kind in ("convert", "prune"):
+            sizes["conversion_seconds"] = round(time.perf_counter() - start, 2)
+        for share in self.missing(row, seed):
+            measured = self._heal(row, seed, share, folder) if share else sizes | self._measure(folder, sizes)
+            result = {
+                "name": row.name,
+                "seed": seed,
+                "share": share,
+                "recipe": dict(row.recipe),
+                "heal": dict(row.heal),
+            }
+            self._folder.write_json(self._result_name(row, seed, share), result | measured)
+        if not is_trained:
+            self._delete(name)
 
     @cached_property
     def _validation(self) -> datasets.Dataset:
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         return load_blocks(self.demo.text, tokenizer, self.demo.block_size, VALIDATION_FRACTION)[1]
 
-    def _result_path(self, run: Run) -> Path:
-        return self.demo.path("runs", f"{run.name}.json")
+    def _result_name(self, row: Row, seed: int, share: float) -> str:
+        return f"runs/{row.name}.seed{seed}." + (f"heal{share:g}.json" if share else "before.json")
 
     @property
     def _folder(self) -> Folder:
         assert self.work is not None, "a run needs the open folder of the study"
         return self.work
 
-    def _checkpoint_name(self, run: Run) -> str:
-        return f"checkpoints/{run.row.name}.seed{run.seed}"
-
-    def _checkpoint(self, run: Run) -> Path:
-        return self.demo.path(self._checkpoint_name(run))
-
-    def _delete_checkpoint(self, run: Run) -> None:
-        """Delete what a run has made to be healed, finished or not."""
-        name = self._checkpoint_name(run)
+    def _delete(self, name: str) -> None:
+        """Delete a checkpoint, finished or not."""
         self._folder.delete(name)
         discard_work(self.demo.path(name))
 
-    def _measure_before(self, run: Run) -> dict[str, Any]:
-        """Make the checkpoint anew and measure it."""
-        folder = self._checkpoint(run)
-        if run.row.kind != TRAINED:
-            self._delete_checkpoint(run)
-        start = time.perf_counter()
-        sizes = self._make(run, folder)
-        seconds = time.perf_counter() - start
+    def _measure(self, folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-        measured = {"parameters": model.num_parameters()}
-        if run.row.kind in ("convert", "prune"):
-            measured["conversion_seconds"] = round(seconds, 2)
-        measured |= sizes or {"expert_bytes": BYTES_PER_PARAMETER * expert_parameters(model)}
-        return measured | perplexity(model, self._validation, self.demo.batch_size)
+        expert_bytes = sizes.get("expert_bytes", BYTES_PER_PARAMETER * expert_parameters(model))
+        held_out = perplexity(model, self._validation, self.demo.batch_size)
+        return {"parameters": model.num_parameters(), "expert_bytes": expert_bytes, **held_out}
 
-    def _make(self, run: Run, folder: Path) -> dict[str, Any]:
-        """Make the run's checkpoint; returns its `expert_bytes` where a plan has counted them."""
-        row = run.row
+    def _make(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+        """Make a row's checkpoint; returns its `expert_bytes` where a plan has counted them."""
         if row.kind == "scratch":
             steps = self.demo.source_steps + self.heal_steps
-            settings = DemoConfig(**{**self.demo.settings(), "source_steps": steps, "seed": run.seed})
+            settings = DemoConfig(**{**self.demo.settings(), "source_steps": steps, "seed": seed})
             train_tied(settings, self.source, folder)
         elif row.kind == "source":
             prune(self.source, folder, share=1.0)
         elif row.kind == "prune":
-            prune(self.source, folder, seed=run.seed, **row.recipe)
+            prune(self.source, folder, seed=seed, **row.recipe)
         elif row.kind == "convert":
-            plan = make_plan(self.recipe(row, folder, run.seed))
+            plan = make_plan(self.recipe(row, folder, seed))
             execute(plan)
             # All that is not the source's and outside of its experts: slot maps, residuals and wider routers, too.
             others = plan.bytes_before - BYTES_PER_PARAMETER * plan.expert_parameters_before
@@ -210,30 +186,24 @@ class Study:
             **row.recipe,
         )
 
-    def _heal(self, run: Run) -> dict[str, Any]:
-        name = f"healing/{run.name}"
+    def _heal(self, row: Row, seed: int, share: float, folder: Path) -> dict[str, Any]:
+        name = f"healing/{row.name}.seed{seed}"
         config = TiedMoeTrainingArguments(
-            model=str(self._checkpoint(run)),
+            model=str(folder),
             data=self.demo.text,
             output_dir=str(self.demo.path(name)),
             overwrite=True,
-            teacher=None if run.row.kind == "source" else str(self.source),
-            max_steps=self.steps(run.share),
+            teacher=None if row.kind == "source" else str(self.source),
+            max_steps=self.steps(share),
             learning_rate=self.heal_learning_rate,
             per_device_train_batch_size=self.demo.batch_size,
             block_size=self.demo.block_size,
             validation_fraction=VALIDATION_FRACTION,
-            save_steps=self.steps(run.share),
-            seed=run.seed,
-            **run.row.heal,
+            save_steps=self.steps(share),
+            seed=seed,
+            **row.heal,
         )
         report = heal(config, lambda done, total, what: None)
         self._folder.own(name)
         self._folder.delete(name)
         return {**report["after"], "steps": report["steps"], "heal_seconds": report["seconds"]}
-
-    def _clean(self, run: Run) -> None:
-        """Delete the run's checkpoint if no other run needs it."""
-        same = [other for other in self.runs(run.row) if other.seed == run.seed]
-        if run.row.kind != TRAINED and all(self.result(other) for other in same):
-            self._delete_checkpoint(run)

@@ -6,18 +6,17 @@ from typing import Any
 from tables import mean_of, plus_minus, table
 
 from .configurations import SOURCE, Row
-from .runs import BEFORE, Run, Study
+from .runs import BEFORE, Study
 
-Runs = Sequence[tuple[Run, dict[str, Any] | None]]
-Results = Sequence[tuple[Row, Runs]]
+Found = dict[tuple[int, float], dict[str, Any]]  # by seed and share of the healing budget
 GOALS = ((0.75, 0.5), (0.50, 3.0))  # share of the expert bytes, % of the control's perplexity
 NEAR = 0.005  # a router, a slot map: what still counts as that share
 
 
-def summarize(study: Study, training: dict, results: Results) -> dict[str, Any]:
+def summarize(study: Study, training: dict, results: Sequence[tuple[Row, Found]]) -> dict[str, Any]:
     """Give each row its size and, over its seeds, losses and the perplexity against the control's of the same seed."""
-    control = {(run.seed, run.share): result for run, result in _runs_of(results, SOURCE) if result}
-    rows = [_row(row, runs, control, study.shares) for row, runs in results if any(result for _, result in runs)]
+    control = next(found for row, found in results if row == SOURCE)
+    rows = [_row(row, found, control, study.shares) for row, found in results if found]
     return {
         "rows": rows,
         "goals": [_goal(rows, *goal) for goal in GOALS],
@@ -62,12 +61,7 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n".join([head, "", *table(columns, cells, left=2), "", *goals, ""])
 
 
-def _runs_of(results: Results, row: Row) -> Runs:
-    return next(runs for each, runs in results if each == row)
-
-
-def _row(row: Row, runs: Runs, control: dict, shares: Sequence[float]) -> dict[str, Any]:
-    found = {(run.seed, run.share): result for run, result in runs if result}
+def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dict[str, Any]:
     source_bytes = control[0, BEFORE]["expert_bytes"]
     first = next(result for result in found.values() if "expert_bytes" in result)
     if row.kind == "scratch":  # its tokens are the source's and the healing's
