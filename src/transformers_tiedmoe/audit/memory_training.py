@@ -68,7 +68,9 @@ def activation_bytes(model: PreTrainedModel, batch_size: int, block_size: int, c
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in parameters), tokens]
     try:
         with counted_on_meta(known) as allocations:
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            allocations.is_backward = True
+            loss.backward()
     finally:
         for parameter in parameters:
             parameter.grad = None
