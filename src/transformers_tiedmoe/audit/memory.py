@@ -84,7 +84,9 @@ def measure(subject: Subject, options: MemoryOptions | None = None) -> Memory:
     options = options or MemoryOptions()
     gpus = {name: round(GPUS[name] * GIB) for name in options.gpus}
     stored = stored_bytes(subject)
-    model = subject.skeleton().to(torch.bfloat16)
+    model = subject.skeleton()
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    model = model.to(torch.bfloat16)
     top_k: dict[int, int] = {}
     try:
         top_k = prefill(model, 2, 1).top_k
@@ -96,8 +98,8 @@ def measure(subject: Subject, options: MemoryOptions | None = None) -> Memory:
         layers=count_layers(tensors, len(subject.layers)),
         checkpoint_bytes=sum(stored.values()) if stored else None,
         stored_dtypes=stored,
-        inference=_inference(subject, model, tensors, options, stored, gpus),
-        training=_training(subject, model, tensors, options, top_k, gpus),
+        inference=_inference(subject, model, tensors, options, buffers, stored, gpus),
+        training=_training(subject, model, tensors, options, buffers, top_k, gpus),
         gpus=gpus,
     )
 
@@ -136,11 +138,12 @@ def _inference(
     model: Any,
     tensors: Sequence[Tensor],
     options: MemoryOptions,
+    buffers: int,
     stored: dict[str, int],
     gpus: dict[str, int],
 ) -> list[Inference]:
     num = sum(tensor.num for tensor in tensors)
-    weights = {name: num * getattr(torch, name).itemsize + _buffer_bytes(model) for name in options.dtypes}
+    weights = {name: num * getattr(torch, name).itemsize + buffers for name in options.dtypes}
     if getattr(subject.config, "quantization_config", None) is not None and stored:
         weights["as stored"] = sum(stored.values())
     found = []
@@ -174,6 +177,7 @@ def _training(
     model: Any,
     tensors: Sequence[Tensor],
     options: MemoryOptions,
+    buffers: int,
     top_k: dict[int, int],
     gpus: dict[str, int],
 ) -> list[Training]:
@@ -192,7 +196,7 @@ def _training(
                 num_gpus = 1 if strategy == "one" else options.num_gpus
                 fields = plan_training(
                     tensors,
-                    _buffer_bytes(model),
+                    buffers,
                     activations,
                     options.precision,
                     optimizer,
@@ -215,10 +219,6 @@ def _training(
                     )
                 )
     return found
-
-
-def _buffer_bytes(model: Any) -> int:
-    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
 def _unpredicted(what: str, error: Exception) -> str:

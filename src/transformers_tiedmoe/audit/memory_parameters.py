@@ -28,7 +28,7 @@ class Tensor:
         name: its first name in the model.
         component: one of `COMPONENTS`.
         layer: the decoder layer that it is counted in, the first that reads it; None outside of layers.
-        reads: how often a token's pass reads it: once for each layer of a pool, twice where the head is the embedding.
+        reads: how often a pass reads it: once for each layer of a pool, twice where the head is the embedding.
         active: parameters that one token uses, over all reads.
         pool: the pool that it is of.
     """
@@ -70,8 +70,9 @@ def list_tensors(model: PreTrainedModel, subject: Subject, top_k: dict[int, int]
         match = LAYER.search(name)
         layer = int(match[1]) if match else None
         if layers is not None:
-            rows = parameter.shape[0]
-            active = sum(parameter.numel() / rows * used.get(index, 0.0) for index in layers)
+            # an expert's part of it, or all of a norm that the experts share
+            shares = [used.get(index, 0.0) / parameter.shape[0] if path in readers else 1.0 for index in layers]
+            active = parameter.numel() * sum(shares)
             pool = int(name.split("expert_pools.")[1].split(".")[0]) if "expert_pools." in name else None
             tensors.append(Tensor(name, tuple(parameter.shape), "experts", layers[0], len(layers), active, pool))
             continue
