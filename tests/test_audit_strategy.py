@@ -184,6 +184,22 @@ def test_a_tied_pair_costs_nothing_and_needs_no_plan(folder, domains):
     assert any("tied already" in note for note in subject.notes)
 
 
+@pytest.mark.parametrize("tying", [{}, {"groups": []}])
+def test_soft_routers_are_replaced_too(tmp_path, domains, tying):
+    """With their budgets; of the untied one a plan is suggested, of the tied one none."""
+    save_tied(tmp_path / "soft", routing="softmoe", softmoe={"alpha": 0.5}, initializer_range=0.2, **tying)
+    subject = open_subject(str(tmp_path / "soft"))
+    model = subject.load()
+    routers = [each.router.module for each in moe_layers(model)]
+    found = measure(subject, model, domains, OPTIONS)
+    assert [type(router).__name__ for router in routers] == ["SoftOlmoeTopKRouter"] * 4
+    assert [each.router.module for each in moe_layers(model)] == routers
+    increases = [each.loss_increase.value for each in found.replacements if each.part == "router"]
+    assert len(increases) == 4
+    assert all(increases)
+    assert bool(found.plans) == bool(tying)
+
+
 def test_pools_of_other_widths_are_left_out_with_a_note(tmp_path, domains):
     save_tied(tmp_path / "wide", groups=[[1, 2]], pool_num_experts=[6], slot_maps=[False])
     subject = open_subject(str(tmp_path / "wide"))
