@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .checkpoint.writer import Planned
     from .plan import Plan
 
+COMMAND = "tiedmoe convert"
+
 
 def identity(
     command: str, recipe: Mapping[str, Any], source: Source, operations: "Sequence[Planned]"
@@ -31,55 +33,58 @@ def identity(
     }
 
 
-def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], verification: Mapping[str, Any]) -> None:
+def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """Write the manifest of a converted checkpoint into `folder`, last.
 
     Args:
         plan: what was done.
         folder: of the checkpoint.
         files: by relative path `{"bytes": …, "xxh3_128": …}` of every file of the checkpoint, as `Work.files`.
-        verification: what was found when the output was read again.
+        fields: what `card_facts` gave, and `verification`: what was found when the output was read again.
     """
-    source, recipe = plan.source.opened, public_recipe(plan)
-    fields = {
+    dropped = [{"tensor": name, "reason": reason} for name, reason in plan.dropped]
+    digests = {name: found for name, found in files.items() if name != hub.MANIFEST}
+    hub.save_manifest(folder, COMMAND, {**fields, "dropped": dropped}, digests)
+
+
+def save_card(plan: "Plan", folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the model card of a converted checkpoint into `folder`; paths of this machine stay out of it.
+
+    Args:
+        plan: what was done.
+        folder: of the checkpoint.
+        facts: as `card_facts`.
+    """
+    licence = hub.read_licence(str(plan.source.opened.folder))
+    title = PurePath(plan.recipe.output).name
+    hub.save_card(folder, title, {"made_by": COMMAND, **facts}, plan.config, licence=licence)
+
+
+def card_facts(plan: "Plan", measured: Mapping[str, Any] | None = None, text_digest: str = "") -> dict[str, Any]:
+    """Return what card and manifest tell of a conversion: source, recipe, methods, sizes, what it cost.
+
+    Args:
+        plan: what was done.
+        measured: what `measure` returned, None if nothing was measured.
+        text_digest: of the calibration text's tokens.
+    """
+    source, recipe, summary = plan.source.opened, public_recipe(plan), plan.summary()
+    conversion = hub.Conversion(
+        methods=[(method.name, method.summary) for method, _ in plan.recipe.steps],
+        residual_rank=plan.recipe.residual_rank,
+        is_lossless=plan.is_lossless,
+        sizes=hub.Sizes(**{name: summary[name] for name in hub.Sizes.model_fields}),
+        measured=_measured(recipe, measured, text_digest) if measured else None,
+    )
+    return {
         "recipe": recipe,
         "source": {
             "name": recipe["source"],
             "commit": source.commit,
             "headers_and_config_sha256": source.fingerprint(),
         },
-        "dropped": [{"tensor": name, "reason": reason} for name, reason in plan.dropped],
-        "verification": verification,
+        "conversion": conversion.model_dump(mode="json"),
     }
-    digests = {name: found for name, found in files.items() if name != hub.MANIFEST}
-    hub.save_manifest(folder, "tiedmoe convert", fields, digests)
-
-
-def save_card(plan: "Plan", folder: Path, measured: Mapping[str, Any] | None = None, text_digest: str = "") -> None:
-    """Write the model card of a converted checkpoint into `folder`; paths of this machine stay out of it.
-
-    Args:
-        plan: what was done.
-        folder: of the checkpoint.
-        measured: what `measure` returned, None if nothing was measured.
-        text_digest: of the calibration text's tokens.
-    """
-    source, recipe = plan.source.opened, public_recipe(plan)
-    on_hub = source.commit is not None
-    where = f"revision `{source.commit}`" if on_hub else "a local folder"
-    hub.save_card(
-        folder,
-        {"name": recipe["source"], "on_hub": on_hub},
-        hub.read_licence(str(source.folder)),
-        title=recipe["output"],
-        made_by=f"Made by `tiedmoe convert` from {where}, sha256 of its config and headers `{source.fingerprint()}`.",
-        methods=[{"name": method.name, "summary": method.summary} for method, _ in plan.recipe.steps],
-        residual_rank=plan.recipe.residual_rank,
-        is_lossless=plan.is_lossless,
-        measured=_measured(recipe, measured, text_digest) if measured else None,
-        recipe=recipe,
-        **_sizes(plan),
-    )
 
 
 def public_recipe(plan: "Plan") -> dict[str, Any]:
@@ -96,30 +101,21 @@ def public_recipe(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _sizes(plan: "Plan") -> dict[str, Any]:
-    names = (
-        *("groups", "pool_num_experts", "parameters_before", "parameters_after"),
-        *("expert_parameters_before", "expert_parameters_after", "bytes_before", "bytes_after"),
-    )
-    summary = plan.summary()
-    return {name: summary[name] for name in names}
-
-
-def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> dict[str, Any]:
-    """Return what the card's template shows of `measure`'s report: sums over layers and pools."""
+def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> hub.Measured:
+    """Return what the card shows of `measure`'s report: sums over layers and pools."""
     slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
-    return {
-        "tokens": measured["tokens"],
-        "text": hub.plain(recipe["calibration"]),
-        "digest": text_digest,
-        "loss_before": measured["loss_before"],
-        "loss_after": measured["loss_after"],
-        "perplexity_before": perplexity(measured["loss_before"]),
-        "perplexity_after": perplexity(measured["loss_after"]),
-        "agreement": measured["routing_agreement"]["mean"],
-        "slots": sum(each["of"] for each in slots),
-        "dead_slots": sum(each["tied"] for each in slots),
-        "dead_before": sum(each["source"] for each in slots),
-        "experts": sum(each["of"] for each in experts),
-        "dead_experts": sum(each["dead"] for each in experts),
-    }
+    return hub.Measured(
+        tokens=measured["tokens"],
+        text=str(recipe["calibration"]),
+        digest=text_digest,
+        loss_before=measured["loss_before"],
+        loss_after=measured["loss_after"],
+        perplexity_before=perplexity(measured["loss_before"]),
+        perplexity_after=perplexity(measured["loss_after"]),
+        agreement=measured["routing_agreement"]["mean"],
+        slots=sum(each["of"] for each in slots),
+        dead_slots=sum(each["tied"] for each in slots),
+        dead_before=sum(each["source"] for each in slots),
+        experts=sum(each["of"] for each in experts),
+        dead_experts=sum(each["dead"] for each in experts),
+    )

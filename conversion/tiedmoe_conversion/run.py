@@ -23,7 +23,7 @@ from .layout.source_model import SourceModel, open_source_model
 from .layout.tied_view import LayerTensors
 from .make import TensorMaker
 from .plan import Plan, make_plan
-from .provenance import identity, save_card, save_manifest
+from .provenance import card_facts, identity, save_card, save_manifest
 from .recipe import ConversionRecipe
 from .search import Search
 from .verify import tied_layers, verify_lossless, verify_output, verify_sample
@@ -130,11 +130,12 @@ class Session:
         verification = verify_output(work.folder, plan.operations)
         layers = tied_layers(open_source(str(work.folder)), plan.config)
         measured = self._measure(plan, layers)
+        facts = card_facts(plan, measured, self.calibration.digest if self.calibration else "")
         with work.draft() as draft:
-            save_card(plan, draft, measured, self.calibration.digest if self.calibration else "")
+            save_card(plan, draft, facts)
         verification |= self._verify_numbers(plan, layers)
         with work.draft() as draft:
-            save_manifest(plan, draft, work.files, verification)
+            save_manifest(plan, draft, work.files, {**facts, "verification": verification})
         found = {} if measured is None else {"measured": measured}
         return {**found, "notes": maker.all_notes, "verification": verification}
 
