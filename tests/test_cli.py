@@ -32,6 +32,7 @@ from tiedmoe_cli.flags import FileOption, with_flags
 from tiedmoe_conversion import ConversionRecipe
 from tiedmoe_demo import DemoConfig
 from transformers_tiedmoe.audit.config import AuditConfig
+from transformers_tiedmoe.cards import CardConfig
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 
 RECIPES = Path(tiedmoe_conversion.__file__).parent / "recipes"
@@ -42,6 +43,7 @@ COMMANDS = {
     "untie": cli.UntieConfig,
     "heal": TiedMoeTrainingArguments,
     "audit": AuditConfig,
+    "card": CardConfig,
     "demo": DemoConfig,
     "recipes": cli.RecipesConfig,
 }

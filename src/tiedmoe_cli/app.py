@@ -192,6 +192,10 @@ def _commands() -> dict[str, Command]:
             audit, "transformers_tiedmoe.audit.config:AuditConfig",
             f"tiedmoe audit {EXAMPLE_SOURCE} tied healed --data text.txt --output audit", ("models",),
         ),
+        Command(
+            card, "transformers_tiedmoe.cards:CardConfig", "tiedmoe card healed --audit audit --output healed",
+            ("model",),
+        ),
         Command(demo, "tiedmoe_demo.config:DemoConfig", "tiedmoe demo --output demo"),
         Command(
             recipes, "tiedmoe_cli.app:RecipesConfig", "tiedmoe recipes olmoe-g4-75", ("name",), is_light=True
@@ -306,6 +310,17 @@ def audit(config, progress: ProgressCall) -> tuple[dict, Any]:
 
     found = audit(config, progress, tied_by)
     return found, f"The report is in {config.output}."
+
+
+def card(config, progress: ProgressCall) -> tuple[dict, Any]:
+    """Render the model card of any saved model, with what an audit found: print it, or write it with --output.
+
+    Upload the folder with `hf upload ACCOUNT/MODEL FOLDER`.
+    """
+    from transformers_tiedmoe.cards import write_card
+
+    written = write_card(config)
+    return written, f"The card is in {Path(config.output) / 'README.md'}." if written["files"] else written["card"]
 
 
 def demo(config, progress: ProgressCall) -> tuple[dict, Any]:

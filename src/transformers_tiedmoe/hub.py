@@ -396,13 +396,13 @@ def save_healed(
         "data": public_name(healing["data"]),
         "teacher": healing["teacher"] and public_name(healing["teacher"]),
     }
-    fields = {
+    fields: dict[str, Any] = {
         "recipe": made.get("recipe"),
         "source": earlier or {"name": public_name(model)},
         "healed_from": public_name(model),
         "healing": told,
-        **{name: made[name] for name in ("dropped", "conversion") if name in made},
     }
+    fields |= {name: made[name] for name in ("dropped", "conversion") if name in made}
     save_card(folder, title, {"made_by": "tiedmoe heal", **fields}, config, licence=read_licence(model))
     save_manifest(folder, "tiedmoe heal", fields, {**digests, CARD: file_digest(folder / CARD)})
 
