@@ -10,6 +10,7 @@ from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
 from test_conversion_fp8 import save_fp8
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiedmoe_conversion import ConversionRecipe, convert
 from transformers_tiedmoe.audit import run, subject
 from transformers_tiedmoe.audit.config import AuditConfig
 from transformers_tiedmoe.audit.run import audit, describe_tying
@@ -17,15 +18,15 @@ from transformers_tiedmoe.audit.schema import Audit
 from transformers_tiedmoe.audit.subject import open_subject
 from transformers_tiedmoe.errors import TiedMoeError
 
-pytest.importorskip("transformers_tiedmoe.audit.quality")
-QUICK = {"num_tokens": 128, "block_size": 16, "batch_size": 4, "strategy": False}
+SERVING = {"context": 32, "train_block_size": 16}
+QUICK = {"num_tokens": 128, "block_size": 16, "batch_size": 4, "strategy": False, **SERVING}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_source(folder / "source")
-    save_tied(folder / "tied")
+    convert(ConversionRecipe(str(folder / "source"), str(folder / "tied"), groups=[[1, 2]], method="union"))
     torch.manual_seed(0)
     dense = {name: value for name, value in TINY.items() if "expert" not in name}
     LlamaForCausalLM(LlamaConfig(**dense)).save_pretrained(folder / "dense")
@@ -72,8 +73,7 @@ def test_every_model_has_its_sections(found):
     for model in (source, tied):
         assert all(model[name] for name in ("active", "memory", "stability", "quality"))
     agreement = [layer["source_agreement"] for layer in tied["stability"]["layers"]]
-    assert agreement[0]["value"] == 1  # the same tokens enter the same router
-    assert all(0 < each["value"] <= 1 for each in agreement)
+    assert [each["value"] for each in agreement] == [1] * 4  # a union is its source
     assert all(layer["source_agreement"] is None for layer in source["stability"]["layers"])
     assert dense["stability"] is None
     assert dense["memory"]
@@ -153,11 +153,11 @@ def test_a_model_that_does_not_fit_into_memory(models, tmp_path, monkeypatch):
 
 def test_memory_only_reads_no_weights_and_writes_nothing_unasked(models, tmp_path, monkeypatch):
     monkeypatch.setattr(subject, "load_model", None)
-    config = AuditConfig(models=[str(models / "tied"), str(models / "dense")], memory_only=True)
+    config = AuditConfig(models=[str(models / "tied"), str(models / "dense")], memory_only=True, **SERVING)
     result = audit(config)
     assert all(model["memory"]["parameters"]["total"] for model in result["models"])
     assert result["models"][0]["quality"] is None
-    again = audit(AuditConfig(models=config.models, memory_only=True, output=str(tmp_path / "out")))
+    again = audit(AuditConfig(models=config.models, memory_only=True, output=str(tmp_path / "out"), **SERVING))
     assert (
         {**again, "date": ""}
         == {**result, "date": ""}

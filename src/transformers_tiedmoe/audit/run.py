@@ -27,7 +27,7 @@ from ..hub import fingerprint, public_name, versions
 from ..training.data import check_tokens, load_last_blocks, tokens_digest
 from ..training.heal import open_tokenizer
 from ..workdir import Work, check_output, open_work
-from . import active, memory, stability, strategy
+from . import active, memory, quality, stability, strategy
 from .config import AuditConfig
 from .records import Records, execution_device, record
 from .schema import ActiveExperts, Audit, Domain, Layer, Memory, ModelAudit, Quality, Section, Stability
@@ -50,7 +50,7 @@ def _evidence(name: str) -> Any:
         return None
 
 
-quality, report = map(_evidence, ("quality", "report"))
+(report,) = map(_evidence, ("report",))
 DEFAULT_BLOCK_SIZE = 512
 MEMORY, ROUTING, STRATEGY, QUALITY = 1, 10, 40, 20  # what the kinds of evidence take, about, for the time left
 
@@ -136,7 +136,7 @@ class _Run:
             machine=_machine(),
             domains=self._domains(),
             models=models,
-            pareto=[] if self.config.memory_only or not quality else quality.pareto(self._comparable(models)),
+            pareto=[] if self.config.memory_only else quality.pareto(self._comparable(models)),
         )
 
     def _model(self, number: int, subject: Subject) -> ModelAudit:
@@ -190,10 +190,9 @@ class _Run:
                 if subject.has_experts:
                     found |= self._strategy(number, subject, weights, blocks, progress)
         with stages.stage(QUALITY, f"{name}: quality") as progress:
-            if quality:
-                found["quality"] = self._section(
-                    number, Quality, lambda: self._quality(subject, weights.model, blocks, progress)
-                )
+            found["quality"] = self._section(
+                number, Quality, lambda: self._quality(subject, weights.model, blocks, progress)
+            )
         weights.drop()
         return found
 
@@ -397,7 +396,7 @@ def _memory_options(config: AuditConfig) -> memory.MemoryOptions:
     )
 
 
-def _quality_options(config: AuditConfig) -> Any:
+def _quality_options(config: AuditConfig) -> quality.QualityOptions:
     tasks = tuple(each.strip() for each in (config.lm_eval or "").split(",") if each.strip())
     return quality.QualityOptions(
         batch_size=config.batch_size, tasks=tasks, limit=config.lm_eval_limit, seed=config.seed
