@@ -10,7 +10,6 @@ group's experts plus 1 GB of memory.
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -20,8 +19,12 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tables import table, write_json
 from timing import in_own_process, machine, resident_bytes, versions
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
 METHODS = ("union", "select", "average")
@@ -32,42 +35,25 @@ SHARD_BYTES = 1_000_000_000
 
 def write_source(folder: Path, gigabytes: float) -> int:
     """Write a Mixtral of as many layers as fit into `gigabytes`; returns their number."""
-    from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors.torch import save_file
-    from transformers import MixtralConfig
-
     layer_bytes = 2 * (3 * EXPERTS * HIDDEN * WIDTH + 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4)
     num_layers = max(round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer_bytes), GROUP_SIZE)
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_local_experts": EXPERTS}
     sizes |= {"num_hidden_layers": num_layers, "architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}
+    config = MixtralConfig(**sizes)
     folder.mkdir(parents=True)
-    MixtralConfig(**sizes).save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", HIDDEN), ("k", HIDDEN // 4), ("v", HIDDEN // 4), ("o", HIDDEN)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, HIDDEN)
-        shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
-        for expert in range(EXPERTS):
-            for name, shape in (("w1", (WIDTH, HIDDEN)), ("w2", (HIDDEN, WIDTH)), ("w3", (WIDTH, HIDDEN))):
-                shapes[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}.{name}.weight"] = (HIDDEN,)
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
-    split = split_state_dict_into_shards_factory(
-        shapes,
-        get_storage_size=lambda shape: 2 * math.prod(shape),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(torch.bfloat16)
+    tensors = revert_weight_conversion(model, model.state_dict())  # a tensor for each expert, as released
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
     # Random bits once, and another window of them for each tensor: drawing 20 GB would take longer than all else.
     torch.manual_seed(0)
-    bits = (torch.randn(max(map(math.prod, shapes.values())) + 1_000_003) * 0.02).to(torch.bfloat16)
-    starts = {name: number * 7919 % 1_000_003 for number, name in enumerate(shapes)}
+    bits = (torch.randn(max(tensor.numel() for tensor in tensors.values()) + 1_000_003) * 0.02).to(torch.bfloat16)
+    starts = {name: number * 7919 % 1_000_003 for number, name in enumerate(tensors)}
     for file, names in split.filename_to_tensors.items():
-        windows = {name: bits[starts[name] :][: math.prod(shapes[name])] for name in names}
-        tensors = {name: window.clone().reshape(shapes[name]) for name, window in windows.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        windows = {name: bits[starts[name] :][: tensors[name].numel()] for name in names}
+        written = {name: window.clone().reshape(tensors[name].shape) for name, window in windows.items()}
+        save_file(written, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return num_layers

@@ -14,7 +14,7 @@ mean nothing.
 import argparse
 import contextlib
 import datetime
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
@@ -115,9 +115,10 @@ def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tup
     if stand_in:
         names, marks = ["tests/test_reference.py"], ("-m", "not gpu and not slow and not minutes")
     options = ["-p", "no:cacheprovider", "-v", "--maxfail", "20", f"--junitxml={report}"]
-    if importlib.util.find_spec("xdist"):
+    plugins = {each.name for each in importlib.metadata.entry_points(group="pytest11")}
+    if "xdist" in plugins:
         options += ["-n", "2" if stand_in else str(workers), "--dist", "worksteal"]
-    if importlib.util.find_spec("pytest_timeout"):
+    if "timeout" in plugins:
         options += ["--timeout", "90"]
     return (sys.executable, "-m", "pytest", *marks, *options, *names)
 
@@ -143,12 +144,10 @@ def check(
         print(f"{time.monotonic() - start:5.0f} s  {step.name} ...", flush=True)
         budget = min(step.seconds, seconds - (time.monotonic() - start))
         result = run(step, budget, environment)
-        rows = kept(step.keeps, results)
-        if tests := tests_in(result.printed):
-            rows.append(tests)
+        rows = [*kept(step.keeps, results), *result.rows, *tests_in(result.printed)]
         if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
             result = result._replace(state="skipped")
-        found.append(result._replace(rows=[*result.rows, *rows]))
+        found.append(result._replace(rows=rows))
         write(found, results, stage, time.monotonic() - start, [later.name for later in steps[len(found) :]])
     print(summary(found, stage))
     return found
@@ -213,8 +212,8 @@ def kept(paths: Iterable[Path], results: Path) -> list[dict]:
     return rows
 
 
-def tests_in(text: str) -> dict:
-    """Count what `pytest -v` has printed by its end or until it was stopped; `failures` by name, with a reason."""
+def tests_in(text: str) -> list[dict]:
+    """Return a row that counts what `pytest -v` has printed so far; `failures` by name, with a reason."""
     states = "PASSED|FAILED|ERROR|SKIPPED"
     found = {name.strip(): state for state, name in re.findall(rf"^\[gw\d+\].*? ({states}) (.+)$", text, re.MULTILINE)}
     found |= dict(re.findall(rf"^(\S+::.+) ({states})\b", text, re.MULTILINE))
@@ -222,7 +221,7 @@ def tests_in(text: str) -> dict:
     failures = {name: why.get(name, "") for name, state in found.items() if state in ("FAILED", "ERROR")}
     failures |= {name: reason for name, reason in why.items() if name not in found}  # what could not be imported
     counts = {word: list(found.values()).count(word.upper()) for word in ("passed", "skipped")}
-    return {**counts, "failed": len(failures), "failures": failures} if found or why else {}
+    return [{**counts, "failed": len(failures), "failures": failures}] if found or why else []
 
 
 def write(found: list[Result], results: Path, stage: str, seconds: float, to_come: list[str]) -> None:
