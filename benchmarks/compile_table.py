@@ -186,10 +186,11 @@ def rows(architecture: str, cases: Iterable[Case]) -> list[dict]:
     with compiling(TARGETS[architecture], found):
         for case in cases:
             launches(case)
-        if architecture in ("sm_90", "sm_100"):  # no entry yet, but a candidate of `make tune`
+        if architecture in ("sm_90", "sm_100"):  # no entry yet, but candidates of `make tune`
             case = Case(OLMOE, torch.bfloat16, 8192)
-            with tune.forced("rows", tuning.Config(128, 256, 64, 8, 8, 3, tma=True, persistent=True)):
-                launches(case)
+            for kernel, m, n, stages in (("rows", 128, 256, 3), ("gate_up", 64, 128, 4), ("gate_up", 128, 64, 4)):
+                with tune.forced(kernel, tuning.Config(m, n, 64, 8, 8, stages, tma=True, persistent=True)):
+                    launches(case)
     return list(kernels.values())
 
 

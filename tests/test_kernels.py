@@ -392,7 +392,7 @@ def test_weights_that_lie_neither_by_rows_nor_by_columns_are_copied():
     ],
 )
 def test_programs_that_walk_over_tiles_change_no_bit(name, device, backend, monkeypatch):
-    """Two programs for all tiles of `rows_kernel`, or one for each."""
+    """Two programs for all tiles of `gate_up_kernel` and of `rows_kernel`, or one for each."""
     monkeypatch.setattr(triton_backend, "MAX_DECODE_SLOTS", 0)
     monkeypatch.setattr(tuning, "num_processors", lambda index: 2)
     case = CASES[name]

@@ -16,12 +16,14 @@ def _gelu_tanh(x):
 
 @triton.jit
 def _gelu(x):
+    """gelu by erf, its derivative."""
     cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
 @triton.jit
 def _swish(x, alpha):
+    """x sigmoid(alpha x), its derivative."""
     s = tl.sigmoid(alpha * x)
     return x * s, s + alpha * x * s * (1 - s)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activations import gate
-from .forward import first_column, tile_of
+from .forward import first_column, gate_columns, halves, tile_of
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -39,22 +39,18 @@ def gate_backward_kernel(
     products = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, I, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        gate_i = i
-        up_i = i + I
-        if INTERLEAVED:
-            gate_i = 2 * i
-            up_i = 2 * i + 1
+        gate_i, to_up = gate_columns(i, I, INTERLEAVED)
         mask = i < I
         a = tl.load(hidden_NI + i, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(pre_N2I + gate_i, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(pre_N2I + up_i, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(pre_N2I + to_up + gate_i, mask=mask, other=0.0).to(tl.float32)
         # Several threads may hold the same elements of a short row: all must have read before one writes in place.
         tl.debug_barrier()
         h, dh_dg, dh_du = gate(g, u, alpha, limit, ACTIVATION)
         products += a * h
         grad_h = a * weight
         tl.store(grad_pre_N2I + gate_i, (grad_h * dh_dg).to(grad_pre_N2I.dtype.element_ty), mask=mask)
-        tl.store(grad_pre_N2I + up_i, (grad_h * dh_du).to(grad_pre_N2I.dtype.element_ty), mask=mask)
+        tl.store(grad_pre_N2I + to_up + gate_i, (grad_h * dh_du).to(grad_pre_N2I.dtype.element_ty), mask=mask)
         tl.store(hidden_NI + i, (weight * h).to(hidden_NI.dtype.element_ty), mask=mask)
     grad_weight = tl.sum(products, axis=0)
 
@@ -183,7 +179,7 @@ def weight_grad_kernel(
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     if ADD:  # one half of the columns after the other: the old gradient of the whole tile has no room in registers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        left, right = halves(acc)
         add_to(out_EPQ, left, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)
         first_q += BLOCK_N // 2
         add_to(out_EPQ, right, e, p, first_q + tl.arange(0, BLOCK_N // 2), tile_p * BLOCK_M, tile_q * BLOCK_N, P, Q)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .activations import gate
-from .forward import first_column, gate_columns, load_weight
+from .forward import first_column, gate_columns, gate_up_bias, load_weight
 from .metadata import pool_row
 
 
@@ -90,9 +90,9 @@ def decode_gate_up_kernel(
             acc_gate = tl.dot(a, b_gate, acc_gate, input_precision=PRECISION)
             acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
         if HAS_BIAS:
-            acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
-            bias_up = tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0)
-            acc_up += bias_up.to(tl.float32)[None, :]
+            bias_gate, bias_up = gate_up_bias(bias, e, n, I, INTERLEAVED)
+            acc_gate += bias_gate[None, :]
+            acc_up += bias_up[None, :]
         h, _, _ = gate(acc_gate, acc_up, alpha, limit, ACTIVATION)
         mask = (slot >= 0)[:, None] & (n < I)[None, :]
         tl.store(hidden_NI + slot.to(tl.int64)[:, None] * I + n[None, :], h.to(hidden_NI.dtype.element_ty), mask=mask)

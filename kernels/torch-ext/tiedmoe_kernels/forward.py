@@ -25,18 +25,17 @@ def tile_of(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(
-    e, tile, num_tiles_n, offsets_E1, first_M, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
-):  # fmt: skip
-    """Return a tile's sorted rows, its expert's last one, and its tile of columns; `tile` counts all experts' tiles.
+def rows_of_tile(tile, tiles_n, offsets_E1, expert_M, first_M, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Return a tile's expert, its sorted rows, the last row of the expert, and its tile of columns, one of tiles_n.
 
-    An expert's tiles are grouped by themselves: groups that went on into the next expert would read both's weights.
+    An expert's tiles are grouped by themselves: a group that went on into the next expert would read both's weights.
     """
+    e = tl.load(expert_M + tile // tiles_n)
     start = tl.load(offsets_E1 + e)
     end = tl.load(offsets_E1 + e + 1)
-    first = tl.load(first_M + tile // num_tiles_n)
-    m, n = tile_of(tile - first * num_tiles_n, tl.cdiv(end - start, BLOCK_M), num_tiles_n, GROUP_M)
-    return start + m * BLOCK_M + tl.arange(0, BLOCK_M), end - 1, n
+    first = tl.load(first_M + tile // tiles_n) * tiles_n
+    m, n = tile_of(tile - first, tl.cdiv(end - start, BLOCK_M), tiles_n, GROUP_M)
+    return e, start + m * BLOCK_M + tl.arange(0, BLOCK_M), end - 1, n
 
 
 @triton.jit
@@ -84,6 +83,15 @@ def gate_columns(n, I, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def gate_up_bias(bias_E2I, e, n, I, INTERLEAVED: tl.constexpr):
+    """Return expert e's biases of gate and of up, float32, for the hidden columns n; 0 past the last."""
+    gate_n, to_up = gate_columns(n, I, INTERLEAVED)
+    pointers = bias_E2I + e.to(tl.int64) * 2 * I + gate_n
+    bias_gate = tl.load(pointers, mask=n < I, other=0.0).to(tl.float32)
+    return bias_gate, tl.load(pointers + to_up, mask=n < I, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def halves(tile):
     """Return the left and the right half of the columns."""
     M: tl.constexpr = tile.shape[0]
@@ -113,9 +121,9 @@ def finish_gate_up(
     if not EVEN_N:
         mask = mask & (n < I)[None, :]
     if HAS_BIAS:
-        acc_gate += tl.load(bias + e.to(tl.int64) * 2 * I + gate_n, mask=n < I, other=0.0).to(tl.float32)[None, :]
-        bias_up = tl.load(bias + e.to(tl.int64) * 2 * I + gate_n + to_up, mask=n < I, other=0.0)
-        acc_up += bias_up.to(tl.float32)[None, :]
+        bias_gate, bias_up = gate_up_bias(bias, e, n, I, INTERLEAVED)
+        acc_gate += bias_gate[None, :]
+        acc_up += bias_up[None, :]
     if HAS_ADDED:
         acc_gate += load_added(added_N2I, row, last_row, gate_n, 0 * to_up, 2 * I, EVEN_N, mask)
         acc_up += load_added(added_N2I, row, last_row, gate_n, to_up, 2 * I, EVEN_N, mask)
@@ -147,20 +155,16 @@ def finish_rows(
 
 
 @triton.jit
-def gate_up_kernel(
-    x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, first_M,
+def gate_up_tile(
+    tile, tiles_n, x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, first_M,
     H, I, stride_we, stride_wk, stride_wn, alpha, limit,
     K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """pre = x[token] @ gate_up^T + bias + added, columns as the weights have them; hidden = act(gate) * up."""
-    tiles_n = tl.cdiv(I, BLOCK_N)
-    e = tl.load(expert_M + tl.program_id(0) // tiles_n)
-    if e < 0:
-        return
-    row, last_row, tile_n = rows_of_tile(e, tl.program_id(0), tiles_n, offsets_E1, first_M, BLOCK_M, GROUP_M)
+    """One tile of `gate_up_kernel`; its expert has rows."""
+    e, row, last_row, tile_n = rows_of_tile(tile, tiles_n, offsets_E1, expert_M, first_M, BLOCK_M, GROUP_M)
     token = (tl.load(order_N + tl.minimum(row, last_row)) // K).to(tl.int64)
     n0 = first_column(tile_n, I, BLOCK_N, EVEN_N)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -206,6 +210,47 @@ def gate_up_kernel(
 
 
 @triton.jit
+def used_tiles(offsets_E1, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Count the tiles of rows, of which the host makes room for more."""
+    e = tl.arange(0, BLOCK_E)
+    rows = tl.load(offsets_E1 + e + 1, mask=e < E, other=0) - tl.load(offsets_E1 + e, mask=e < E, other=0)
+    return tl.sum((rows + BLOCK_M - 1) // BLOCK_M, axis=0)
+
+
+@triton.jit
+def gate_up_kernel(
+    x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, first_M,
+    E, H, I, stride_we, stride_wk, stride_wn, alpha, limit,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, SAVE_PRE: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """pre = x[token] @ gate_up^T + bias + added, columns as the weights have them; hidden = act(gate) * up.
+
+    A persistent program walks over the tiles; its loads for one begin before the one before is stored.
+    """
+    tiles_n = tl.cdiv(I, BLOCK_N)
+    if PERSISTENT:
+        num_tiles = used_tiles(offsets_E1, E, BLOCK_M, BLOCK_E) * tiles_n
+        for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+            gate_up_tile(
+                tile, tiles_n, x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M, first_M,
+                H, I, stride_we, stride_wk, stride_wn, alpha, limit, K, ACTIVATION, INTERLEAVED, HAS_BIAS, HAS_ADDED,
+                SAVE_PRE, SAVE_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N,
+                PRECISION,
+            )  # fmt: skip
+    elif tl.load(expert_M + tl.program_id(0) // tiles_n) >= 0:
+        gate_up_tile(
+            tl.program_id(0), tiles_n, x_TH, w, bias, added_N2I, pre_N2I, hidden_NI, order_N, offsets_E1, expert_M,
+            first_M, H, I, stride_we, stride_wk, stride_wn, alpha, limit, K, ACTIVATION, INTERLEAVED, HAS_BIAS,
+            HAS_ADDED, SAVE_PRE, SAVE_HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N,
+            PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
 def rows_tile(
     tile, tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, first_M,
     K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn,
@@ -214,8 +259,7 @@ def rows_tile(
     TMA: tl.constexpr, K_CONTIGUOUS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of `rows_kernel`; its expert has rows."""
-    e = tl.load(expert_M + tile // tiles_n)
-    row, last_row, tile_n = rows_of_tile(e, tile, tiles_n, offsets_E1, first_M, BLOCK_M, GROUP_M)
+    e, row, last_row, tile_n = rows_of_tile(tile, tiles_n, offsets_E1, expert_M, first_M, BLOCK_M, GROUP_M)
     a_row = tl.minimum(row, last_row)
     if GATHER:
         a_row = tl.load(order_N + a_row) // K
@@ -264,27 +308,23 @@ def rows_kernel(
 ):  # fmt: skip
     """out `[N, N_SIZE]` = (a @ expert's matrix + bias + added) * slot's weight.
 
-    a is `[N, K_SIZE]`, or `[T, K_SIZE]` gathered. A persistent program walks over the tiles; its loads for one begin
-    before the one before is stored.
+    a is `[N, K_SIZE]`, or `[T, K_SIZE]` gathered. Persistent programs as in `gate_up_kernel`.
     """
     tiles_n = tl.cdiv(N_SIZE, BLOCK_N)
     if PERSISTENT:
-        e = tl.arange(0, BLOCK_E)
-        rows = tl.load(offsets_E1 + e + 1, mask=e < E, other=0) - tl.load(offsets_E1 + e, mask=e < E, other=0)
-        used = tl.sum((rows + BLOCK_M - 1) // BLOCK_M, axis=0)  # of the tiles that the host makes room for
-        for tile in tl.range(tl.program_id(0), used * tiles_n, tl.num_programs(0), flatten=True):
+        num_tiles = used_tiles(offsets_E1, E, BLOCK_M, BLOCK_E) * tiles_n
+        for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
             rows_tile(
                 tile, tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M, first_M,
                 K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
             )  # fmt: skip
-    else:
-        if tl.load(expert_M + tl.program_id(0) // tiles_n) >= 0:
-            rows_tile(
-                tl.program_id(0), tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M,
-                first_M, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
-            )  # fmt: skip
+    elif tl.load(expert_M + tl.program_id(0) // tiles_n) >= 0:
+        rows_tile(
+            tl.program_id(0), tiles_n, a, w, bias, added, weights_TK, out, order_N, offsets_E1, expert_M,
+            first_M, K_SIZE, N_SIZE, stride_we, stride_wk, stride_wn, K, GATHER, WEIGHTED, HAS_BIAS, HAS_ADDED,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, K_CONTIGUOUS, EVEN_K, EVEN_N, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

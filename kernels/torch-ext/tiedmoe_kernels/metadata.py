@@ -53,6 +53,7 @@ def _count_kernel(
     index_TK, slot_map_R, row_N, count_EB, num_slots, num_blocks, R, E,
     HAS_SLOT_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """Write each slot's pool row, and how many slots of each expert this block has."""
     block = tl.program_id(0)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = pool_row(index_TK, slot_map_R, slot, num_slots, R, E, HAS_SLOT_MAP)
@@ -127,6 +128,7 @@ def _place_kernel(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def _invert_kernel(order_N, offsets_E1, position_N, num_slots, E, BLOCK_N: tl.constexpr):
+    """Write each slot's place in the order, -1 where it is inactive."""
     position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(order_N + position, mask=position < num_slots, other=0)
     num_active = tl.load(offsets_E1 + E)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .metadata import next_power_of_2
+
 MAX_SCORES = 1024
 FAR = 80.0  # exp(80) times 1024 is finite in float32
 
@@ -103,5 +105,5 @@ def soft_top_k_backward(
 
 
 def _block(num_scores: int) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(num_scores))
+    block = max(16, next_power_of_2(num_scores))
     return {"BLOCK_E": block, "num_warps": 1 if block <= 128 else 4}

@@ -298,6 +298,14 @@ def _rows_and_residuals(
     return rows, up, down
 
 
+def _grid(rows: _Rows, config: tuning.Config, n_size: int, like: Tensor) -> tuple[int]:
+    """Return the programs of a grouped GEMM: one a tile, or a processor."""
+    num_programs = rows.num_tiles(config.block_m) * metadata.cdiv(n_size, config.block_n)
+    if config.persistent:
+        num_programs = min(num_programs, tuning.num_processors(like.device.index if like.is_cuda else None))
+    return (num_programs,)
+
+
 def _gate_up_config(x: Tensor, gate_up: Tensor, N: int, E: int, spec: Spec) -> tuning.Config:
     tma = spec.is_concatenated and _Matrices(gate_up, k_is_last=not spec.is_transposed).can_use_tma()
     return _choose("gate_up", x, N, E, _two_i(gate_up, spec) // 2, x.size(1), tma)
@@ -314,12 +322,13 @@ def _gate_up(
         return pre, hidden
     config = _gate_up_config(x, gate_up, rows.N, rows.E, spec)
     w, flags = matrices.arguments(config, I)
-    fwd.gate_up_kernel[(rows.num_tiles(config.block_m) * metadata.cdiv(I, config.block_n),)](
+    fwd.gate_up_kernel[_grid(rows, config, I, x)](
         x, w, bias, added, pre, hidden, rows.order, rows.offsets, *rows.tiles(config.block_m),
-        x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
+        rows.E, x.size(1), I, *matrices.strides, spec.swiglu_alpha, spec.swiglu_limit,
         K=rows.top_k, ACTIVATION=spec.activation, INTERLEAVED=not spec.is_concatenated, HAS_BIAS=bias is not None,
-        HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden, GROUP_M=config.group_m,
-        TMA=config.tma, **flags, **_options(config, x),
+        HAS_ADDED=added is not None, SAVE_PRE=save_pre, SAVE_HIDDEN=save_hidden,
+        BLOCK_E=metadata.next_power_of_2(rows.E), GROUP_M=config.group_m, TMA=config.tma,
+        PERSISTENT=config.persistent, **flags, **_options(config, x),
     )  # fmt: skip
     return pre, hidden
 
@@ -342,10 +351,7 @@ def _rows(
         return out
     config = _choose("rows", a, rows.N, rows.E, matrices.n_size, matrices.k_size, matrices.can_use_tma())
     w, flags = matrices.arguments(config, matrices.n_size)
-    num_programs = rows.num_tiles(config.block_m) * metadata.cdiv(matrices.n_size, config.block_n)
-    if config.persistent:
-        num_programs = min(num_programs, tuning.num_processors(a.device.index if a.is_cuda else None))
-    fwd.rows_kernel[(num_programs,)](
+    fwd.rows_kernel[_grid(rows, config, matrices.n_size, a)](
         a, w, bias, added, weights, out, rows.order, rows.offsets, *rows.tiles(config.block_m),
         rows.E, matrices.k_size, matrices.n_size, *matrices.strides,
         K=rows.top_k, GATHER=gather, WEIGHTED=weights is not None, HAS_BIAS=bias is not None,

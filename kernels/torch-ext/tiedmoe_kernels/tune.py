@@ -91,6 +91,8 @@ def candidates(problem: Problem, tma: bool) -> list[Config]:
         grid += [(64, 128, 64, 8, 8, 4, use) for use in (True, False)] + [(128, 64, 64, 8, 4, 4, True)]
         if kernel == "rows":
             grid += [(128, 256, 64, 8, 8, *more) for more in ((3, True), (4, True), (3, True, True))]  # persistent
+        else:  # persistent in 128x128 it spills
+            grid += [(m, n, 64, 8, 8, 4, True, True) for m, n in ((64, 128), (128, 64))]
     else:  # 64 rows are one wgmma; fewer multiply by mma.sync, and read the weights once more for each tile
         warps = 4 if kernel == "rows" else 8  # of 64 by 128, two accumulators of which spill in four warps
         grid = [(64, 64, 64, 8, 4, stages, use) for stages in (3, 4) for use in (True, False)]

@@ -29,7 +29,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
-    persistent: bool = False  # "rows" only: a program a processor walks over the tiles
+    persistent: bool = False  # gate_up and rows: a program a processor walks over the tiles
 
 
 FORCED: dict[str, Config] = {}  # what `tune.py` is timing, by kernel
