@@ -114,6 +114,19 @@ def test_activations_of_a_tied_model():
     assert_activations(tied(tiny_config("qwen3_moe"), group_size=2, skip_first=1, skip_last=1), False)
 
 
+def test_activations_under_autocast():
+    config = tiny_config("olmoe")
+    model, tokens = real_model(config)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+
+    predicted = activation_bytes(build_skeleton(config), BATCH, BLOCK, autocast=torch.bfloat16)
+    assert predicted == pytest.approx(peak_bytes(step), rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(moe_families()) - OTHER_KERNELS - CONVOLUTIONS - {"gemma4"}))
 def test_activations_of_every_family(family):
@@ -308,7 +321,9 @@ def test_strategies_by_hand():
     assert parallel["communicated_bytes"] == 2 * 3 * (everything - experts) + 4 * 3 * 8 * 6 * 10
     # Muon keeps one number of a matrix: all but the embedding and the norm
     assert plan("one", optimizer="muon")["optimizer_bytes"] == 4 * (2 * 110 + 1000)
-    assert plan("one", precision="mixed")["weight_bytes"] == 6 * everything
+    mixed = plan("fsdp2", precision="mixed")
+    assert mixed["weight_bytes"] == everything + 2 * (100 + 2 * 610)
+    assert mixed["communicated_bytes"] == 3 * (100 + 2 * 1010) // 2 + 3 * everything
 
 
 def test_fits_compares_with_the_gpus_that_were_asked_for():

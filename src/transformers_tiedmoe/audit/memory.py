@@ -16,7 +16,7 @@ import torch
 from ..errors import TiedMoeError
 from .memory_cache import prefill
 from .memory_parameters import Tensor, count_layers, count_parameters, list_tensors
-from .memory_training import OPTIMIZERS, PRECISIONS, STRATEGIES, Precision, activation_bytes, plan_training
+from .memory_training import OPTIMIZERS, PRECISIONS, STRATEGIES, Precision, plan_training, step_bytes
 from .schema import Inference, Memory, Training
 from .subject import Subject
 
@@ -47,8 +47,8 @@ class MemoryOptions:
         num_gpus: GPUs that training is split over.
         block_size: tokens of a sequence in training.
         dtypes: of the weights in serving, by torch's names; one of a byte keeps its cache in bfloat16.
-        precision: of training, one of "mixed" (float32 weights, gradients and states; bfloat16 computes), "float32"
-            and "bfloat16" (everything).
+        precision: of training, one of "mixed" (float32 weights, gradients and states, and bfloat16 computes: see
+            `step_bytes`), "float32" and "bfloat16" (everything).
         gpus: names of `GPUS` to compare with; all by default.
     """
 
@@ -181,13 +181,12 @@ def _training(
     top_k: dict[int, int],
     gpus: dict[str, int],
 ) -> list[Training]:
-    model = model.to(torch.float32 if options.precision == "float32" else torch.bfloat16)
     found = []
     for checkpointing in (False, True):
         if checkpointing and not model.supports_gradient_checkpointing:
             continue
         try:
-            activations = activation_bytes(model, options.batch_size, options.block_size, checkpointing)
+            step = step_bytes(model, options.batch_size, options.block_size, options.precision, checkpointing)
         except (RuntimeError, NotImplementedError) as error:
             subject.notes.append(_unpredicted("training", error))
             continue
@@ -197,7 +196,7 @@ def _training(
                 fields = plan_training(
                     tensors,
                     buffers,
-                    activations,
+                    step[strategy],
                     options.precision,
                     optimizer,
                     strategy,

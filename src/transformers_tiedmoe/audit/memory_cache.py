@@ -58,7 +58,7 @@ def prefill(model: PreTrainedModel, context: int, batch_size: int) -> Prefill:
 def _run(model: PreTrainedModel, length: int, batch_size: int) -> tuple[Any, int]:
     prompt = torch.empty(batch_size, length, dtype=torch.int64, device="meta")
     known = [*model.parameters(), *model.buffers(), prompt]
-    with torch.no_grad(), counted_on_meta(known) as allocations:
+    with torch.no_grad(), counted_on_meta(known) as (allocations, _):
         cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
         held = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(cache))
     return cache, max(allocations.peak - held, 0)

@@ -24,27 +24,48 @@ STRATEGIES: tuple[Strategy, ...] = ("one", "ddp", "fsdp2", "expert_parallel")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a number, of each kind."""
+    """Bytes of a number: of weights, of what FSDP2 gathers and experts exchange, of gradients, of optimizer states."""
 
     weight: int
     compute: int
     gradient: int
     state: int
 
-    @property
-    def copy(self) -> int:
-        """Of the copy of the weights that is computed with, where that is not the weights themselves."""
-        return self.compute if self.compute != self.weight else 0
-
 
 PRECISIONS: dict[str, Sizes] = {
     "float32": Sizes(4, 4, 4, 4),
     "bfloat16": Sizes(2, 2, 2, 2),
-    "mixed": Sizes(4, 2, 4, 4),  # float32 weights, gradients and states; bfloat16 copies compute
+    "mixed": Sizes(4, 2, 4, 4),
 }
 
 
-def activation_bytes(model: PreTrainedModel, batch_size: int, block_size: int, checkpointing: bool) -> int:
+def step_bytes(
+    model: PreTrainedModel, batch_size: int, block_size: int, precision: Precision, checkpointing: bool
+) -> dict[Strategy, int]:
+    """Return `activation_bytes` of each strategy.
+
+    "mixed" is `torch.autocast` to bfloat16, as Trainer's `bf16` has it; FSDP2 casts all that it gathers instead, its
+    `MixedPrecisionPolicy`. With expert parallelism the tokens of a GPU's experts are as many as its own, evenly
+    routed, and the gradient of one layer's experts counts whole, which is too much.
+    """
+    if precision != "mixed":
+        model = model.to(getattr(torch, precision))
+        return dict.fromkeys(STRATEGIES, activation_bytes(model, batch_size, block_size, checkpointing))
+    model = model.to(torch.float32)
+    found = dict.fromkeys(
+        STRATEGIES, activation_bytes(model, batch_size, block_size, checkpointing, autocast=torch.bfloat16)
+    )
+    cast = model.to(torch.bfloat16)
+    return found | {"fsdp2": activation_bytes(cast, batch_size, block_size, checkpointing)}
+
+
+def activation_bytes(
+    model: PreTrainedModel,
+    batch_size: int,
+    block_size: int,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+) -> int:
     """Return the most bytes that a step holds besides weights, gradients and optimizer: activations and temporaries.
 
     The family's own forward and backward run on the meta device, with gradients that are already there, as in all but
@@ -52,23 +73,30 @@ def activation_bytes(model: PreTrainedModel, batch_size: int, block_size: int, c
     linear attention as transformers' reference code, which keeps more than their own kernels do.
 
     Args:
-        model: on the meta device, in the dtype that computes; it is left in eval mode.
+        model: on the meta device, in the dtype of its weights; it is left in eval mode.
         batch_size: sequences.
         block_size: tokens in each.
         checkpointing: whether every layer is computed again in the backward pass (non-reentrant).
+        autocast: as `torch.autocast`, whose copies of weights then count too; transformers' experts compute in the
+            dtype of their weights under it.
     """
     model = model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     if checkpointing:
-        again = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recomputing_on_meta}
+        again = {
+            "use_reentrant": False,
+            "preserve_rng_state": False,
+            "context_fn": lambda: recomputing_on_meta(autocast),
+        }
         model.gradient_checkpointing_enable(again)
     tokens = torch.empty(batch_size, block_size, dtype=torch.int64, device="meta")
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in parameters), tokens]
     try:
-        with counted_on_meta(known) as allocations:
+        with counted_on_meta(known, autocast) as (allocations, answers):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            answers.forget()
             allocations.is_backward = True
             loss.backward()
     finally:
@@ -130,7 +158,7 @@ def plan_training(
         passes = 6 if checkpointing else 4  # dispatch and combine: forward, backward, and computed again
         sent = passes * ring * tokens * sum(top_k.values()) * hidden_size * sizes.compute
         fields = (
-            own * (sizes.weight + sizes.copy),
+            own * sizes.weight,
             own * sizes.gradient,
             states - expert_states + expert_states / num_gpus,
             2 * ring * (weights - experts) * sizes.gradient + sent,
@@ -138,7 +166,7 @@ def plan_training(
     else:
         copies = 2 if strategy == "ddp" else 1  # DDP's buckets, unless gradient_as_bucket_view
         fields = (
-            weights * (sizes.weight + sizes.copy),
+            weights * sizes.weight,
             weights * sizes.gradient * copies,
             states,
             2 * ring * weights * sizes.gradient if strategy == "ddp" else 0,

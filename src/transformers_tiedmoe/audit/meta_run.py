@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 aten = torch.ops.aten
 
@@ -100,13 +100,39 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
+MATRIX_PRODUCTS = {
+    torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm,
+    torch.addmm, torch.mm, torch.einsum, torch.conv1d, torch.nn.functional.scaled_dot_product_attention,
+}  # fmt: skip
+
+
 class _Answers(TorchFunctionMode):
-    """Answers what code asks of values that are not there, and runs attention as a fused kernel."""
+    """Answers what code asks of values that are not there, runs attention as a fused kernel, and casts as autocast.
+
+    Args:
+        autocast: the dtype that `torch.autocast` would compute matrix products in, which has no rules for the meta
+            device; a weight's copy is kept until `forget`. transformers' experts are not among these products.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.autocast = autocast
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop the copies of weights, as the end of an autocast region does."""
+        self._copies.clear()
+
+    def __exit__(self, *error):
+        self.forget()
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return True  # "is this batch one sequence a row?"
+        if self.autocast is not None and func in MATRIX_PRODUCTS:
+            args, kwargs = tree_map_only(torch.Tensor, self._cast, (args, kwargs))
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
             query, key, value = args[:3]
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
@@ -115,14 +141,27 @@ class _Answers(TorchFunctionMode):
             return _FusedAttention.apply(query, key, value, mask)
         return func(*args, **kwargs)
 
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is not torch.float32:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(self.autocast)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.to(self.autocast)
+        return self._copies[id(tensor)]
+
 
 @contextlib.contextmanager
-def counted_on_meta(known: Iterable[torch.Tensor]) -> Iterator[Allocations]:
+def counted_on_meta(
+    known: Iterable[torch.Tensor], autocast: torch.dtype | None = None
+) -> Iterator[tuple[Allocations, _Answers]]:
     """Count what is allocated on the meta device within the block, beside the tensors of `known`."""
-    with Allocations(known) as allocations, _Answers():
-        yield allocations
+    with Allocations(known) as allocations, _Answers(autocast) as answers:
+        yield allocations, answers
 
 
-def recomputing_on_meta() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def recomputing_on_meta(
+    autocast: torch.dtype | None = None,
+) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Return the contexts of a checkpointed layer's two passes: torch runs the second outside of the mode above."""
-    return contextlib.nullcontext(), _Answers()
+    return contextlib.nullcontext(), _Answers(autocast)
