@@ -90,7 +90,8 @@ def measure(
                 bits[name] = interval(sums / math.log(2), _num_bytes(tokenizer, blocks), seed=options.seed)
         report(len(domains), total, "speed")
         prefill, decode = _speeds(subject, model, device, next(iter(domains.values())))
-    report(len(domains) + 1, total, "tasks")
+    if run_tasks:
+        report(len(domains) + 1, total, f"tasks {', '.join(options.tasks)}")
     return Quality(
         loss=losses,
         perplexity={name: perplexity(loss.value) for name, loss in losses.items()},

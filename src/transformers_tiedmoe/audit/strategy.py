@@ -125,7 +125,7 @@ class _Measurement:
 
     def _inputs(self) -> dict[int, torch.Tensor]:
         """Take the model's own loss, and keep what enters each layer's experts."""
-        self._report("layer strategy: the model itself")
+        self._report("the model itself")
         with KeepInputs(self.layers, self.blocks.num_tokens // self.options.num_tokens) as kept:
             self.base, self.counts = self.blocks.losses(self.model)
         return {index: torch.cat(parts)[: self.options.num_tokens] for index, parts in kept.parts.items()}
@@ -169,7 +169,7 @@ class _Measurement:
     def _replaced(
         self, layer: MoeLayer, neighbour: MoeLayer, part: Any, replaced: AbstractContextManager
     ) -> Replacement:
-        self._report(f"layer strategy: {part} of layer {layer.index}")
+        self._report(f"{part} of layer {layer.index}")
         with replaced:
             increase = self._increase()
         return Replacement(layer=layer.index, neighbour=neighbour.index, part=part, loss_increase=increase)
@@ -246,7 +246,7 @@ class _Measurement:
     def _measured(self, recipe: dict[str, Any]) -> float | None:
         if self.options.convert is None or self.model.num_parameters() > MEASURED_PARAMETERS:
             return None
-        self._report("layer strategy: a plan, converted")
+        self._report("a plan, converted")
         sums, _ = self.blocks.losses(self.options.convert(recipe).eval().to(self.model.device))
         return float((sums - self.base).sum() / self.counts.sum())
 
@@ -264,14 +264,13 @@ def pair_costs(replacements: list[Replacement]) -> dict[tuple[int, int], float]:
 def _reason(choice: Choice, layers: list[MoeLayer], costs: Mapping[tuple[int, int], float]) -> str:
     """Say what a plan ties, what it leaves alone and at which cost."""
     tied = {layer for each in choice.candidates for layer in each.layers}
-    groups = ", ".join(f"{each.layers[0]}-{each.layers[-1]} (+{each.loss:.4f})" for each in choice.candidates)
-    alone = [layer.index for layer in layers if layer.index not in tied]
-    kept = f"layers {', '.join(map(str, alone))} keep experts of their own" if alone else "every layer is tied"
+    groups = ", ".join(f"{each.layers[0]}-{each.layers[-1]} +{each.loss:.4f}" for each in choice.candidates)
+    alone = [str(layer.index) for layer in layers if layer.index not in tied]
+    kept = f"experts of their own in {', '.join(alone)}" if alone else "no layer left with experts of its own"
     dearest = max(costs, key=lambda pair: costs[pair])
     return (
-        f"Groups {groups} nats per token, with one layer's experts unfitted in the place of the others'; "
-        f"{kept}. "
-        f"The dearest pair is {dearest[0]} and {dearest[1]} (+{costs[dearest]:.4f})."
+        f"Layers that share a pool, and what one's experts, unfitted, in the place of the others' add in nats per "
+        f"token: {groups}; {kept}. The dearest neighbours are {dearest[0]} and {dearest[1]}, +{costs[dearest]:.4f}."
     )
 
 
