@@ -110,7 +110,7 @@ class ModelBench(Bench):
 
     def errors(self, peer: Peer, prepared: Prepared) -> dict[str, float]:
         with torch.no_grad():
-            found = prepared.layer(torch.arange(5, 21)[None]).logits.double()
+            found = prepared.layer(torch.arange(5, 21)[None]).logits
         group_size, _ = peer.build.args
         return {"logits": relative_error(found, self.expected.setdefault(group_size, found))}
 

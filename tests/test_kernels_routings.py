@@ -1,4 +1,7 @@
-"""The Triton kernels on routings that hypothesis draws: in a file of their own, as a GPU machine may lack it."""
+"""The Triton kernels on routings that hypothesis draws, in the interpreter and by `pytest.mark.gpu` on a device.
+
+In a file of their own, which is skipped where hypothesis is not installed: a GPU machine may lack it.
+"""
 
 import pytest
 import torch
