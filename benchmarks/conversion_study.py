@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from study.configurations import QUICK, ROWS, Row
 from study.plot import save_plot
 from study.runs import Study
 from study.summary import markdown, summarize
-from tables import write_json
+from tables import show, write_json
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
@@ -126,11 +125,6 @@ def quieten() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-
-
-def show(done: int, total: int, what: str) -> None:
-    if done == total or done % max(1, total // 5) == 0:
-        print(f"source: {what} ({done}/{total})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ benchmarks/results/demo_seeds.json, a row for each model and seed, and demo_seed
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import datasets
 import transformers
-from tables import mean_of, plus_minus, table, write_json
+from tables import mean_of, plus_minus, show, table, write_json
 
 from tiedmoe_demo import DemoConfig, run_demo
 
@@ -41,11 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(options.results / "demo_seeds.json", {"rows": rows, **shared})
     (options.results / "demo_seeds.md").write_text(markdown(rows))
     print(markdown(rows))
-
-
-def show(done: int, total: int, what: str) -> None:
-    if done == total or done % max(1, total // 5) == 0:
-        print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)
 
 
 def markdown(rows: list[dict]) -> str:

@@ -39,7 +39,7 @@ SECONDS = {"a": 240, "b": 430, "c": 430}  # of a whole stage
 MAX_FILES, MAX_BYTES = 8, 16 << 20
 PRINTED_BYTES = 1 << 20  # of each step, the end of what it printed
 NEXT = {  # what is to be done after a stage
-    "a": "Next: `make gpu-check STAGE=b PREVIOUS=` and this folder.",
+    "a": "Next: make gpu-check STAGE=b PREVIOUS={results}",
     "b": 'Send a.json, b.json, b_bar.json, b_tuned.json: an issue with the form "GPU results".',
     "c": 'Send c.json and c_hub.json with the others: an issue with the form "GPU results".',
 }
@@ -149,7 +149,8 @@ def check(
             result = result._replace(state="skipped")
         found.append(result._replace(rows=rows))
         write(found, results, stage, time.monotonic() - start, [later.name for later in steps[len(found) :]])
-    print(summary(found, stage))
+    print(f"{summary(found, stage)}{results}/{stage}.txt has all that was printed.")
+    print(NEXT[stage].format(results=results))
     return found
 
 
@@ -250,7 +251,7 @@ def summary(found: list[Result], stage: str) -> str:
     )
     lines += [f"not known: {', '.join(unknown)}"] * bool(unknown)
     lines += [f"not measured, or in part: {', '.join(others)}"] * bool(others)
-    return "\n".join(lines) + f"\n{stage}.txt has all that was printed.\n{NEXT[stage]}\n"
+    return "\n".join(lines) + "\n"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -2,9 +2,16 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def show(done: int, total: int, what: str) -> None:
+    """Print how far a training is, five times in all."""
+    if done == total or done % max(1, total // 5) == 0:
+        print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)
 
 
 def write_json(path: Path, result: dict | list) -> None:

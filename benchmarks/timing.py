@@ -20,7 +20,8 @@ import torch
 
 Call = Callable[[int], object]  # the number of the round chooses the inputs
 Timed = Callable[[int], float]  # the same call, and its seconds
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "kernels", "llama-cpp-python", "pytest", "pytest-xdist")
+PACKAGES = ("torch", "triton", "pytorch-triton-rocm", "transformers", "liger-kernel", "kernels", "llama-cpp-python")
+PACKAGES += ("pytest", "pytest-xdist", "pytest-timeout")
 
 
 def spread(values: list[float]) -> dict:

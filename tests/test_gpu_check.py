@@ -68,7 +68,7 @@ def test_every_step_runs_and_its_rows_are_kept(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "wrong: tests\n" in text
     assert "not measured, or in part: broken (failed)\n" in text
-    assert "Next: `make gpu-check STAGE=b" in text
+    assert f"Next: make gpu-check STAGE=b PREVIOUS={tmp_path / 'out'}" in text
 
 
 @pytest.mark.parametrize("slow", range(4))
