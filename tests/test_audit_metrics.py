@@ -48,6 +48,15 @@ def test_load_metrics_by_hand():
     assert metrics.choice_entropy(counts).tolist() == pytest.approx(entropies)
 
 
+def test_gpu_balance_by_hand():
+    assert metrics.gpu_balance(torch.tensor([[1, 3, 2, 2], [8, 0, 0, 0]]), 2).tolist() == [1, 0.5]
+
+
+def test_co_activation_by_hand():
+    together = torch.tensor([[4, 2, 0], [2, 2, 0], [0, 0, 0]])
+    assert metrics.co_activation(together).tolist() == [[0, 0.5, 0], [1, 0, 0], [0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("counts", "top_k", "expected"),
     [

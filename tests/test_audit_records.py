@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.audit import metrics
-from transformers_tiedmoe.audit.records import Records, record
+from transformers_tiedmoe.audit.records import Records, most_frequent, record
 from transformers_tiedmoe.audit.routing import RoutingWatch, layer_experts
 from transformers_tiedmoe.errors import TiedMoeError
 
@@ -154,6 +154,18 @@ def test_records_equal_loops_over_tokens(make, batch_size):
             assert found.row_counts[layer].tolist() == [sum(each.count(row) for each in rows) for row in range(size)]
             assert found.row_tokens[layer].tolist() == [sum(row in each for each in rows) for row in range(size)]
 
+    ids = [token for row in text["input_ids"] for token in row]
+    frequent = sorted(set(ids))  # there are fewer than are counted
+    for layer, tokens in by_hand.items():
+        together, by_token = torch.zeros_like(found.together[layer]), torch.zeros_like(found.by_token[layer])
+        for token, (slots, _) in zip(ids, tokens):
+            for slot, _ in slots:
+                by_token[frequent.index(token), slot] += 1
+                for other, _ in slots:
+                    together[slot, other] += 1
+        assert found.together[layer].equal(together)
+        assert found.by_token[layer].equal(by_token)
+
     layers = sorted(by_hand)
     assert sorted(found.flows) == list(itertools.pairwise(layers))
     for first, second in found.flows:
@@ -162,6 +174,14 @@ def test_records_equal_loops_over_tokens(make, batch_size):
             best = [max(each, key=lambda choice: choice[1])[0] for each in (ours, theirs)]
             joint[rows_of[first](best[0]), rows_of[second](best[1])] += 1
         assert found.flows[first, second].equal(joint)
+
+
+def test_only_the_most_frequent_tokens_are_counted():
+    text = datasets.Dataset.from_dict({"input_ids": [[5, 5, 7, 8], [5, 7, 9, 9]]})
+    assert most_frequent([text, text], 3).tolist() == [5, 7, 9]
+    assert most_frequent([text]).tolist() == [5, 7, 9, 8]
+    found = record(tied(), text, frequent=torch.tensor([9, 5]))
+    assert [int(each.sum()) for each in found.by_token[0]] == [3 * 2, 2 * 2]  # of 5 and of 9, two experts each
 
 
 def test_records_survive_a_file(tmp_path):

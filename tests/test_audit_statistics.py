@@ -11,7 +11,7 @@ from test_audit_records import BLOCKS, SIZE, blocks, choices_by_hand, shared_row
 from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe.audit import active, stability
-from transformers_tiedmoe.audit.records import record
+from transformers_tiedmoe.audit.records import most_frequent, record
 from transformers_tiedmoe.audit.routing import layer_experts
 from transformers_tiedmoe.audit.subject import layers_of
 
@@ -26,11 +26,12 @@ def texts():
 def measured(request):
     torch.manual_seed(0)
     model = request.param()
-    records = {name: record(model, text, batch_size=2) for name, text in texts().items()}
+    frequent = most_frequent(texts().values())
+    records = {name: record(model, text, batch_size=2, frequent=frequent) for name, text in texts().items()}
     flops = active.count_flops(model, torch.tensor(blocks()[:1]["input_ids"]))
     return (
         active.measure(records, flops, active.expert_flops(model), active.soft_masses(model)),
-        stability.measure(layers_of(model), records),
+        stability.measure(layers_of(model), records, num_gpus=2),
         {name: choices_by_hand(model, text) for name, text in texts().items()},
         model,
         flops,
@@ -99,6 +100,26 @@ def test_stability_is_that_of_the_choices(measured):
             np.mean([entropy(each) for each in scores]) / math.log(len(total)), rel=1e-5
         )
         assert layer.num_dead == (total == 0).sum()
+        halves = [total[:2].sum(), total[2:].sum()]
+        assert layer.gpu_balance.value == pytest.approx(np.mean(halves) / max(halves))
+        ids = [token for text in texts().values() for row in text["input_ids"] for token in row]
+        chosen = [slots for each in by_hand.values() for slots, _ in each[layer.layer]]
+        joint = np.zeros((100, len(total)))
+        for token, slots in zip(ids, chosen):
+            for slot, _ in slots:
+                joint[token, slot] += 1
+        information = entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
+        assert layer.token_specialisation == pytest.approx(information)
+        pairs = [({slot for slot, _ in slots}) for slots in chosen]
+        together = {
+            (a, b): sum(a in each and b in each for each in pairs) / max(1, sum(a in each for each in pairs))
+            for a in range(len(total))
+            for b in range(len(total))
+            if a != b
+        }
+        for a, b, share in layer.co_active:
+            assert share == pytest.approx(together[a, b])
+        assert [share for *_, share in layer.co_active] == sorted(filter(None, together.values()), reverse=True)[:10]
         shares = [each / each.sum() for each in counts.values()]
         mixed = entropy(sum(shares)) - (entropy(shares[0]) + entropy(shares[1])) / 2
         assert layer.specialisation.value == pytest.approx(mixed)

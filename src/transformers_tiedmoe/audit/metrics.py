@@ -61,6 +61,19 @@ def load_max_over_mean(counts: torch.Tensor) -> torch.Tensor:
     return loads.amax(-1) / loads.mean(-1)
 
 
+def gpu_balance(counts: torch.Tensor, num_gpus: int) -> torch.Tensor:
+    """Return the mean over the maximum of the loads of GPUs that hold the experts in order, `[...]`: 1 is even.
+
+    It is the "balancedness" of expert parallelism that serving engines log.
+
+    Args:
+        counts: `[..., E]`, E a multiple of `num_gpus`.
+        num_gpus: GPUs with as many experts each.
+    """
+    loads = counts.double().unflatten(-1, (num_gpus, -1)).sum(-1)
+    return loads.mean(-1) / loads.amax(-1)
+
+
 def is_collapsed(counts: torch.Tensor, top_k: int) -> bool:
     """Tell whether the K busiest experts have their even share K/E of all choices and half of the rest, or more.
 
@@ -124,6 +137,16 @@ def total_variation(counts: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 # Agreement
+
+
+def co_activation(together: torch.Tensor) -> torch.Tensor:
+    """Return the share of each expert's tokens that use each other one too, `[E, E]` (OLMoE, 2409.02060, 5.2).
+
+    Args:
+        together: tokens that use both, `[E, E]`, and on the diagonal all tokens of an expert.
+    """
+    shares = together.double() / together.diagonal()[:, None].clamp(min=1)
+    return shares - torch.diag_embed(shares.diagonal())
 
 
 def agreeing_choices(

@@ -5,7 +5,7 @@ whose choices others are compared with.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import metrics
 from .routing import Choices, RoutingWatch
 
 Progress = Callable[[int, int, str], None]
+NUM_FREQUENT = 256  # tokens whose choices are counted one by one
 
 
 @dataclasses.dataclass
@@ -36,6 +37,8 @@ class Records:
         token_entropy: by layer whose scores are known, `metrics.token_entropy` summed over each block, float64 `[B]`.
         agreement: by pool and two layers of its group, choices that both make and all of the first, int64 `[B, 2]`.
         source_agreement: by layer, choices that the source makes too and all of the source's, int64 `[B, 2]`.
+        together: by layer, tokens that use both of two experts, and on the diagonal those that use one, `[E, E]`.
+        by_token: by layer, choices of each expert by each of the text's most frequent tokens, int64 `[N, E]`.
         flows: by layer and the next with experts, joint counts of first choices, by row of a pool, int64 `[E, E']`.
         choices: by layer, every choice, int16 `[B * S, K]`; of a source only.
         tokens: of each block, int64 `[B]`, of the only key "all".
@@ -50,6 +53,8 @@ class Records:
     token_entropy: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
     agreement: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
     source_agreement: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
+    together: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
+    by_token: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
     flows: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
     choices: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
     tokens: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -87,6 +92,7 @@ def record(
     batch_size: int = 8,
     source: Records | None = None,
     keep_choices: bool = False,
+    frequent: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> Records:
     """Run a model over a text once, and record what its routers do.
@@ -97,24 +103,38 @@ def record(
         batch_size: rows in one forward.
         source: records with `choices` of the source on the same blocks, to compare with.
         keep_choices: whether to keep every choice, for a later model's `source`.
+        frequent: the tokens of `Records.by_token`, int64 `[N]`; `most_frequent` of these blocks if None.
         progress: called as `progress(done, total, what)`, in blocks.
 
     Raises:
         TiedMoeError: a layer's experts were not called once with every token.
     """
-    recorder = _Recorder(model, source, keep_choices)
+    recorder = _Recorder(model, source, keep_choices, most_frequent([blocks]) if frequent is None else frequent)
     device = execution_device(model)
     done = 0
     with RoutingWatch(model, recorder.see, with_scores=True) as watch:
         for batch in blocks.with_format("torch").iter(batch_size):
             input_ids = batch["input_ids"].to(device, torch.int64)
-            recorder.begin(*input_ids.shape)
+            recorder.begin(input_ids)
             model.base_model(input_ids=input_ids, use_cache=False)
             recorder.end(list(watch.experts))
             done += len(input_ids)
             if progress:
                 progress(done, len(blocks), "")
     return recorder.records()
+
+
+def most_frequent(texts: Iterable[datasets.Dataset], number: int = NUM_FREQUENT) -> torch.Tensor:
+    """Return the most frequent tokens of blocks of text, int64 `[N]`, the most frequent first."""
+    counts = torch.zeros(0, dtype=torch.int64)
+    for text in texts:
+        for batch in text.with_format("torch").iter(1024):
+            found = torch.bincount(batch["input_ids"].flatten())
+            size = max(len(counts), len(found))
+            counts = torch.nn.functional.pad(counts, (0, size - len(counts)))
+            counts += torch.nn.functional.pad(found, (0, size - len(found)))
+    order = counts.argsort(descending=True, stable=True)[:number]
+    return order[counts[order] > 0]
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:
@@ -127,7 +147,8 @@ def execution_device(model: PreTrainedModel) -> torch.device:
 class _Recorder:
     """Sums up what `RoutingWatch` sees, batch by batch."""
 
-    def __init__(self, model: PreTrainedModel, source: Records | None, keep_choices: bool):
+    def __init__(self, model: PreTrainedModel, source: Records | None, keep_choices: bool, frequent: torch.Tensor):
+        self.frequent = frequent.sort().values
         self.pools = {}  # by layer
         for module in model.modules():
             if isinstance(module, TiedExperts):
@@ -137,9 +158,13 @@ class _Recorder:
         self.summed: dict[tuple, torch.Tensor] = {}
         self.num_blocks = 0
 
-    def begin(self, num_blocks: int, block_size: int) -> None:
-        """Start a batch."""
-        self.shape = (num_blocks, block_size)
+    def begin(self, input_ids: torch.Tensor) -> None:
+        """Start a batch, `[B, S]`."""
+        self.shape = input_ids.shape
+        self.frequent = self.frequent.to(input_ids.device)
+        tokens = input_ids.flatten()
+        place = torch.searchsorted(self.frequent, tokens).clamp(max=len(self.frequent) - 1)
+        self.token = place.where(self.frequent[place] == tokens, -1)  # its place among the frequent ones
         self.rows: dict[int, Choices] = {}  # of the tied layers of this batch
         self.first: tuple[int, torch.Tensor, int] | None = None  # layer, first choice of each token, experts
         self.used: torch.Tensor | None = None  # experts of each token, in the layers so far
@@ -175,6 +200,7 @@ class _Recorder:
         self.used = used if self.used is None else self.used + used.to(self.used.device)
         if choices.scores is not None:
             self._append(("token_entropy", layer), self._by_block(metrics.token_entropy(choices.scores)))
+        self._see_tokens(layer, choices)
         self._see_flow(layer, choices)
         if layer in self.pools:
             self._see_group(layer, choices)
@@ -193,6 +219,18 @@ class _Recorder:
         for (field, *key), total in self.summed.items():
             getattr(records, field)[key[0] if len(key) == 1 else tuple(key)] = total
         return records
+
+    def _see_tokens(self, layer: int, choices: Choices) -> None:
+        """Count which experts are used together, and which by which frequent token."""
+        width = choices.num_slots
+        uses = torch.zeros(len(choices.slots), width + 1, device=choices.slots.device)
+        uses.scatter_(1, choices.slots.clamp(max=width), 1.0)  # exact: sums of ones below 2^24
+        uses = uses[:, :width]
+        self._add(("together", layer), (uses.T @ uses).long())
+        token = self.token.to(uses.device)
+        is_frequent = token >= 0
+        by_token = uses.new_zeros(len(self.frequent), width).index_add_(0, token[is_frequent], uses[is_frequent])
+        self._add(("by_token", layer), by_token.long())
 
     def _see_flow(self, layer: int, choices: Choices) -> None:
         """Count pairs of first choices, of the layer with experts before and of this one."""

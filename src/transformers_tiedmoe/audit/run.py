@@ -29,7 +29,7 @@ from ..training.heal import open_tokenizer
 from ..workdir import Work, check_output, open_work
 from . import active, memory, quality, stability, strategy
 from .config import AuditConfig
-from .records import Records, execution_device, record
+from .records import Records, execution_device, most_frequent, record
 from .schema import ActiveExperts, Audit, Domain, Layer, Memory, ModelAudit, Quality, Section, Stability
 from .schema import LayerStrategy as Strategy
 from .subject import Subject, open_subject
@@ -183,7 +183,7 @@ class _Run:
             found["active"] = self._section(number, ActiveExperts, lambda: _active(weights.model, records, blocks))
             if records:
                 found["stability"] = self._section(
-                    number, Stability, lambda: stability.measure(subject.layers, records, config.seed)
+                    number, Stability, lambda: stability.measure(subject.layers, records, config.seed, config.num_gpus)
                 )
         if config.strategy:
             with stages.stage(STRATEGY, f"{name}: layer strategy") as progress:
@@ -225,7 +225,7 @@ class _Run:
         """Return what the routers did on each text, of this run or of one that was killed after it."""
         assert self.work is not None
         is_source = self.config.source is not None and number == 0
-        found = {}
+        found, frequent = {}, most_frequent(blocks.values())
         for place, (domain, rows) in enumerate(blocks.items()):
             file = f"records-{number}-{place}.safetensors"
             kept = self.work.load(file)
@@ -236,6 +236,7 @@ class _Run:
                     self.config.batch_size,
                     source=self._source_records(subject, place),
                     keep_choices=is_source and len(self.subjects) > 1,
+                    frequent=frequent,
                     progress=_part(progress, place, len(blocks), domain),
                 )
                 self.work.store(file, records.save)

@@ -168,6 +168,18 @@ class LayerStability(Section):
     source_agreement: Interval | None = Field(
         default=None, description="share of the choices that the same layer of the source makes too, with --source"
     )
+    gpu_balance: Interval | None = Field(
+        default=None,
+        description="mean over maximum of the loads of `num_gpus` GPUs, each with as many experts, in order; null if "
+        "they do not divide",
+    )
+    token_specialisation: float | None = Field(
+        default=None, description="mutual information of expert and token, of the 256 most frequent tokens"
+    )
+    co_active: list[tuple[int, int, float]] = Field(
+        default_factory=list,
+        description="(expert, another, share of the first one's tokens that use the other too): the 10 largest",
+    )
     drift: dict[str, Interval] = Field(description="'a|b': Jensen-Shannon divergence of the loads of two domains")
     loads: dict[str, list[float]] = Field(description="by domain, each expert's share of the choices")
 
