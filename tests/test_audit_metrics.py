@@ -1,11 +1,13 @@
 """Metrics against what they are by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from transformers_tiedmoe.audit import metrics
+from transformers_tiedmoe.audit.schema import described
 
 
 def test_counts_leave_out_inactive_slots():
@@ -105,3 +107,8 @@ def test_quantiles_of_a_histogram_are_those_of_the_numbers():
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (math.log(50), 50.0), (1000.0, math.inf)])
 def test_perplexity(loss, expected):
     assert metrics.perplexity(loss) == pytest.approx(expected)
+
+
+def test_the_docs_say_what_the_schema_says():
+    page = (Path(__file__).parents[1] / "docs/audit.md").read_text()
+    assert page.endswith(described())

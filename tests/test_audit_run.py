@@ -59,6 +59,7 @@ def test_the_folder_holds_what_is_returned(found, models):
     result, output, _ = found
     text = (output / "audit.json").read_text()
     assert Audit.model_validate_json(text).model_dump(mode="json") == json.loads(text) == result
+    assert {"audit.json", "report.html", "report.md", "figures"} == {path.name for path in output.iterdir()}
     for path in output.rglob("*"):
         assert path.is_dir() or str(models).encode() not in path.read_bytes(), path
     assert not [path for path in output.parent.iterdir() if path != output]

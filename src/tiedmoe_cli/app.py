@@ -306,10 +306,13 @@ def audit(config, progress: ProgressCall) -> tuple[dict, Any]:
     on with the same command.
     """
     from tiedmoe_conversion.suggested import tied_by
+    from transformers_tiedmoe.audit.report import terminal
     from transformers_tiedmoe.audit.run import audit
+    from transformers_tiedmoe.audit.schema import Audit
 
     found = audit(config, progress, tied_by)
-    return found, f"The report is in {config.output}."
+    where = [f"The report is {Path(config.output) / 'report.html'}."] if config.output else []
+    return found, [*terminal(Audit.model_validate(found)), *where]
 
 
 def card(config, progress: ProgressCall) -> tuple[dict, Any]:

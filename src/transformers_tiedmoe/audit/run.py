@@ -7,7 +7,6 @@ goes on where it was. The output folder appears complete, in one rename.
 import contextlib
 import functools
 import gc
-import importlib
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from ..hub import fingerprint, public_name, versions
 from ..training.data import check_tokens, load_last_blocks, tokens_digest
 from ..training.heal import open_tokenizer
 from ..workdir import Work, check_output, open_work
-from . import active, memory, quality, stability, strategy
+from . import active, drawing, memory, quality, report, stability, strategy
 from .config import AuditConfig
 from .records import Records, execution_device, most_frequent, record
 from .schema import ActiveExperts, Audit, Domain, Layer, Memory, ModelAudit, Quality, Section, Stability
@@ -40,17 +39,6 @@ Blocks = Mapping[str, datasets.Dataset]
 Made = TypeVar("Made", bound=Section)
 
 RESULT = "audit.json"
-
-
-def _evidence(name: str) -> Any:
-    """Return a module of this package, None until it is there."""
-    try:
-        return importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError:
-        return None
-
-
-(report,) = map(_evidence, ("report",))
 DEFAULT_BLOCK_SIZE = 512
 MEMORY, ROUTING, STRATEGY, QUALITY = 1, 10, 40, 20  # what the kinds of evidence take, about, for the time left
 
@@ -83,6 +71,9 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
     inputs: dict[str, str | None] = {f"data {name}": data for name, data in config.texts.items()}
     inputs |= {"calibration": config.calibration} | {f"model {path}": path for path in config.paths}
     output = None if config.output is None else check_output(config.output, inputs)
+    if output is not None:
+        with drawing.styled():  # without matplotlib it is told before the work
+            pass
     subjects = _open_subjects(config)
     if config.memory_only:
         run = _Run(config, subjects, {}, None, tell, None)
@@ -104,8 +95,7 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
 def _write(work: Work, found: Audit) -> None:
     with work.draft() as draft:
         (draft / RESULT).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if report:
-            report.write(found, draft)
+        report.write(found, draft)
     work.complete(found.model_dump(mode="json"))
 
 

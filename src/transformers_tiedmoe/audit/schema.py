@@ -1,4 +1,6 @@
-"""What `audit.json` holds: the models of version 1, one section a kind of evidence. docs/audit.md is made from these.
+"""What `audit.json` holds: the models of version 1, one section a kind of evidence.
+
+`python -m transformers_tiedmoe.audit.schema` prints them as docs/audit.md has them.
 
 Losses and divergences are in nats, sizes in bytes (a GiB is 2^30), FLOPs count a multiply-add as two. Layers are
 numbered as the model numbers them. A section that was not asked for, or cannot be known, is null; `notes` say why.
@@ -328,3 +330,18 @@ class Audit(Section):
     domains: list[Domain]
     models: list[ModelAudit]
     pareto: list[ParetoPoint] = Field(default_factory=list)
+
+
+def described() -> str:
+    """Return what every section means, as Markdown."""
+    lines = []
+    for section in Section.__subclasses__():
+        lines += ["", f"**{section.__name__}.** {(section.__doc__ or '').strip().splitlines()[0]}", ""]
+        for name, field in section.model_fields.items():
+            if field.description:
+                lines.append(f"- `{name}`: {field.description}")
+    return "\n".join(each for i, each in enumerate(lines) if each or lines[i - 1]).strip() + "\n"
+
+
+if __name__ == "__main__":
+    print(described(), end="")
