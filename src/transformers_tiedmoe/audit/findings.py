@@ -79,7 +79,7 @@ def _memory(model: ModelAudit) -> Iterator[Finding]:
     total, experts = memory.parameters["total"], memory.parameters.get("experts")
     text = f"It has {units.count(total.unique)} parameters"
     if total.active < total.unique:
-        text += f", of which a token reads {units.count(total.active)} ({units.percent(total.active / total.unique)})"
+        text += f", of which a token uses {units.count(total.active)} ({units.percent(total.active / total.unique)})"
     if experts is not None and experts.unique:
         text += f"; {units.percent(experts.unique / total.unique)} are experts"
     yield Finding(f"{text}.", "memory")
@@ -166,8 +166,8 @@ def _stability(model: ModelAudit, domains: list[Domain]) -> Iterator[Finding]:
             "stability",
         )
     if collapsed := [each.layer for each in layers if each.is_collapsed]:
-        yield Finding(f"The router of {_layers(collapsed, start='layer')} has collapsed: half of all choices go to as "
-                      "few experts as one token uses.", "stability")  # fmt: skip
+        yield Finding(f"The router of {_layers(collapsed, start='layer')} has collapsed: as few experts as one token "
+                      "uses take half or more of what is not theirs by an even share.", "stability")  # fmt: skip
     num_dead, num_experts = sum(each.num_dead for each in layers), sum(each.num_experts for each in layers)
     if num_dead:
         worst = max(layers, key=lambda each: each.num_dead)
@@ -263,6 +263,7 @@ def _against_first(audit: Audit) -> Iterator[str]:
     if first is None or first.memory is None:
         return
     reference = inference_shown(first.memory)
+    has_one_vocabulary = not any(point.measure.startswith("bits per byte ") for point in audit.pareto)
     for model in audit.models[1:]:
         shown = inference_shown(model.memory) if model.memory is not None else None
         if reference is None or shown is None or shown.dtype != reference.dtype:
@@ -272,19 +273,26 @@ def _against_first(audit: Audit) -> Iterator[str]:
             f"memory of {units.short(first.name)} ({units.size(shown.total_bytes)}, not "
             f"{units.size(reference.total_bytes)}, in {shown.dtype})"
         )
-        both = [
-            name
-            for name in (model.quality.loss if model.quality else {})
-            if first.quality is not None and name in first.quality.loss
-        ]
-        if both and model.quality is not None and first.quality is not None:
-            told = [
-                f"{units.added(model.quality.loss[name].value - first.quality.loss[name].value)} on "
-                f"{units.one_line(name)}"
-                for name in both
-            ]
-            text += f"; its loss per token differs by {units.join(told)}"
+        if told := _loss_differences(first, model, has_one_vocabulary):
+            text += f"; {told}"
         yield f"{text}."
+
+
+def _loss_differences(first: ModelAudit, model: ModelAudit, has_one_vocabulary: bool) -> str:
+    """Tell a model's losses against the first one's: per token, or by the text's bytes between vocabularies."""
+    if first.quality is None or model.quality is None:
+        return ""
+    if has_one_vocabulary:
+        what, unit, ours, theirs = "its loss per token", "nats", model.quality.loss, first.quality.loss
+    else:
+        what, unit = "its loss on the text", "bits per byte"
+        ours, theirs = model.quality.bits_per_byte, first.quality.bits_per_byte
+    told = [
+        f"{ours[name].value - theirs[name].value:+.3f} {unit} on {units.one_line(name)}"
+        for name in ours
+        if name in theirs
+    ]
+    return f"{what} differs by {units.join(told)}" if told else ""
 
 
 def _fronts(audit: Audit) -> Iterator[str]:

@@ -4,6 +4,7 @@ The HTML is one file that asks for nothing: no network, no script, no web font. 
 escaped by Jinja2; figures are in it as SVG, drawn for a page and for a phone.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,13 @@ def write(audit: Audit, folder: str | Path) -> None:
             loader=PackageLoader("transformers_tiedmoe.audit"), autoescape=escapes, undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
-        environment.filters["plain"] = plain
+        environment.filters |= {"plain": plain, "together": _together}
         atomic_write_text(folder / name, environment.get_template(f"{name}.j2").render(page))
+
+
+def _together(text: str) -> str:
+    """Return text whose figures stay on the line of their units."""
+    return re.sub(r"(?<=\d) (?=%|[KMGT]iB|nats|[mbt]r?illion|experts)", "\u00a0", text)
 
 
 def terminal(audit: Audit) -> list[RenderableType]:

@@ -24,11 +24,12 @@ LONG = 12  # rows: a longer table is folded
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: the first cell of a row names it."""
+    """A table of text: the first cell of a row names it; a note says what the columns are."""
 
     caption: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    note: str = ""
 
     @property
     def is_long(self) -> bool:
@@ -43,7 +44,7 @@ def glance(audit: Audit) -> Table:
     columns = (
         "model",
         "parameters",
-        "a token reads",
+        "a token uses",
         "FLOPs per token",
         "memory to serve",
         "fits one",
@@ -98,12 +99,7 @@ def active(found: ActiveExperts) -> list[Table]:
     is_soft = any(row.soft_mass is not None for row in found.layers)
     tables.append(
         Table(
-            "Experts that a token uses in each layer"
-            + (
-                ": soft mass, and mean (95 % at most; most) by text"
-                if is_soft
-                else ": mean (95 % at most; most) by text"
-            ),
+            "Experts that a token uses in each layer",
             ("layer", *(("soft mass",) if is_soft else ()), *(units.short(name) for name in domains)),
             [
                 (
@@ -118,6 +114,7 @@ def active(found: ActiveExperts) -> list[Table]:
                 )
                 for row in found.layers
             ],
+            "By text: the mean, and in brackets what 95 % use at most, and the most.",
         )
     )
     return tables
@@ -129,9 +126,8 @@ def memory(found: Memory) -> list[Table]:
     shown = [name for name in (*COMPONENTS, "total") if name in found.parameters and found.parameters[name].read]
     tables = [
         Table(
-            "Parameters: each pool counted once; how many more there would be if every layer that reads a pool "
-            "counted it; those that one token reads",
-            ("component", "stored", "of all", "shared", "read by a token"),
+            "Parameters by component",
+            ("component", "stored", "of all", "shared", "used by a token"),
             [
                 (
                     NAMES.get(name, name),
@@ -143,6 +139,8 @@ def memory(found: Memory) -> list[Table]:
                 for name in shown
                 for each in [found.parameters[name]]
             ],
+            "A pool is stored once; shared are those that there would be besides if every layer that reads a pool "
+            "counted it. A token uses all but the experts that its routers do not choose.",
         ),
         Table(
             "Memory to serve",
@@ -166,6 +164,7 @@ def memory(found: Memory) -> list[Table]:
                 "optimizer",
                 "how",
                 "GPUs",
+                "precision",
                 "weights",
                 "gradients",
                 "optimizer states",
@@ -179,6 +178,7 @@ def memory(found: Memory) -> list[Table]:
                     OPTIMIZERS[each.optimizer],
                     STRATEGIES[each.strategy],
                     str(each.num_gpus),
+                    each.precision + (", checkpointing" if each.gradient_checkpointing else ""),
                     *map(
                         units.size,
                         (
@@ -199,12 +199,13 @@ def memory(found: Memory) -> list[Table]:
     used = [name for name in COMPONENTS if any(row.parameters.get(name) for row in found.layers)]
     tables.append(
         Table(
-            "Parameters stored by each layer; a pool counts in the first layer of its group",
+            "Parameters stored by each layer",
             ("layer", *(NAMES[name] for name in used)),
             [
                 (str(row.layer), *(units.count(n) if (n := row.parameters.get(name)) else "–" for name in used))
                 for row in found.layers
             ],
+            "A pool counts in the first layer of its group.",
         )
     )
     return [table for table in tables if table.rows]
@@ -213,17 +214,11 @@ def memory(found: Memory) -> list[Table]:
 def stability(found: Stability) -> list[Table]:
     """Return how evenly and steadily each layer's router chooses, and how layers of a pool agree."""
     has_domains = any(row.specialisation is not None for row in found.layers)
+    has_source = any(row.source_agreement is not None for row in found.layers)
     pairs = list(dict.fromkeys(pair for row in found.layers for pair in row.drift))
     tables = [
         Table(
-            "How evenly each layer's router chooses, with 95 % intervals: spread of loads (standard deviation over "
-            "mean) and the busiest expert's (over mean), 0 and 1 if even; entropy of all choices and of a token's, "
-            "1 if even"
-            + (
-                "; nats that an expert tells about the text; Jensen-Shannon divergence of loads of two texts, in nats"
-                if has_domains
-                else ""
-            ),
+            "How evenly each layer's router chooses",
             (
                 "layer",
                 "experts",
@@ -233,6 +228,7 @@ def stability(found: Stability) -> list[Table]:
                 "of a token",
                 "never chosen",
                 *(("specialisation",) if has_domains else ()),
+                *(("as the source",) if has_source else ()),
                 *(f"drift, {_pair(pair)}" for pair in pairs),
             ),
             [
@@ -245,10 +241,16 @@ def stability(found: Stability) -> list[Table]:
                     units.interval(row.token_entropy, 3),
                     str(row.num_dead),
                     *((units.interval(row.specialisation, 3),) if has_domains else ()),
+                    *((units.interval(row.source_agreement),) if has_source else ()),
                     *(units.interval(row.drift.get(pair), 3) for pair in pairs),
                 )
                 for row in found.layers
             ],
+            "With 95 % intervals. Spread: standard deviation of experts' loads over their mean, 0 if even. Busiest: "
+            "the largest load over the mean, 1 if even. Entropy: of all choices and of one token's distribution, 1 if "
+            "even."
+            + (" Specialisation: nats that an expert's number tells about the text." if has_domains else "")
+            + (" Drift: Jensen-Shannon divergence of two texts' loads, nats." if pairs else ""),
         ),
         Table(
             "How far layers of one pool choose the same experts for a token",
@@ -296,13 +298,14 @@ def strategy(found: LayerStrategy) -> list[Table]:
             ],
         ),
         Table(
-            "How alike layers are: linear CKA of what enters their experts, cosine of best-matched experts' outputs",
+            "How alike neighbours are",
             ("layers", "inputs", "outputs"),
             [
                 (units.span(each.layers), f"{each.representation_cka:.2f}", _figure(each.output_similarity))
                 for each in found.similarity
                 if abs(each.layers[0] - each.layers[1]) == 1
             ],
+            "Inputs: linear CKA of what enters their experts. Outputs: mean cosine of matched experts' outputs.",
         ),
     ]
     return [table for table in tables if table.rows]
@@ -317,13 +320,15 @@ def quality(found: Quality) -> list[Table]:
     ]
     tables = [
         Table(
-            "Loss, in nats per token with 95 % intervals, and perplexity",
-            ("text", "loss", "perplexity"),
+            "Loss, in nats per token with 95 % intervals, and perplexity"
+            + (", and bits per byte of text, which compare vocabularies" if found.bits_per_byte else ""),
+            ("text", "loss", "perplexity", *(("bits per byte",) if found.bits_per_byte else ())),
             [
                 (
                     units.one_line(name),
                     units.interval(each, 3),
                     f"{found.perplexity[name]:.2f}" if name in found.perplexity else "–",
+                    *((units.interval(found.bits_per_byte.get(name), 3),) if found.bits_per_byte else ()),
                 )
                 for name, each in found.loss.items()
             ],

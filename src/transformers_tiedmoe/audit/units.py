@@ -42,6 +42,8 @@ def added(nats: float) -> str:
 
 def percent(part: float) -> str:
     """Write a part of one, such as "18 %"; with a decimal below 10 %."""
+    if 0 < part < 0.0005:
+        return "<0.1 %"
     return f"{100 * part:.0f} %" if part >= 0.0995 or part == 0 else f"{100 * part:.1f} %"
 
 
