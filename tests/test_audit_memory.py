@@ -8,7 +8,12 @@ import pytest
 import torch
 from checkpoints import save_source
 from families import moe_families, tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -91,7 +96,8 @@ def assert_cache(config) -> None:
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT))
     with torch.no_grad():
         cache = model(input_ids=tokens, use_cache=True).past_key_values
-    held = sum(tensor.numel() * tensor.element_size() for tensor in _all_tensors(cache))
+    tensors = {id(tensor): tensor for tensor in _all_tensors(cache)}.values()  # keys may be the values too
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert prefill(build_skeleton(config), CONTEXT, BATCH).cache_bytes == held
 
 
@@ -324,6 +330,41 @@ def test_strategies_by_hand():
     mixed = plan("fsdp2", precision="mixed")
     assert mixed["weight_bytes"] == everything + 2 * (100 + 2 * 610)
     assert mixed["communicated_bytes"] == 3 * (100 + 2 * 1010) // 2 + 3 * everything
+
+
+def test_fsdp2_sends_what_torch_sends_and_needs_no_more():
+    """One process of four, whose collectives a stand-in of torch's own takes."""
+    config, num_gpus = tiny_config("olmoe", hidden_size=128, num_hidden_layers=8), 4
+    options = MemoryOptions(num_gpus=num_gpus, batch_size=BATCH, block_size=BLOCK, precision="float32")
+    found = next(each for each in memory.measure(subject_of(config), options).training if each.strategy == "fsdp2")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_gpus)
+    try:
+        mesh = init_device_mesh("cpu", (num_gpus,))
+        model, tokens = real_model(config)
+        model.zero_grad()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        step = training_step(fully_shard(model, mesh=mesh), tokens)
+        step()
+        shards = sum(parameter.to_local().untyped_storage().nbytes() for parameter in model.parameters())
+        needed = 4 * shards + peak_bytes(step)  # with the gradients' and AdamW's
+        with Collectives() as sent:
+            step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.communicated_bytes == pytest.approx(sent.num_bytes * (num_gpus - 1) / num_gpus, rel=0.001)
+    assert needed <= found.total_bytes <= 1.2 * needed  # the units' most and the activations' are not at one time
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of whole tensors that are gathered or reduced."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.num_bytes += max(tensor.nbytes for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def test_fits_compares_with_the_gpus_that_were_asked_for():

@@ -21,10 +21,11 @@ from .schema import Inference, Memory, Training
 from .subject import Subject
 
 GIB = 2**30
-# What torch can use of each, as its own errors of full memory say ("GPU 0 has a total capacity of ..."): less than the
-# name says. The issue on GitHub that shows it stands beside each.
+# What torch can use of each, as its own errors of full memory say ("GPU 0 has a total capacity of ..."), less than the
+# name says. The GitHub issue that shows it stands beside each; "logs": several public repositories' logs agree.
 GPUS = {
     "T4 16GB": 14.75,  # hpcaitech/Open-Sora 697
+    "L4 24GB": 22.03,  # logs
     "RTX 3090 24GB": 23.70,  # Lightning-AI/lit-llama 137
     "RTX 4090 24GB": 23.64,  # TMElyralab/MuseTalk 76
     "RTX 5090 32GB": 31.36,  # TrajectoryCrafter/TrajectoryCrafter 20
@@ -32,7 +33,9 @@ GPUS = {
     "L40S 48GB": 44.42,  # stepfun-ai/Step-Video-T2V 8
     "A100 80GB": 79.25,  # levihsu/OOTDiffusion 235
     "H100 80GB": 79.11,  # vllm-project/vllm 27508
+    "H200 141GB": 139.80,  # logs
     "B200 192GB": 178.35,  # unslothai/unsloth 3411
+    "MI300X 192GB": 191.98,  # logs
 }
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -75,7 +75,10 @@ def _recorder(layer: int, top_k: dict[int, int]):
 def _loops_over_tokens(cache: Any) -> bool:
     """Tell whether any layer is of linear attention, and every layer of a class that `_grow` knows."""
     layers = getattr(cache, "layers", [])
-    is_known = all(type(layer).__module__ == "transformers.cache_utils" for layer in layers)
+    is_known = all(
+        type(layer).__module__ == "transformers.cache_utils" and not hasattr(layer, "update_indexer")
+        for layer in layers
+    )
     return is_known and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 

@@ -202,9 +202,10 @@ def _units(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
 
     Returns:
         Parameters of the root, which stays gathered from forward to backward; of all others, each gathered once
-        forward and once backward (a pool too: its gather is kept until the last layer of its group, see
-        docs/scaling.md); and of the largest layer with the pool it reads. Two of these are gathered at a time, as
-        FSDP2 fetches the next while one computes.
+        forward and once backward (a pool too: its gather is kept until the last layer of its
+        group); and of the largest layer with the largest pool. Two of these are gathered at a time, as FSDP2 fetches
+        the next while one computes, and one's gradients wait whole, in what computes and in what is reduced. A step
+        may need less: this is not at the time of the most activations.
     """
     root = 0
     layers: dict[int, int] = {}
