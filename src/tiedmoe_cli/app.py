@@ -296,7 +296,21 @@ def heal(config, progress: ProgressCall) -> tuple[dict, Any]:
     for when in ("before", "after"):
         table.add_row(when, f"{report[when]['loss']:.4f}", f"{report[when]['perplexity']:.2f}")
     done = f"{report['steps']} steps in {report['seconds']:.0f} s. The healed model is in {config.output_dir}."
-    return report, [table, *(f"warning: {each}" for each in report["warnings"]), done]
+    shown = [table, *([_experts_used(report["active_experts"])] if report.get("active_experts") else [])]
+    return report, [*shown, *(f"warning: {each}" for each in report["warnings"]), done]
+
+
+def _experts_used(layers: list[dict]) -> Table:
+    """Show what tokens used under soft routing, layer by layer and in all."""
+    table = Table("layer", "mass k", "experts used", "p50", "p95", "p99", "MFLOPs a token", "dead")
+    for each in layers:
+        quantiles = (f"{each[name]:.0f}" for name in ("p50", "p95", "p99"))
+        row = (str(each["layer"]), f"{each['k']:.2f}", f"{each['mean']:.2f}", *quantiles)
+        table.add_row(*row, f"{each['flops'] / 1e6:.4g}", str(each["dead"]))
+    total = {name: sum(each[name] for each in layers) for name in ("k", "mean", "flops", "dead")}
+    row = ("all", f"{total['k']:.2f}", f"{total['mean']:.2f}", "", "", "")
+    table.add_row(*row, f"{total['flops'] / 1e6:.4g}", str(total["dead"]))
+    return table
 
 
 def audit(config, progress: ProgressCall) -> tuple[dict, Any]:

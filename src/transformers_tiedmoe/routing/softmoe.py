@@ -7,9 +7,12 @@ their slots hold the sentinel E. Notable: whether a family's router can be so re
 found by trying. How SoftMoE itself schedules alpha and truncates is not public to us: this is our design.
 """
 
+import contextlib
 import copy
+import dataclasses
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,17 +79,21 @@ class SoftRouter(nn.Module):
     num_scores: int
     family_top_k: int
     normalises: bool
-    active_counts: Any  # `[E + 1]` int64: tokens by their number of active experts; None before the first
+    layer: int
+    expert_flops: int  # of one token in one of its experts, forward
+    fixed_top_k: int | None  # see `fixed_top_k`
+    counts: "Counts | None"  # None before the first token
 
     @staticmethod
-    def of(router: nn.Module, owner: Any, place: int, num_experts: int) -> "SoftRouter":
+    def of(router: nn.Module, owner: Any, layer: int, place: int, experts: Any) -> "SoftRouter":
         """Make a soft router of the family's `router`, whose parameters it takes over.
 
         Args:
             router: of one layer.
             owner: the base model, whose `expert_budget` is looked up at every call.
+            layer: as the model numbers it.
             place: the layer's place among those with experts.
-            num_experts: how many the router scores, E.
+            experts: of the layer, its own or its view of a pool.
 
         Raises:
             TiedMoeError: the family's router cannot be softened.
@@ -94,9 +101,11 @@ class SoftRouter(nn.Module):
         soft = restore_module(SoftRouter, type(router))
         soft.__dict__.update(router.__dict__)
         soft._owner = (owner,)  # in a tuple: a reference, not a submodule
-        soft.place, soft.num_scores, soft.family_top_k = place, num_experts, owner.config.experts_per_token
-        soft.normalises = _find_whether_it_normalises(router, owner.config, num_experts)
-        soft.active_counts = None
+        soft.layer, soft.place, soft.family_top_k = layer, place, owner.config.experts_per_token
+        soft.num_scores = getattr(experts, "num_slots", None) or experts.num_experts
+        soft.expert_flops = _flops_of_an_expert(experts, owner)
+        soft.normalises = _find_whether_it_normalises(router, owner.config, soft.num_scores)
+        soft.fixed_top_k = soft.counts = None
         return soft
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
@@ -106,6 +115,9 @@ class SoftRouter(nn.Module):
         """
         owner = self._owner[0]
         soft = owner.config.softmoe
+        if self.fixed_top_k is not None:
+            with Selection([], self.num_scores, self.family_top_k, self.fixed_top_k):
+                return super().forward(hidden_states, *args, **kwargs)
         if soft["alpha"] == 0:
             logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
             record_routing(logits, scores_of(self), index)
@@ -131,21 +143,47 @@ class SoftRouter(nn.Module):
         p = soft_top_k(scores, k if isinstance(k, float) else k.to(scores.device), soft["alpha"])
         weights, index = combine(p, weights, index, soft["threshold"], self.normalises)
         record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
-        if watches:
-            self._count((index < self.num_scores).sum(-1))
         if watches and index.device.type == "cpu":  # nothing waits: leave columns out that no token uses
             used = int((index < self.num_scores).sum(-1).max()) if len(index) else 1
             weights, index = weights[:, :used], index[:, :used]
+        if watches:
+            self.counts = Counts.of(self.num_scores, index.device) if self.counts is None else self.counts
+            self.counts.add(index, (p >= soft["threshold"]).sum(-1) if width < most else None)
         return (logits, weights, index, *rest)
-
-    @torch.no_grad()
-    def _count(self, num_active: torch.Tensor) -> None:
-        if self.active_counts is None or self.active_counts.device != num_active.device:
-            self.active_counts = torch.zeros(self.num_scores + 1, dtype=torch.int64, device=num_active.device)
-        self.active_counts.index_add_(0, num_active, torch.ones_like(num_active))
 
     def __reduce__(self):
         return restore_module, (SoftRouter, type(self).__mro__[2]), self.__dict__
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the tokens of one layer have used, counted where they are computed.
+
+    Attributes:
+        tokens: `[E + 1]` int64, tokens by their number of active experts.
+        experts: `[E]` int64, tokens by expert.
+        cut: `[2]` int64: tokens that `max_active` took experts from, and the experts taken.
+    """
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+    cut: torch.Tensor
+
+    @classmethod
+    def of(cls, num_experts: int, device: torch.device) -> "Counts":
+        """Begin to count."""
+        return cls(*(torch.zeros(n, dtype=torch.int64, device=device) for n in (num_experts + 1, num_experts, 2)))
+
+    @torch.no_grad()
+    def add(self, index: torch.Tensor, num_passing: torch.Tensor | None) -> None:
+        """Count tokens: `index [T, K]`, E where not used; `num_passing [T]` experts if some of them may be cut."""
+        uses = index.new_zeros(len(index), len(self.tokens), dtype=torch.bool).scatter_(1, index, True)[:, :-1]
+        num_active = uses.sum(-1)
+        self.tokens.index_add_(0, num_active, torch.ones_like(num_active))
+        self.experts += uses.sum(0)
+        if num_passing is not None:
+            taken = (num_passing - num_active).clamp(min=0)
+            self.cut += torch.stack([(taken > 0).sum(), taken.sum()])
 
 
 class Selection(TorchFunctionMode):
@@ -216,14 +254,12 @@ def soften(base_model: Any, expert_paths: dict[int, str]) -> None:
     for experts in base_model.modules():
         if is_experts(experts):
             experts._is_expert_parallel = True  # transformers' backends look for the sentinel then
-    for place, path in enumerate(expert_paths.values()):
-        experts = base_model.get_submodule(path)
-        num_experts = getattr(experts, "num_slots", None) or experts.num_experts
-        router_path = _router_beside(base_model, path)
-        router = SoftRouter.of(base_model.get_submodule(router_path), base_model, place, num_experts)
+    for place, (layer, path) in enumerate(expert_paths.items()):
+        router_path, experts = _router_beside(base_model, path), base_model.get_submodule(path)
+        router = SoftRouter.of(base_model.get_submodule(router_path), base_model, layer, place, experts)
         base_model.set_submodule(router_path, router)
         most = most_active(
-            base_model.expert_budget.most(place, config.softmoe), config.softmoe["threshold"], num_experts
+            base_model.expert_budget.most(place, config.softmoe), config.softmoe["threshold"], router.num_scores
         )
         if (config.softmoe["max_active"] or most) < most:
             logger.warning_once(
@@ -240,15 +276,16 @@ def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, floa
         reset: whether to start counting anew.
 
     Returns:
-        Per layer with experts `k`, the soft mass that it may have, and of the experts that a token did use `mean`,
-        `p50`, `p95`, `p99`, and `tokens`; empty where nothing has run, or `alpha` is 0.
+        Per layer with experts: `layer`, its number; `k`, the soft mass that it may have; of the experts that a token
+        did use `mean`, `p50`, `p95` and `p99`; `flops`, of these experts for a token on average, forward, a
+        multiply-add counted as two; `tokens`; `dead`, the experts that none of them used; `tokens_cut` and
+        `experts_cut`, what `max_active` took away. Empty where nothing has run, or `alpha` is 0.
     """
     found = []
-    routers: list[Any] = [module for module in model.modules() if isinstance(module, SoftRouter)]
-    for router in routers:
-        if router.active_counts is None:
+    for router in soft_routers(model):
+        if router.counts is None:
             continue
-        counts = router.active_counts.double().cpu()
+        counts, cut = router.counts.tokens.double().cpu(), router.counts.cut.tolist()
         cumulative, tokens = counts.cumsum(0), counts.sum()
         numbers = torch.arange(len(counts), dtype=torch.float64)
         quantiles = {f"p{q}": float((cumulative < tokens * q / 100).sum()) for q in (50, 95, 99)}
@@ -256,10 +293,39 @@ def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, floa
         with torch.no_grad():
             owner = router._owner[0]
             k = float(owner.expert_budget(router.place, owner.config.softmoe))
-        found.append({"k": k, "mean": mean, **quantiles, "tokens": int(tokens)})
+        used = {"layer": router.layer, "k": k, "mean": mean, **quantiles, "flops": mean * router.expert_flops}
+        dead = int((router.counts.experts == 0).sum())
+        found.append({**used, "tokens": int(tokens), "dead": dead, "tokens_cut": cut[0], "experts_cut": cut[1]})
         if reset:
-            router.active_counts = None
+            router.counts = None
     return found
+
+
+def soft_routers(model: nn.Module) -> list[Any]:
+    """Return the soft routers of a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, SoftRouter)]
+
+
+@contextlib.contextmanager
+def fixed_top_k(model: nn.Module, top_k: Sequence[int]) -> Iterator[None]:
+    """Within it each soft layer routes by the family's own top-k, of `top_k` experts, one number a layer."""
+    routers = soft_routers(model)
+    assert len(routers) == len(top_k)
+    try:
+        for router, number in zip(routers, top_k):
+            router.fixed_top_k = number
+        yield
+    finally:
+        for router in routers:
+            router.fixed_top_k = None
+
+
+def _flops_of_an_expert(experts: Any, owner: Any) -> int:
+    """Count two for each weight that a token meets in one expert: of its matrices, and of a residual's."""
+    matrices = list(experts.parameters())
+    if hasattr(experts, "pool_index"):
+        matrices += owner.expert_pools[experts.pool_index].parameters()
+    return 2 * sum(math.prod(matrix.shape[1:]) for matrix in matrices if matrix.dim() == 3)
 
 
 def _router_beside(base_model: nn.Module, experts_path: str) -> str:

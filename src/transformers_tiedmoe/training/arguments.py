@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..errors import TiedMoeError
 from ..files import expand
 from ..yaml_input import read_yaml
-from .parameter_groups import LR_DIVISORS
+from .parameter_groups import BUDGET_LR, LR_DIVISORS
 
 OTHER_NAMES = {"output": "output_dir", "batch_size": "per_device_train_batch_size", "warmup_fraction": "warmup_steps"}
 PATHS = ("model", "teacher", "data", "output_dir")
@@ -91,6 +91,9 @@ class TiedMoeTrainingArguments(TrainingArguments):
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
     train_norms: bool = _ours(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
     anneal: float = _ours(0.5, "With soft routing: the share of the steps in which it comes to its targets.")
+    budget_lr: float = _ours(
+        BUDGET_LR, "With soft routing: peak learning rate of the numbers by which layers share the budget."
+    )
     block_size: int | None = _ours(None, "Tokens in a sequence; by default 512, or the model's positions if fewer.")
     text_column: str = _ours("text", "Column of the text, if the data has columns.")
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
@@ -197,7 +200,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value != int(value) or value < 1:
                 raise TiedMoeError(f"{name}={value}, but it must be at least 1, a whole number")
-        for name in ("learning_rate", "temperature"):
+        for name in ("learning_rate", "temperature", "budget_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be a positive number")
         for name in ("teacher_weight", "validation_fraction", "anneal"):

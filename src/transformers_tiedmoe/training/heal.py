@@ -77,7 +77,7 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
         `tokens`, all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of
         this process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`,
         `config`, `versions`; with soft routing also `active_experts`, per layer, on the held-out blocks of the main
-        process.
+        process (`routing.active_experts`).
 
     Raises:
         FileNotFoundError: no such data.
@@ -180,6 +180,8 @@ class _Run:
         active_experts(model, reset=True)
         after = _held_out(trainer.evaluate())
         self._judge(before, after)
+        used = active_experts(model) if self.is_soft else []
+        self._warn_of_experts(used)
         steps = trainer.state.global_step
         report = {
             "before": before,
@@ -196,7 +198,7 @@ class _Run:
             "trainable_parameters": self.trainable,
             "history": history,
             "warnings": self.warnings,
-            **({"active_experts": active_experts(model)} if self.is_soft else {}),
+            **({"active_experts": used} if self.is_soft else {}),
             "num_processes": args.world_size,
             "device": str(args.device),
             "config": args.identity,
@@ -273,10 +275,11 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=[
                 RecordCheckpoints(),
-                *([AnnealRouting(self.model, self.config.softmoe, args.anneal)] if self.is_soft else []),
+                *([AnnealRouting(args.anneal, start=self.config.softmoe)] if self.is_soft else []),
                 *([ProgressReport(self.progress)] if self.progress else []),
             ],
             lr_divisor=args.lr_divisor,
+            budget_lr=args.budget_lr,
             teacher=self.teacher,
             teacher_weight=args.teacher_weight,
             temperature=args.temperature,
@@ -325,6 +328,18 @@ class _Run:
                 f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is "
                 f"{after['loss']:.4f}; lower learning_rate, or give more text"
             )
+
+    def _warn_of_experts(self, layers: list[dict[str, float]]) -> None:
+        """Warn of what soft routing lost on the held-out text."""
+        if cut := sum(each["tokens_cut"] for each in layers):
+            share, experts = cut / sum(each["tokens"] for each in layers), sum(each["experts_cut"] for each in layers)
+            self.warnings.append(
+                f"max_active={self.config.softmoe['max_active']} took {experts / cut:.1f} experts each from "
+                f"{share:.1%} of the held-out tokens, over all layers; raise it in config.json's softmoe, or leave it "
+                "out"
+            )
+        if dead := {each["layer"]: each["dead"] for each in layers if each["dead"]}:
+            self.warnings.append(f"experts that no held-out token used, by layer: {dead}")
 
     def _save(self, model: PreTrainedModel, report: dict[str, Any]) -> None:
         """Write the model and all that goes with it; raise if the saved model differs from the one in memory."""
@@ -466,7 +481,8 @@ def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _history_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: entry[name] for name in ("step", "loss", "eval_loss", "active_experts") if name in entry}
+    names = ("step", "loss", "eval_loss", "active_experts", "dead_experts", "tokens_cut")
+    return {name: entry[name] for name in names if name in entry}
 
 
 def _versions() -> dict[str, str]:

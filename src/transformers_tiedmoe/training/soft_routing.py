@@ -1,4 +1,4 @@
-"""Bring soft routing to its targets while a model is healed; see `routing.SoftMoeOptions`.
+"""Bring soft routing to its targets in any training by Trainer; see `routing.SoftMoeOptions`.
 
 SoftMoE's own schedule (arXiv 2606.17952) is not public to us. Here alpha and the budget move in equal steps, from
 where the model started, and the threshold follows what tokens really use.
@@ -9,30 +9,64 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
+from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
-from ..routing import active_experts
+from ..errors import TiedMoeError
+from ..routing.softmoe import active_experts, soft_routers
+
+logger = logging.get_logger(__name__)
 
 THRESHOLDS = (1e-4, 0.5)  # between which it is moved
 RATE = 0.5  # of the logarithm of what is used by what is asked for
+EVEN_TOKENS = 64  # an expert is called dead if none came where an even router would have sent it so many
 
 
-class AnnealRouting(TrainerCallback):
-    """Move `alpha` and `budget` to their targets, and `threshold` towards `target_active`.
+class AnnealRouting(TrainerCallback, ExportableState):
+    """Move `alpha` and `budget` to their targets, and `threshold` towards `target_active`; log, warn of dead experts.
 
-    What is set depends on the step alone, but for the threshold, which is in the checkpoints' config. A run that was
-    killed goes on as it would have if it saves every so many looks.
+    `Trainer(model, ..., callbacks=[AnnealRouting()])`; `tiedmoe heal` adds it by itself. What is set depends on the
+    step alone, but for the threshold, which is in the checkpoints' trainer_state.json. A run that was killed goes on
+    as it would have if it saves every so many looks.
 
     Args:
-        model: to be trained; its `config.softmoe` is changed.
-        start: `config.softmoe` before the first step of the first run.
         share: of the steps in which the targets are reached.
         interval: steps between two looks at what tokens use, over all processes.
+        start: `config.softmoe` before the first step of the first run; the model's by default.
+
+    Raises:
+        TiedMoeError: when training begins, for a model that is not routed softly.
     """
 
-    def __init__(self, model: Any, start: Mapping[str, Any], share: float = 0.5, interval: int = 10):
-        self.model, self.start, self.share, self.interval = model, dict(start), share, interval
-        self.soft: dict[str, Any] = model.config.softmoe
+    soft: dict[str, Any]
+
+    def __init__(self, share: float = 0.5, interval: int = 10, start: Mapping[str, Any] | None = None):
+        self.share, self.interval, self.start = share, interval, start
+        self.threshold: float | None = None
+        self.dead: set[tuple[int, int]] = set()  # layer and expert that a warning has named
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it."""
+        arguments = {"share": self.share, "interval": self.interval, "start": self.start}
+        return {"args": arguments, "attributes": {"threshold": self.threshold}}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Take the model's options; after a kill those of the first run, and the threshold that was reached."""
+        soft = getattr(getattr(model, "config", None), "softmoe", None)
+        if soft is None:
+            raise TiedMoeError(
+                f"AnnealRouting got a {type(model).__name__} that is not routed softly; expected routing='softmoe' in "
+                "its config: leave the callback out, or make the model with it"
+            )
+        self.soft = soft
+        if state.global_step and (kept := state.stateful_callbacks.get(type(self).__name__)):
+            self.start, self.threshold = kept["args"]["start"], kept["attributes"]["threshold"]
+            soft["threshold"] = self.threshold or soft["threshold"]
+        self.start = dict(soft if self.start is None else self.start)
+        active_experts(model, reset=True)
+        self.seen = self.pending = torch.zeros(len(soft_routers(model)), 2, dtype=torch.float64)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Set alpha and the budget of this step."""
@@ -41,21 +75,69 @@ class AnnealRouting(TrainerCallback):
             if (target := self.start[f"target_{name}"]) is not None:
                 self.soft[name] = self.start[name] + done * (target - self.start[name])
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         """Move the threshold."""
         if self.soft["target_active"] is None or state.global_step % self.interval:
             return
-        here = sum(each["mean"] for each in active_experts(self.model, reset=True))
+        self._look(model)
+        experts, tokens = self.pending.unbind(-1)
+        self.pending = torch.zeros_like(self.pending)
+        here = float((experts / tokens.clamp(min=1)).sum())
         if (used := float(reduce(torch.tensor(here, device=args.device), "mean"))) > 0:
             threshold = self.soft["threshold"] * (used / self.soft["target_active"]) ** RATE
-            self.soft["threshold"] = min(max(threshold, THRESHOLDS[0]), THRESHOLDS[1])
+            self.threshold = self.soft["threshold"] = min(max(threshold, THRESHOLDS[0]), THRESHOLDS[1])
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Count anew, for the next log to say what was used since this one."""
-        if logs and "loss" in logs and self.soft["target_active"] is None:
-            active_experts(self.model, reset=True)
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        """Say what was used since the last log, and which experts are newly dead; count anew."""
+        if not logs or "loss" not in logs:
+            return
+        if "active_experts" not in logs:  # by a Trainer that does not log it itself
+            logs.update(routing_logs(model))
+            state.log_history[-1].update(routing_logs(model))
+        self._look(model)
+        self._warn_of_dead_experts(model)
+        active_experts(model, reset=True)
+        self.seen = torch.zeros_like(self.seen)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take the targets away: they are reached."""
         for name in ("target_alpha", "target_budget"):
             self.soft[name] = None
+
+    def _look(self, model: nn.Module) -> None:
+        """Add what was used since the last look to `pending`: experts and tokens of each layer."""
+        counts = [router.counts for router in soft_routers(model)]
+        now = [[0, 0] if each is None else [int(each.experts.sum()), int(each.tokens.sum())] for each in counts]
+        found = torch.tensor(now, dtype=torch.float64)
+        self.pending, self.seen = self.pending + found - self.seen, found
+
+    def _warn_of_dead_experts(self, model: nn.Module) -> None:
+        found = {}
+        for router in soft_routers(model):
+            if router.counts is not None and router.counts.experts.sum() >= EVEN_TOKENS * router.num_scores:
+                dead = (router.counts.experts == 0).nonzero().flatten().tolist()
+                if new := [expert for expert in dead if (router.layer, expert) not in self.dead]:
+                    found[router.layer] = new
+                    self.dead.update((router.layer, expert) for expert in new)
+        if found:
+            logger.warning(
+                f"no token has used these experts since the last log, by layer: {found}. They learn nothing; train "
+                "with output_router_logits=True, whose balance loss (router_aux_loss_coef) brings them back, or leave "
+                "it if they were dead in the source"
+            )
+
+
+def routing_logs(model: nn.Module) -> dict[str, float]:
+    """Return what soft layers have used since the last reset, as a log has it.
+
+    Returns:
+        `active_experts`, the mean over tokens and layers; `dead_experts`, over all layers; `tokens_cut`, the share of
+        tokens that lost experts to `max_active`. Empty if nothing was routed softly.
+    """
+    if not (layers := active_experts(model)):
+        return {}
+    return {
+        "active_experts": sum(each["mean"] for each in layers) / len(layers),
+        "dead_experts": sum(each["dead"] for each in layers),
+        "tokens_cut": sum(each["tokens_cut"] for each in layers) / sum(each["tokens"] for each in layers),
+    }

@@ -7,10 +7,10 @@ import torch
 from transformers import Trainer
 
 from ..errors import TiedMoeError
-from ..routing import active_experts
 from .data import sequence_losses
 from .distillation import distillation_loss
-from .parameter_groups import pool_parameter_groups
+from .parameter_groups import BUDGET_LR, pool_parameter_groups
+from .soft_routing import routing_logs
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -23,15 +23,25 @@ class HealTrainer(Trainer):
     """Trainer with pool parameter groups, a teacher if there is one, and evaluation without auxiliary losses.
 
     Args:
-        lr_divisor: see `pool_parameter_groups`.
+        lr_divisor, budget_lr: see `pool_parameter_groups`.
         teacher: a frozen causal language model on the device of the training, or None.
         teacher_weight: w in `(1 - w) * (the model's own loss) + w * KL(teacher || model)`.
         temperature: of the divergence.
     """
 
-    def __init__(self, *args, lr_divisor="none", teacher=None, teacher_weight=0.5, temperature=1.0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        lr_divisor="none",
+        budget_lr=BUDGET_LR,
+        teacher=None,
+        teacher_weight=0.5,
+        temperature=1.0,
+        **kwargs,
+    ):
         super().__init__(*args, compute_metrics=_token_weighted_loss, **kwargs)
         self.lr_divisor = lr_divisor
+        self.budget_lr = budget_lr
         self.teacher = teacher
         self.teacher_weight = teacher_weight
         self.temperature = temperature
@@ -43,7 +53,8 @@ class HealTrainer(Trainer):
         """Make the optimizer that the arguments name, over pool parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups = pool_parameter_groups(model, self.args.learning_rate, self.args.weight_decay, self.lr_divisor)
+            rates = {"lr_divisor": self.lr_divisor, "budget_lr": self.budget_lr}
+            groups = pool_parameter_groups(model, self.args.learning_rate, self.args.weight_decay, **rates)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -55,10 +66,10 @@ class HealTrainer(Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Log, with soft routing also the experts that a token used; raise `Diverged` if a loss was not finite."""
+        """Log, with soft routing also what tokens used; raise `Diverged` if a loss was not finite."""
         self._refuse_to_go_on()
-        if "loss" in logs and (layers := active_experts(self.model)):
-            logs["active_experts"] = sum(each["mean"] for each in layers) / len(layers)
+        if "loss" in logs:
+            logs.update(routing_logs(self.model))
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
