@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, workdir
 from transformers_tiedmoe.adapters import find_adapter
@@ -21,7 +21,8 @@ from transformers_tiedmoe.hub import read_manifest
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
-from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
+from transformers_tiedmoe.training.lora import add_lora
+from transformers_tiedmoe.training.parameter_groups import BUDGET_LR, pool_parameter_groups
 from transformers_tiedmoe.training.trainer import HealTrainer
 from transformers_tiedmoe.workdir import open_work
 
@@ -641,6 +642,31 @@ def test_pool_parameter_groups_divides_by_the_root_of_each_group_size():
     assert {group["lr"] for group in pool_parameter_groups(model, 1.0, lr_divisor="none")} == {1.0}
     with pytest.raises(ValueError, match="lr_divisor='cbrt' is unknown"):
         pool_parameter_groups(model, 1.0, lr_divisor="cbrt")
+
+
+def test_the_budget_of_soft_routing_has_its_own_rate_and_never_decays():
+    config = TiedMoeConfig(family="olmoe", skip_first=1, skip_last=1, routing="softmoe", **TINY)
+    for model in (TiedMoeForCausalLM(config), add_lora(TiedMoeForCausalLM(config), 2)):
+        groups = pool_parameter_groups(model, lr=1.0, weight_decay=0.1)
+        names = {id(p): name for name, p in model.named_parameters()}
+        (group,) = [each for each in groups if any("expert_budget" in names[id(p)] for p in each["params"])]
+        assert (len(group["params"]), group["lr"], group["weight_decay"]) == (1, BUDGET_LR, 0.0)
+        assert {each["lr"] for each in pool_parameter_groups(model, 1.0, budget_lr=0.5, lr_divisor="none")} == {1, 0.5}
+
+
+def test_healing_moves_the_budget_at_its_own_rate(tmp_path):
+    """As Adam's first steps do: by the rate, whatever the gradient; and not towards zero by weight decay."""
+    config = TiedMoeConfig(family="olmoe", skip_first=1, skip_last=1, routing="softmoe", **TINY)
+    model = TiedMoeForCausalLM(config)
+    theta = model.base_model.expert_budget.theta
+    theta.data.copy_(torch.tensor([0.5, -0.5, 0.5, -0.5]))
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=1e-5, weight_decay=0.5, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (2, 16)).tolist()]
+    HealTrainer(model, args, train_dataset=rows, data_collator=default_data_collator, budget_lr=0.2).train()
+    torch.testing.assert_close((theta - torch.tensor([0.5, -0.5, 0.5, -0.5])).abs(), torch.full((4,), 0.2))
 
 
 def test_pool_parameter_groups_takes_only_what_is_trained():

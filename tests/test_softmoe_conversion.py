@@ -1,18 +1,25 @@
 """From a source to soft routing, through healing, and back as far as a family's own config can say it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_text
+from checkpoints import make_text, make_tokenizer
 from checkpoints import save_source as save_small_source
-from conversions import save_source, save_tokenizer
-from transformers import AutoModelForCausalLM
+from conversions import edit_config, edit_tensors, save_source, save_tokenizer
+from families import moe_families, tiny_config
+from huggingface_hub.errors import StrictDataclassError
+from test_families import UNSUPPORTED
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, untie
+from tiedmoe_conversion.baking import PER_LAYER
 from tiedmoe_conversion.verify import verify_folder
-from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.configuration_tiedmoe import TOP_K_FIELDS
+from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.heal import HealConfig, heal, load_model
 
 SOFT = {"routing": "softmoe", "method": "union"}
 QUICK = {"max_steps": 8, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
@@ -87,10 +94,6 @@ def test_healing_anneals_to_the_targets(lora, soft, data, tmp_path):
     assert sum(each["k"] for each in used) == pytest.approx(before["target_budget"])
     assert all(1 <= each["p50"] <= each["p99"] for each in used)
 
-    with pytest.raises(ConversionError, match=r"is routed softly \(alpha=0.05\), which a 'olmoe' config cannot say"):
-        untie(tmp_path / "healed", tmp_path / "untied")
-    assert not (tmp_path / "untied").exists()
-
 
 def test_a_killed_healing_anneals_as_an_uninterrupted_one(soft, data, tmp_path, monkeypatch):
     from transformers_tiedmoe.training.trainer import HealTrainer
@@ -113,18 +116,103 @@ def test_a_killed_healing_anneals_as_an_uninterrupted_one(soft, data, tmp_path, 
     assert again["after"] == whole["after"]
 
 
+def copy_with(folder, copied, **softmoe):
+    """The same checkpoint with other fields of config.json's softmoe."""
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("tiedmoe_conversion.json"))
+    edit_config(copied, softmoe=softmoe_of(folder) | softmoe)
+    return str(copied)
+
+
 def test_the_threshold_follows_what_is_asked_for(soft, data, tmp_path):
-    config = json.loads(Path(soft, "config.json").read_text())
-    copied = tmp_path / "soft"
-    copied.mkdir()
-    for path in Path(soft).iterdir():
-        if path.name != "tiedmoe_conversion.json":
-            (copied / path.name).write_bytes(path.read_bytes())
-    config["softmoe"] |= {"alpha": 0.2, "target_alpha": None, "target_active": 5.0, "threshold": 0.02}
-    (copied / "config.json").write_text(json.dumps(config))
-    report = heal(HealConfig(str(copied), data, str(tmp_path / "healed"), **{**QUICK, "max_steps": 60}))
+    fields = {"alpha": 0.2, "target_alpha": None, "target_active": 5.0, "threshold": 0.02}
+    copied = copy_with(soft, tmp_path / "soft", **fields)
+    report = heal(HealConfig(copied, data, str(tmp_path / "healed"), **{**QUICK, "max_steps": 60}))
     assert softmoe_of(tmp_path / "healed")["threshold"] > 0.02
     assert sum(each["mean"] for each in report["active_experts"]) == pytest.approx(5.0, rel=0.15)
+
+
+def test_what_max_active_takes_is_in_the_report(soft, data, tmp_path):
+    copied = copy_with(soft, tmp_path / "soft", alpha=5.0, target_alpha=None, max_active=2)
+    report = heal(HealConfig(copied, data, str(tmp_path / "healed"), **QUICK))
+    assert all((each["tokens_cut"], each["experts_cut"]) == (each["tokens"], 2 * each["tokens"])
+               for each in report["active_experts"])  # fmt: skip
+    assert {each["tokens_cut"] for each in report["history"] if "loss" in each} == {1.0}
+    (warning,) = [each for each in report["warnings"] if "max_active" in each]
+    assert warning.startswith("max_active=2 took 2.0 experts each from 100.0% of the held-out tokens")
+
+
+# Back to the family: a fixed top-k
+
+
+def held_out_loss(folder, data):
+    model = load_model(str(folder))
+    blocks = load_blocks(data, AutoTokenizer.from_pretrained(folder), 64)[1]
+    return type(model), perplexity(model, blocks)["loss"]
+
+
+def test_untying_bakes_a_top_k_and_says_what_it_costs(soft, data, tmp_path):
+    copied = copy_with(soft, tmp_path / "soft", alpha=1e-3, threshold=0.2)
+    with pytest.raises(
+        ConversionError,
+        match=r"is routed softly \(alpha=0.001\): its tokens use different numbers of experts. A 'olmoe' config says "
+        r"one number for all tokens and layers, so that untying bakes a fixed top-k, which costs loss; give text to "
+        r"measure that on as data \(--data\), and top_k \(--top-k\), which it then suggests",
+    ):
+        untie(copied, tmp_path / "untied")
+    _, soft_loss = held_out_loss(copied, data)
+    with pytest.raises(ConversionError, match=r"by layer .* give top_k=2 \(--top-k 2\), or another") as error:
+        untie(copied, tmp_path / "untied", data=data)
+    assert f"the loss is {soft_loss:.4f}" in str(error.value)
+    assert not (tmp_path / "untied").exists()
+
+    report = untie(copied, tmp_path / "untied", data=data, top_k=3)["baked"]
+    kind, loss = held_out_loss(tmp_path / "untied", data)
+    assert kind.__module__.startswith("transformers.models.olmoe")
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["num_experts_per_tok"] == report["top_k"] == 3
+    assert (report["loss_before"], report["loss_after"]) == pytest.approx((soft_loss, loss), rel=1e-6)
+    assert soft_loss != loss
+    assert "softmoe" not in (tmp_path / "untied" / "config.json").read_text()
+
+
+def test_a_family_with_a_number_for_each_layer_keeps_it(data, tmp_path):
+    save_source(tmp_path / "source", "hunyuan_v1_moe", vocab_size=320, dtype=torch.float32, pad_token_id=None)
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    convert(ConversionRecipe(str(tmp_path / "source"), str(tmp_path / "start"), skip_first=1, skip_last=1, **SOFT))
+    soft = copy_with(tmp_path / "start", tmp_path / "soft", alpha=0.01)
+    theta = torch.tensor([1.0, -9.0, 0.0, 2.0, 0.5, -3.0])
+    edit_tensors(soft, lambda tensors: tensors | {"model.expert_budget.theta": theta})
+    report = untie(soft, tmp_path / "untied", data=data)["baked"]
+    used = [each["mean"] for each in report["active_experts"]]
+    assert report["top_k"] == [int(mean + 0.5) for mean in used]
+    assert len(set(report["top_k"])) > 1
+    _, loss = held_out_loss(tmp_path / "untied", data)
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["moe_topk"] == report["top_k"]
+    assert report["loss_after"] == pytest.approx(loss, rel=1e-6)
+    assert report["loss_before"] == pytest.approx(held_out_loss(soft, data)[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted({*moe_families()} - {*PER_LAYER, *UNSUPPORTED}))
+def test_no_other_family_s_config_holds_a_number_for_each_layer(family):
+    config = tiny_config(family)
+    field = next(name for name in TOP_K_FIELDS if getattr(config, name, None) is not None)
+    with torch.device("meta"), pytest.raises((StrictDataclassError, TypeError), match="list"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **{field: [2] * config.num_hidden_layers}))
+        model(torch.ones(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("softmoe", "fields", "message"),
+    [
+        ({"alpha": 0}, {"top_k": 2}, r"routes by the top-k of its family, 2, which untying keeps; expected neither"),
+        ({"alpha": 0.1}, {"top_k": 5, "data": "text"}, r"top_k=5; expected 1 to 4"),
+        ({"alpha": 0.1}, {"top_k": 2, "data": "no/such.txt"}, r"text to measure on: no file or folder"),
+        ({"alpha": 0.1}, {"top_k": 2}, r"costs loss; give text to measure that on as data \(--data\)$"),
+    ],
+)
+def test_a_top_k_that_cannot_be_baked_is_refused(softmoe, fields, message, soft, tmp_path):
+    with pytest.raises(ConversionError, match=message):
+        untie(copy_with(soft, tmp_path / "soft", **softmoe), tmp_path / "untied", **fields)
+    assert not (tmp_path / "untied").exists()
 
 
 @pytest.mark.parametrize(

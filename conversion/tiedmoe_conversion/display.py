@@ -79,6 +79,19 @@ def show_measured(measured: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def show_baked(baked: Mapping[str, Any]) -> RenderableType:
+    """Render what `baking.bake` returns: soft routing and the top-k that stands for it, side by side."""
+    used, top_k = baked["active_experts"], baked["top_k"]
+    layers = top_k if isinstance(top_k, list) else [top_k] * len(used)
+    table = Table(f"on {baked['tokens']:,} held-out tokens", "soft", "top-k")
+    for each, k in zip(used, layers):
+        table.add_row(f"experts used in layer {each['layer']}", f"{each['mean']:.2f}", str(k))
+    table.add_row("in all layers", f"{sum(each['mean'] for each in used):.2f}", str(sum(layers)))
+    added = baked["loss_after"] - baked["loss_before"]
+    table.add_row("loss", f"{baked['loss_before']:.4f}", f"{baked['loss_after']:.4f} ({added:+.4f})")
+    return table
+
+
 def _made_by(recipe: Any) -> str:
     """Name the recipe's methods for people: "prototype, prefit, residual 8"."""
     names = [method.name for method, _ in recipe.steps]

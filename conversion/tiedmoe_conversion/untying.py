@@ -2,7 +2,7 @@
 
 Every layer gets its own copy of its pool's rows, through its slot map, plus its residual if it has one, so that
 transformers, vLLM and other readers of the family load it. It works rule by rule: one layer's projection is in memory
-at a time.
+at a time. Soft routing becomes a fixed top-k; see `baking.py`.
 """
 
 import json
@@ -18,6 +18,7 @@ from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.workdir import check_output, open_work
 
+from .baking import bake
 from .checkpoint.reader import Source, open_source
 from .checkpoint.writer import Planned, Progress, check_space, into_files, write_weights
 from .errors import ConversionError
@@ -40,7 +41,12 @@ class _Untied(Planned):
 
 
 def untie(
-    source: str | Path, output: str | Path, max_shard_size: str | int = "5GB", progress: Progress | None = None
+    source: str | Path,
+    output: str | Path,
+    max_shard_size: str | int = "5GB",
+    progress: Progress | None = None,
+    top_k: int | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Turn a tiedmoe checkpoint into the family's own; the output appears complete and verified or not at all.
 
@@ -51,20 +57,25 @@ def untie(
         output: a new or empty folder.
         max_shard_size: as in `ConversionRecipe`.
         progress: called as `progress(done_bytes, total_bytes, what)`.
+        top_k, data: of a checkpoint that is routed softly: experts per token of the output, and text to measure the
+            cost on; see `baking.bake`.
 
     Returns:
         A JSON-able report: family, parameters and bytes before and after, verification, the weight files with their
-        hash, and how many of them an earlier run had finished.
+        hash, and how many of them an earlier run had finished; `baked` if routing was soft.
 
     Raises:
-        ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), or
-            whatever is wrong with the source or the output as in a conversion.
+        ConversionError: no tiedmoe checkpoint, layers of several widths (which no family's config expresses), soft
+            routing without what `baking.bake` needs, or whatever is wrong with the source or the output as in a
+            conversion.
     """
-    folder = check_output(output, {"source": source})
+    folder = check_output(output, {"source": source, "text": data})
     shard_size = parse_size(max_shard_size)
     opened = open_source(str(source))
     config = read_tied_config(opened)
     family_config = _family_config(config, opened)
+    if (baked := bake(opened, config, top_k, data)) is not None:
+        setattr(family_config, config.top_k_field, baked["top_k"])
     tied, model = family_model(config), family_model(family_config)
     tensors = map_tensors(opened, tied, rules=model)
     reader = LayerTensors(config, tensors, expert_layers(model), tied.base_model_prefix)
@@ -81,7 +92,8 @@ def untie(
     num_bytes = sum(operation.num_bytes for operation in operations)
     check_space(folder, num_bytes)
     family_config.architectures = [type(model).__name__]
-    made = identity("untie", {"max_shard_size": shard_size}, opened, operations)
+    options = {"max_shard_size": shard_size} | ({} if baked is None else {"top_k": baked["top_k"]})
+    made = identity("untie", options, opened, operations)
     with open_work(folder, made) as work:
         if work.report is None:
             with work.draft() as draft:
@@ -101,6 +113,7 @@ def untie(
         "bytes_before": sum(info.num_bytes for info in opened.tensors.values()),
         "bytes_after": num_bytes,
         "tensors": len(operations),
+        **({} if baked is None else {"baked": baked}),
         "files": {operation.file: work.files[operation.file] for operation in operations},
         "resumed_files": work.num_resumed,
         **work.report,
@@ -161,13 +174,6 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
     """Return the family's own config; its number of experts is the width of every layer's router."""
-    soft: Any = config.softmoe
-    if soft is not None and soft["alpha"] > 0:
-        raise ConversionError(
-            f"{source.name} is routed softly (alpha={soft['alpha']}), which a {config.family!r} config cannot say: "
-            "its experts per token are one number for all tokens and layers. Keep using it as tiedmoe, or heal it "
-            "with target_alpha=0 in config.json's softmoe first"
-        )
     family_config, field = config.to_family(), config.num_experts_field
     widths = {layer: getattr(config, field) for layer in expert_layers(family_model(family_config))}
     pools = zip(config.groups, config.pool_num_experts, config.slot_maps)  # type: ignore[arg-type]  # resolved to lists

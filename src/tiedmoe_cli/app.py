@@ -35,6 +35,12 @@ class UntieConfig:
     source: str = field(metadata={"help": "Folder or hub id of a tied checkpoint."})
     output: str = field(metadata={"help": "The folder to write; it must be new or empty."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file to write."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "After soft routing: experts per token of the output, in every layer."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "After soft routing: text to measure on what a fixed top-k costs."}
+    )
 
 
 @dataclass(frozen=True)
@@ -273,9 +279,13 @@ def _flat(report: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 def untie(config: UntieConfig, progress: ProgressCall) -> tuple[dict, Any]:
     """Write a tied checkpoint back as its family's own, which needs no tiedmoe to be loaded."""
     from tiedmoe_conversion import untie
+    from tiedmoe_conversion.display import show_baked
 
-    report = untie(config.source, config.output, max_shard_size=config.max_shard_size, progress=progress)
-    return report, f"The untied model is in {config.output}."
+    report = untie(**vars(config), progress=progress)
+    return report, [
+        *([show_baked(report["baked"])] if "baked" in report else []),
+        f"The untied model is in {config.output}.",
+    ]
 
 
 def heal(config, progress: ProgressCall) -> tuple[dict, Any]:

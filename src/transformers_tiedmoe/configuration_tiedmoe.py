@@ -166,9 +166,14 @@ class TiedMoeConfig(PreTrainedConfig):
         return _first_field(self, NUM_EXPERTS_FIELDS, "experts per layer")
 
     @property
+    def top_k_field(self) -> str:
+        """The family's name for the experts active per token, e.g. `num_experts_per_tok`."""
+        return _first_field(self, TOP_K_FIELDS, "active experts per token")
+
+    @property
     def experts_per_token(self) -> int:
         """Experts active per token, K, whatever the family calls it."""
-        return getattr(self, _first_field(self, TOP_K_FIELDS, "active experts per token"))
+        return getattr(self, self.top_k_field)
 
     def group_of(self, layer: int) -> int | None:
         """Return the pool that `layer` reads, or None if it is untied."""

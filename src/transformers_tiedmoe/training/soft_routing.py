@@ -41,6 +41,7 @@ class AnnealRouting(TrainerCallback, ExportableState):
     """
 
     soft: dict[str, Any]
+    start: Any
 
     def __init__(self, share: float = 0.5, interval: int = 10, start: Mapping[str, Any] | None = None):
         self.share, self.interval, self.start = share, interval, start
