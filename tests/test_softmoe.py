@@ -1,17 +1,26 @@
 """Soft routing of every family: equal to the family's own at alpha 0, to formulas written out here above it."""
 
 import copy
+import os
 import pickle
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from families import moe_families, tiny_config
 from test_families import UNSUPPORTED
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
+from transformers_tiedmoe.training import AnnealRouting, pool_parameter_groups, soft_routing
 
 # Families whose router cannot be replaced, and what the error says of it.
 NOT_SOFT = {
@@ -142,18 +151,17 @@ def test_group_limits_stay():
 # What users do with it
 
 
-@pytest.mark.parametrize(
-    "tying",
-    [
-        {"groups": []},
-        TYING,
-        {**TYING, "slot_maps": True},
-        {**TYING, "slot_maps": True, "pool_num_experts": 6},
-        {**TYING, "pool_num_experts": 6},
-        {**TYING, "residual_rank": 2},
-    ],
-    ids=["untied", "tied", "slot maps", "wider behind slot maps", "wider", "residuals"],
-)
+VIEWS = {
+    "untied": {"groups": []},
+    "tied": TYING,
+    "slot maps": {**TYING, "slot_maps": True},
+    "wider behind slot maps": {**TYING, "slot_maps": True, "pool_num_experts": 6},
+    "wider": {**TYING, "pool_num_experts": 6},
+    "residuals": {**TYING, "residual_rank": 2},
+}
+
+
+@pytest.mark.parametrize("tying", VIEWS.values(), ids=VIEWS)
 def test_a_token_does_not_depend_on_its_batch_or_its_cache(tying, tokens, tmp_path):
     model = soft_model(tying=tying, threshold=0.2)
     together = model(tokens).logits
@@ -190,19 +198,116 @@ def test_padding_and_packing_do_not_change_a_token(tokens):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_our_experts_spend_nothing_on_slots_that_are_not_used(tokens):
-    """What is given to the kernels holds the sentinel there; their tests count the rows."""
-    model = soft_model(implementation="tiedmoe", threshold=0.3)
+@pytest.mark.parametrize("tying", VIEWS.values(), ids=VIEWS)
+def test_implementations_agree_on_every_view_of_a_pool(tying, tokens):
+    model = soft_model(tying=tying, threshold=0.3, implementation="eager")
+    model.base_model.expert_budget.theta.data.normal_()
     expected = model(tokens).logits
-    model.set_experts_implementation("grouped_mm")
-    torch.testing.assert_close(expected, model(tokens).logits, rtol=1e-4, atol=1e-5)
+    for implementation in ("grouped_mm", "batched_mm", "tiedmoe"):
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, tokens):
+@pytest.mark.parametrize("implementation", ["eager", "tiedmoe"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_experts_compute_the_slots_that_are_used_and_the_flops_are_theirs(family, implementation, tokens, monkeypatch):
+    """Rows of every product with an expert's weights are counted, beneath torch: none is of a slot without a use."""
+    model = soft_model(family, implementation=implementation, threshold=0.3)
+    model(tokens)  # ours looks for the activation once
+    active_experts(model, reset=True)
+    rows, weights = [], {p.data_ptr() for name, p in model.named_parameters() if "expert" in name and p.dim() == 3}
+    ranges = [(p.data_ptr(), p.data_ptr() + p.nbytes) for _, p in model.named_parameters() if p.data_ptr() in weights]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                left, right = args[-2:]
+                if any(first <= right.data_ptr() < last for first, last in ranges):
+                    rows.append(2 * left.shape[0] * right.shape[0] * right.shape[1])
+            return func(*args, **(kwargs or {}))
+
+    if implementation == "tiedmoe":  # an op of its own, beneath which no mode looks: its one product is counted
+        product = torch_backend._matmul
+
+        def counted(a, weight, each):
+            rows.append(2 * a.shape[0] * weight.shape[1] * weight.shape[2])
+            return product(a, weight, each)
+
+        monkeypatch.setattr(torch_backend, "_matmul", counted)
+        model(tokens)
+    else:
+        with Count():
+            model(tokens)
+    used = active_experts(model)
+    assert sum(each["mean"] for each in used) < len(used) * 4
+    assert sum(rows) == pytest.approx(sum(each["flops"] * each["tokens"] for each in used))
+
+
+def test_slots_that_are_not_used_take_no_time():
+    """Our experts on 32 slots of which 4 are used take as long as on these 4, and not as on 32: seconds of the CPU."""
+    sizes = {"num_experts": 32, "num_experts_per_tok": 4, "hidden_size": 128, "intermediate_size": 128}
+    config = TiedMoeConfig.from_family(tiny_config("olmoe", num_hidden_layers=2, **sizes), groups=[[0, 1]])
+    pool = TiedMoeForCausalLM(config).expert_pools[0]
+    pool.config._experts_implementation = "tiedmoe"
+    x, weights = torch.randn(512, 128), torch.rand(512, 32)
+    index = torch.stack([torch.randperm(32) for _ in range(512)])
+    padded = index.masked_fill(torch.arange(32) >= 4, 32)
+    assert pool(x, padded, weights).allclose(pool(x, index[:, :4], weights[:, :4]), atol=1e-5)
+    seconds = {"few": [], "padded": [], "all": []}
+    for _ in range(7):
+        for name, slots in (("few", index[:, :4]), ("padded", padded), ("all", index)):
+            start = time.thread_time()
+            with torch.no_grad():
+                pool(x, slots, weights[:, : slots.shape[1]])
+            seconds[name].append(time.thread_time() - start)
+    least = {name: min(each) for name, each in seconds.items()}
+    assert least["padded"] < (least["few"] + least["all"]) / 2, least
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision(dtype, tolerance, tokens):
     model = soft_model(dtype=dtype)
-    assert model(tokens).logits.isfinite().all()
-    assert routers(model)[0](torch.randn(4, 32, dtype=dtype))[1].dtype == dtype
+    hidden_states = torch.randn(64, 32, dtype=dtype)
+    full = soft_model()
+    for router, reference in zip(routers(model), routers(full)):
+        reference.load_state_dict(router.state_dict())
+        _, weights, index = router(hidden_states)
+        _, expected, expected_index = reference(hidden_states.float())
+        assert weights.dtype == dtype
+        found = torch.zeros(64, 5).scatter_(-1, index, weights.float())
+        wanted = torch.zeros(64, 5).scatter_(-1, expected_index, expected)
+        torch.testing.assert_close(found[:, :4], wanted[:, :4], rtol=0, atol=tolerance)
+    expected = full.load_state_dict(model.state_dict()) and full(tokens).logits.log_softmax(-1)
+    torch.testing.assert_close(model(tokens).logits.float().log_softmax(-1), expected, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])  # those that need no GPU and no other package
+def test_generation_is_the_same_with_every_cache(cache, tokens):
+    fields = {"family": "mixtral", "fields": {"sliding_window": 8}} if cache == "sliding" else {}
+    model = soft_model(threshold=0.2, **fields)
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, use_cache=False, **greedy)
+    named = {} if cache == "sliding" else {"cache_implementation": cache}
+    assert model.generate(tokens, **named, **greedy).equal(expected)
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "transformers_tiedmoe" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.load(sys.argv[1] + "/tokens.pt")).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+def test_the_remote_stub_loads_it_without_an_import(tokens, tmp_path):
+    model = soft_model(threshold=0.2)
+    model.base_model.expert_budget.theta.data.normal_()
+    model.save_pretrained(tmp_path)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", REMOTE, str(tmp_path)], check=True, env=env)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(tokens).logits)
 
 
 def test_the_budget_is_learned_and_kept(tokens):
@@ -239,6 +344,9 @@ def test_compiles_as_one_graph(tokens):
     expected = model(tokens).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    # K_max is static: what the tokens use decides no shape, and nothing is compiled anew
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(tokens.flip(1)).logits, model(tokens.flip(1)).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_on_pools(tokens):
@@ -277,12 +385,17 @@ def test_router_losses_and_active_experts_in_the_outputs(tokens):
 
 def test_statistics_count_what_tokens_use(tokens):
     model = soft_model(threshold=0.3)
-    seen = []
+    routers(model)[0].weight.data[3] = -9.0 * model.base_model.embed_tokens.weight[tokens].mean((0, 1))
+    seen, chosen = [], []
     for router in routers(model):
         router.register_forward_hook(lambda module, args, output: seen.append((output[2] < 4).sum(-1).double()))
+        router.register_forward_hook(lambda module, args, output: chosen.append(set(output[2].flatten().tolist())))
     model(tokens)
-    for each, used in zip(active_experts(model, reset=True), seen):
+    for each, used, experts in zip(active_experts(model, reset=True), seen, chosen):
         assert each["tokens"] == 18
+        assert each["dead"] == len({0, 1, 2, 3} - experts)
+        assert each["flops"] == pytest.approx(float(used.mean()) * 2 * 3 * 32 * 24)
+        assert each["tokens_cut"] == each["experts_cut"] == 0
         assert each["mean"] == pytest.approx(used.mean())
         assert each["p50"] == used.quantile(0.5, interpolation="lower")
         assert each["p99"] == used.max()
@@ -324,6 +437,8 @@ def test_trainer_trains_it_and_saves_what_loads(tokens, tmp_path):
         ({"cap": 5}, "softmoe.cap=5; expected a number of at least 1 and at most 4"),
         ({"max_active": 0}, "softmoe.max_active=0; expected an integer from 1 to 4"),
         ({"max_active": 2.5}, "softmoe.max_active=2.5"),
+        ({"max_active": 1}, "softmoe.max_active=1 cannot hold .* 2 of each layer on average; expected 2 to 4"),
+        ({"max_active": 2, "layers": [2, 2, 2, 2, 1, 2.5]}, "softmoe.max_active=2 cannot hold .*; expected 3 to 4"),
         ({"learn_budget": "yes"}, "softmoe.learn_budget='yes'; expected true or false"),
         ({"alhpa": 1}, "softmoe has no field 'alhpa'"),
         ([1], r"softmoe=\[1\]; expected a mapping"),
@@ -367,5 +482,96 @@ def test_max_active_drops_and_says_so(tokens, monkeypatch):
     assert set(said) == {
         "max_active=2 is below the 4 experts of a token that can pass the threshold 0.05: some tokens lose experts."
     }
+    seen = []
+    for router in routers(model):
+        router.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output[0])))
     model(tokens)
-    assert max(each["p99"] for each in active_experts(model)) == 2
+    for each, (router, _, logits) in zip(active_experts(model), seen):
+        k = model.base_model.expert_budget(router.place, model.config.softmoe)
+        passing = (soft_top_k(logits.softmax(-1), k, 5.0) >= 0.05).sum(-1)
+        assert each["p99"] == 2
+        assert each["tokens_cut"] == int((passing > 2).sum()) > 0
+        assert each["experts_cut"] == int((passing - 2).clamp(min=0).sum())
+
+
+# Training by a plain Trainer
+
+
+def rows_of(tokens):
+    return [{"input_ids": row, "labels": row} for row in tokens] * 16
+
+
+def train(model, folder, tokens, callbacks, resume=None, **fields):
+    args = TrainingArguments(
+        folder, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=2,
+        **{"max_steps": 8, "save_strategy": "no", "per_device_train_batch_size": 2, **fields},
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(pool_parameter_groups(model, 1e-3, weight_decay=0.1))
+    trainer = Trainer(
+        model, args, train_dataset=rows_of(tokens), data_collator=default_data_collator, callbacks=callbacks,
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+TARGETS = {"alpha": 0.0, "target_alpha": 0.2, "target_budget": 9.0, "target_active": 9.0, "threshold": 0.1}
+
+
+def test_a_plain_trainer_anneals_logs_and_goes_on_after_a_kill(tokens, tmp_path):
+    whole = soft_model(**TARGETS).train()
+    trainer = train(whole, tmp_path / "whole", tokens, [AnnealRouting(whole, interval=2)])
+    soft = whole.config.softmoe
+    assert (soft["alpha"], soft["budget"], soft["target_alpha"], soft["target_budget"]) == (0.2, 9.0, None, None)
+    assert soft["threshold"] != 0.1
+    logs = [each for each in trainer.state.log_history if "active_experts" in each]
+    assert len(logs) == 4
+    assert all(1 <= each["active_experts"] <= 4 and each["dead_experts"] >= 0 for each in logs)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    fields = {"save_strategy": "steps", "save_steps": 4}
+    first, second = soft_model(**TARGETS).train(), soft_model(**TARGETS).train()
+    train(first, tmp_path / "twice", tokens, [AnnealRouting(interval=2), Kill()], **fields)
+    train(
+        second, tmp_path / "twice", tokens, [AnnealRouting(interval=2)], str(tmp_path / "twice/checkpoint-4"), **fields
+    )
+    assert second.config.softmoe == whole.config.softmoe
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], tensor)
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "routing.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "AnnealRouting" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/routing.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "0.05 9.0"
+
+
+def test_experts_that_die_are_warned_of_once(tokens, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(soft_routing.logger, "warning", said.append)
+    model = soft_model(alpha=0.01).train()
+    for router in routers(model)[:1]:
+        router.register_forward_pre_hook(lambda module, args: (torch.ones_like(args[0]),))
+        router.weight.data.copy_(torch.tensor([1.0, 0.5, -1.0, -1.0])[:, None])
+    train(model, tmp_path, tokens, [AnnealRouting()], per_device_train_batch_size=16)
+    assert len([each for each in said if "{0: [2, 3]" in each]) == 1
+    assert "no token has used these experts since the last log, by layer: {0: [2, 3]" in said[0]
+
+
+def test_a_budget_that_decays_is_warned_of(tokens, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(soft_routing.logger, "warning", said.append)
+    model = soft_model()
+    args = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[], weight_decay=0.1, save_strategy="no")
+    Trainer(model, args, default_data_collator, rows_of(tokens), callbacks=[AnnealRouting()]).train()
+    assert [each for each in said if "shares of the budget decay by weight_decay=0.1, towards even ones" in each]
+
+
+def test_annealing_needs_soft_routing():
+    with pytest.raises(ValueError, match="that is not routed softly; expected routing='softmoe' in its config"):
+        AnnealRouting(with_top_k(soft_model(alpha=0)))

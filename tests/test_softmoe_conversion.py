@@ -195,9 +195,9 @@ def test_a_family_with_a_number_for_each_layer_keeps_it(data, tmp_path):
 def test_no_other_family_s_config_holds_a_number_for_each_layer(family):
     config = tiny_config(family)
     field = next(name for name in TOP_K_FIELDS if getattr(config, name, None) is not None)
+    fields = {field: [2] * config.num_hidden_layers}
     with torch.device("meta"), pytest.raises((StrictDataclassError, TypeError), match="list"):
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **{field: [2] * config.num_hidden_layers}))
-        model(torch.ones(1, 4, dtype=torch.int64))
+        AutoModelForCausalLM.from_config(tiny_config(family, **fields))(torch.ones(1, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

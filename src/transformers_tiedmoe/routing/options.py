@@ -96,6 +96,13 @@ class SoftMoeOptions:
             raise TiedMoeError(
                 f"softmoe.max_active={short_repr(options.max_active)}; expected an integer from 1 to {num_experts}"
             )
+        needed = max(layers) if layers is not None else budget / num_layers
+        if options.max_active is not None and options.max_active < needed:
+            of_each = "a layer" if layers is not None else "each layer on average"
+            raise TiedMoeError(
+                f"softmoe.max_active={options.max_active} cannot hold the mass, {needed:g} of {of_each}; expected "
+                f"{math.ceil(needed)} to {num_experts}"
+            )
         return options
 
     def to_dict(self) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=[
                 RecordCheckpoints(),
-                *([AnnealRouting(args.anneal, start=self.config.softmoe)] if self.is_soft else []),
+                *([AnnealRouting(start=self.config.softmoe, share=args.anneal)] if self.is_soft else []),
                 *([ProgressReport(self.progress)] if self.progress else []),
             ],
             lr_divisor=args.lr_divisor,

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..errors import TiedMoeError
 from ..routing.softmoe import active_experts, soft_routers
+from .parameter_groups import BUDGET_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -32,42 +33,46 @@ class AnnealRouting(TrainerCallback, ExportableState):
     as it would have if it saves every so many looks.
 
     Args:
+        model: to check at once that it is routed softly; Trainer hands its own over when training begins.
+        start: `config.softmoe` before the first step of the first run; the model's when training begins by default.
         share: of the steps in which the targets are reached.
         interval: steps between two looks at what tokens use, over all processes.
-        start: `config.softmoe` before the first step of the first run; the model's by default.
 
     Raises:
-        TiedMoeError: when training begins, for a model that is not routed softly.
+        TiedMoeError: a model that is not routed softly.
     """
 
     soft: dict[str, Any]
     start: Any
 
-    def __init__(self, share: float = 0.5, interval: int = 10, start: Mapping[str, Any] | None = None):
-        self.share, self.interval, self.start = share, interval, start
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        start: Mapping[str, Any] | None = None,
+        share: float = 0.5,
+        interval: int = 10,
+    ):
+        if model is not None:
+            _options_of(model)
+        self.start, self.share, self.interval = None if start is None else dict(start), share, interval
         self.threshold: float | None = None
         self.dead: set[tuple[int, int]] = set()  # layer and expert that a warning has named
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
-        arguments = {"share": self.share, "interval": self.interval, "start": self.start}
+        arguments = {"start": self.start, "share": self.share, "interval": self.interval}
         return {"args": arguments, "attributes": {"threshold": self.threshold}}
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Take the model's options; after a kill those of the first run, and the threshold that was reached."""
-        soft = getattr(getattr(model, "config", None), "softmoe", None)
-        if soft is None:
-            raise TiedMoeError(
-                f"AnnealRouting got a {type(model).__name__} that is not routed softly; expected routing='softmoe' in "
-                "its config: leave the callback out, or make the model with it"
-            )
-        self.soft = soft
+        self.soft = soft = _options_of(model)
         if state.global_step and (kept := state.stateful_callbacks.get(type(self).__name__)):
             self.start, self.threshold = kept["args"]["start"], kept["attributes"]["threshold"]
             soft["threshold"] = self.threshold or soft["threshold"]
         self.start = dict(soft if self.start is None else self.start)
         active_experts(model, reset=True)
         self.seen = self.pending = torch.zeros(len(soft_routers(model)), 2, dtype=torch.float64)
+        _warn_of_decay(model, optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Set alpha and the budget of this step."""
@@ -125,6 +130,28 @@ class AnnealRouting(TrainerCallback, ExportableState):
                 f"no token has used these experts since the last log, by layer: {found}. They learn nothing; train "
                 "with output_router_logits=True, whose balance loss (router_aux_loss_coef) brings them back, or leave "
                 "it if they were dead in the source"
+            )
+
+
+def _options_of(model: Any) -> dict[str, Any]:
+    """Return a soft model's `config.softmoe`, which is changed in place."""
+    if (soft := getattr(getattr(model, "config", None), "softmoe", None)) is None:
+        raise TiedMoeError(
+            f"AnnealRouting got a {type(model).__name__} that is not routed softly; expected routing='softmoe' in "
+            "its config: leave the callback out, or make the model with it"
+        )
+    return soft
+
+
+def _warn_of_decay(model: Any, optimizer: Any) -> None:
+    """Warn if the optimizer pulls a learned budget towards an even one, as Trainer's own does with weight_decay."""
+    budget = {id(parameter) for name, parameter in model.named_parameters() if BUDGET_NAME.search(name)}
+    for group in getattr(optimizer, "param_groups", ()):
+        if group.get("weight_decay") and budget & {id(parameter) for parameter in group["params"]}:
+            logger.warning(
+                f"the layers' shares of the budget decay by weight_decay={group['weight_decay']}, towards even ones; "
+                "give Trainer an optimizer over training.pool_parameter_groups(model, lr, weight_decay), where they "
+                "do not, and have a learning rate of their own"
             )
 
 
