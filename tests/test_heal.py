@@ -666,7 +666,8 @@ def test_healing_moves_the_budget_at_its_own_rate(tmp_path):
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (2, 16)).tolist()]
     HealTrainer(model, args, train_dataset=rows, data_collator=default_data_collator, budget_lr=0.2).train()
-    torch.testing.assert_close((theta - torch.tensor([0.5, -0.5, 0.5, -0.5])).abs(), torch.full((4,), 0.2))
+    moved = (theta - torch.tensor([0.5, -0.5, 0.5, -0.5])).abs()
+    torch.testing.assert_close(moved, torch.full((4,), 0.2), rtol=0.01, atol=0)  # but for Adam's epsilon
 
 
 def test_pool_parameter_groups_takes_only_what_is_trained():
