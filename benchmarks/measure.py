@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peers import PEERS, TIEDMOE, Layer, Peer, reason_to_leave_out
 from shapes import TINY, Case, route
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # relative, Frobenius norm
 CHECKED_TOKENS = 8192  # compared with float64 at most: the memory ends
@@ -134,16 +135,22 @@ def prepare(peer: Peer, problem: Problem) -> Prepared:
 
 
 def float64_layer(gate_up: Tensor, down: Tensor) -> Layer:
-    """Return a layer in float64, expert after expert; its backward writes each one's gradient once, not one of all."""
+    """Return a layer in float64, expert after expert; its backward writes each one's gradient once, not one of all.
+
+    An expert's weights are turned to float64 when they are used, in the backward once more: all would fill the memory.
+    """
     experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
+
+    def expert(x: Tensor, gate_up_e: Tensor, down_e: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up_e.double()).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down_e.double())
 
     def layer(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
         for e in index.unique().tolist():
-            gate_up_e, down_e = (each.double() for each in experts[e])
             token, k = (index == e).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], gate_up_e).chunk(2, dim=-1)
-            y = y.index_add(0, token, F.linear(F.silu(gate) * up, down_e) * weights[token, k, None])
+            y_e = checkpoint(expert, x[token], *experts[e], use_reentrant=False)
+            y = y.index_add(0, token, y_e * weights[token, k, None])
         return y
 
     return layer

@@ -320,6 +320,15 @@ def test_float64_layer_is_the_layer():
         torch.testing.assert_close(y[t], expected)
 
 
+def test_float64_layer_keeps_no_copy_of_the_weights():
+    """OLMoE's would take 13 GB in a step of four layers."""
+    problem = measure.make_problem(Case("step", TINY, 2, dtype=torch.float32), CPU)
+    x, index, weights = problem.sets[0]
+    inputs = measure.Inputs(x.detach().double().requires_grad_(), index, [each.double() for each in weights])
+    layer = measure.float64_layer(*problem.pools[0])
+    assert measure.saved_bytes(layer, problem._replace(sets=[inputs])) < 8 * TINY.expert_numbers  # of one expert
+
+
 def test_decoding_that_no_graph_can_hold_is_timed_without_one(monkeypatch):
     """A device that refuses to capture one call."""
 
