@@ -67,10 +67,11 @@ def test_groupings_are_all_of_them():
 class Tied:
     """Losses of a source whose groups are tied by a method; a group's pool is made once."""
 
-    def __init__(self, source, method, statistics):
+    def __init__(self, source, method, options, statistics):
         self.recipe = ConversionRecipe(
-            source=source, output=str(statistics / "none"), groups=[[0, 1]], method=method, calibration="austen",
-            calibration_tokens=16384, calibration_block_size=128, statistics=str(statistics / "statistics"),
+            source=source, output=str(statistics / "none"), groups=[[0, 1]], method=method, method_options=options,
+            calibration="austen", calibration_tokens=16384, calibration_block_size=128,
+            statistics=str(statistics / "statistics"),
         )  # fmt: skip
         self.calibration = opened_calibration(self.recipe)
         self.source, self.pools = self.calibration.source, {}
@@ -90,9 +91,13 @@ class Tied:
 
 
 @pytest.mark.minutes
-@pytest.mark.parametrize("method", ["average", "least_squares"])
-def test_a_plan_is_within_noise_of_the_best_grouping(method, source, found, tmp_path):
-    tied = Tied(source, method, tmp_path)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("average", {}), ("least_squares", {"up": "keep"}), ("least_squares", {})],
+    ids=["average", "least_squares_of_down", "least_squares"],
+)
+def test_a_plan_is_within_noise_of_the_best_grouping(method, options, source, found, tmp_path):
+    tied = Tied(source, method, options, tmp_path)
     layers = sorted(tied.source.experts)
     for plan in found.plans:
         ours = tuple(map(tuple, plan.recipe["groups"]))
@@ -103,10 +108,11 @@ def test_a_plan_is_within_noise_of_the_best_grouping(method, source, found, tmp_
         best, rank = ranked[0], ranked.index(ours) + 1
         behind = interval(added[ours] - added[best], torch.ones(len(added[ours])))
         print(
-            f"\n{method}, {plan.expert_share:.1%} of the expert bytes, {len(added)} groupings: number {rank} is ours, "
-            f"{ours} +{means[ours]:.4f} nats per token (predicted +{plan.predicted_loss_increase:.4f}); the best is "
-            f"{best} +{means[best]:.4f}, the median +{statistics.median(means.values()):.4f}, the worst "
-            f"+{means[ranked[-1]]:.4f}; behind the best by {behind.value:.4f} ({behind.low:.4f} to {behind.high:.4f})"
+            f"\n{method} {options}, {plan.expert_share:.1%} of the expert bytes, nats per token added by {len(added)} "
+            f"groupings: number {rank} is ours, {ours}, +{means[ours]:.4f} (predicted "
+            f"+{plan.predicted_loss_increase:.4f}); best {best} +{means[best]:.4f}, median "
+            f"+{statistics.median(means.values()):.4f}, worst +{means[ranked[-1]]:.4f}; behind the best by "
+            f"{behind.value:.4f} ({behind.low:.4f} to {behind.high:.4f})"
         )
         assert rank <= len(ranked) / 4
         assert behind.value <= 0.01 or behind.low <= 0
