@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+EVEN_TOKENS = 64  # an expert that no token chose is called dead if an even router had sent it so many
+
 
 def perplexity(loss: float) -> float:
     """Return exp(loss) of a mean cross-entropy in nats per token; infinity if it is too large for a float."""
@@ -40,6 +42,16 @@ def load_shares(counts: torch.Tensor) -> torch.Tensor:
 def num_dead(counts: torch.Tensor) -> int:
     """Return how many experts no token chose."""
     return int((counts == 0).sum())
+
+
+def tells_dead(counts: torch.Tensor) -> bool:
+    """Tell whether counts `[E]` are enough to call an expert dead: an even router had sent each `EVEN_TOKENS`."""
+    return int(counts.sum()) >= EVEN_TOKENS * len(counts)
+
+
+def dead_experts(counts: torch.Tensor) -> list[int]:
+    """Return the experts of counts `[E]` that no token chose; see `tells_dead` for whether that means anything."""
+    return (counts == 0).nonzero().flatten().tolist()
 
 
 def load_cv(counts: torch.Tensor) -> torch.Tensor:

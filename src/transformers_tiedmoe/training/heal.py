@@ -34,6 +34,7 @@ from transformers import (
 
 from ..adapters import load_merged, refuse_adapter
 from ..audit.metrics import perplexity as perplexity_of
+from ..audit.routing import layer_experts
 from ..auto_files import load_tokenizer, settle_tokenizer
 from ..errors import TiedMoeError, reading
 from ..files import atomic_write_json
@@ -47,6 +48,7 @@ from .checkpoints import RecordCheckpoints, last_sound, step_of
 from .data import check_tokens, load_blocks, perplexity, tokens_digest
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
+from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
 from .trainer import Diverged, HealTrainer
 
@@ -160,6 +162,7 @@ class _Run:
         self.teacher = self._load_teacher()
         self.model = self._load_model()
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
+        self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
         self.trainer = self._make_trainer()
 
     def report(self) -> dict[str, Any]:
@@ -197,7 +200,7 @@ class _Run:
             "parameters": model.num_parameters(),
             "trainable_parameters": self.trainable,
             "history": history,
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *self.health.warnings],
             **({"active_experts": used} if self.is_soft else {}),
             "num_processes": args.world_size,
             "device": str(args.device),
@@ -286,6 +289,8 @@ class _Run:
         )
         if self.progress:
             trainer.remove_callback(PrinterCallback)
+        if layer_experts(self.model.get_base_model() if args.lora else self.model):
+            self.health.attach(trainer)
         return trainer
 
     def _take_over(self, checkpoint: Path | None) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..audit.metrics import dead_experts, tells_dead
 from ..errors import TiedMoeError
 from ..routing.softmoe import active_experts, soft_routers
 from .parameter_groups import BUDGET_NAME
@@ -22,7 +23,6 @@ logger = logging.get_logger(__name__)
 
 THRESHOLDS = (1e-4, 0.5)  # between which it is moved
 RATE = 0.5  # of the logarithm of what is used by what is asked for
-EVEN_TOKENS = 64  # an expert is called dead if none came where an even router would have sent it so many
 
 
 class AnnealRouting(TrainerCallback, ExportableState):
@@ -120,8 +120,8 @@ class AnnealRouting(TrainerCallback, ExportableState):
     def _warn_of_dead_experts(self, model: nn.Module) -> None:
         found = {}
         for router in soft_routers(model):
-            if router.counts is not None and router.counts.experts.sum() >= EVEN_TOKENS * router.num_scores:
-                dead = (router.counts.experts == 0).nonzero().flatten().tolist()
+            if router.counts is not None and tells_dead(router.counts.experts):
+                dead = dead_experts(router.counts.experts)
                 if new := [expert for expert in dead if (router.layer, expert) not in self.dead]:
                     found[router.layer] = new
                     self.dead.update((router.layer, expert) for expert in new)
