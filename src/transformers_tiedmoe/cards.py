@@ -4,7 +4,6 @@ The card itself is rendered by `hub.render_card`, as of every checkpoint that we
 findings and figures to the text, its losses and tasks to the metadata, as the `model-index` that the Hub shows.
 """
 
-import importlib
 import math
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from pydantic import ValidationError
 
+from .audit import findings
 from .audit.schema import Audit, Domain, Interval, ModelAudit
 from .errors import TiedMoeError
 from .files import atomic_write_json, atomic_write_text, expand, file_digest
@@ -152,7 +152,7 @@ def tell(audit: Audit, model: ModelAudit, figures: Mapping[str, Path]) -> dict[s
     return {
         "date": plain(audit.date[:10]),
         "texts": texts,
-        "findings": _findings(audit, model),
+        "findings": [plain(each.text) for each in findings.of_model(model, audit.domains) if each.is_main],
         "columns": ["parameters", "read by a token", *(f"loss, {plain(name)}" for name in perplexities)],
         "rows": [_row(each, list(perplexities), each is model) for each in audit.models],
         "tasks": [
@@ -163,14 +163,6 @@ def tell(audit: Audit, model: ModelAudit, figures: Mapping[str, Path]) -> dict[s
         "figures": [{"path": name, "alternative": _alternative(name)} for name in figures],
         "notes": [plain(note) for note in model.notes],
     }  # fmt: skip
-
-
-def _findings(audit: Audit, model: ModelAudit) -> list[str]:
-    try:
-        findings = importlib.import_module(".audit.findings", __package__)
-    except ModuleNotFoundError:
-        return []  # TODO: a plain import, once the audit's report is there
-    return [plain(each.text) for each in findings.of_model(model, audit.domains) if each.is_main]
 
 
 def figures_of(folder: Path, audit: Audit, model: ModelAudit) -> dict[str, Path]:
