@@ -103,7 +103,8 @@ class RouterHealth(TrainerCallback):
 
     def _look(self, recording: "_Recording") -> None:
         """Warn of what is new: collapse in this step, and experts that were dead over steps with enough choices."""
-        found, dead = [], {}
+        found: list[int] = []
+        dead: dict[int, list[int]] = {}
         for layer, counts in recording.counts.items():
             top_k = max(1, round(recording.active(layer)))
             if metrics.is_collapsed(counts, top_k) and layer not in self._told:
@@ -197,7 +198,7 @@ class _Recording:
 
     def values(self) -> dict[str, float]:
         """Return what is logged."""
-        found = {}
+        found: dict[str, float] = {}
         for layer, counts in self.counts.items():
             of_layer = {
                 "entropy": float(metrics.choice_entropy(counts)),
