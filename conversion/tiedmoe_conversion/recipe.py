@@ -73,7 +73,9 @@ class ConversionRecipe:
         "softmoe: routers whose active experts can adapt. The result starts as the source's top-k; heal softens it.",
     )
     budget_active: kinds.Share = _option(
-        None, "With softmoe: the experts per token that healing aims at, a share of the source's such as 0.75."
+        None,
+        "With softmoe: the mass that healing aims at, a share of the source's active experts such as 0.75. Tokens use "
+        "more experts than that; see target_active in docs/routing.md.",
     )
     calibration: kinds.Data = _option(
         None, "Text for the methods that need it and for the losses: a file, a folder, a Hub dataset, or austen."
