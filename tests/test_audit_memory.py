@@ -4,10 +4,14 @@ The allocator's own record is the reference: torch's profiler reports every allo
 equal to it but for some bytes, so 5 % leaves no room for a tensor of the model that is forgotten.
 """
 
+import dataclasses
+
+import huggingface_hub
 import pytest
 import torch
 from checkpoints import save_source
 from families import moe_families, tiny_config
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
@@ -285,6 +289,39 @@ def test_stored_bytes_are_those_of_the_file(dtype, name, tmp_path):
     content = (tmp_path / "model.safetensors").read_bytes()
     header = int.from_bytes(content[:8], "little")
     assert memory.stored_bytes(open_subject(str(tmp_path))) == {name: len(content) - 8 - header}
+
+
+def save_quantised(folder) -> None:
+    """A checkpoint as DeepSeek-V3's: fp8 values with float32 scales, and the rest in bfloat16."""
+    tiny_config("deepseek_v3", quantization_config={"quant_method": "fp8"}).save_pretrained(folder)
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(24, 32, dtype=torch.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": torch.zeros(1, 1),
+        "lm_head.weight": torch.zeros(96, 32, dtype=torch.bfloat16),
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_quantised_weights_count_as_they_are_stored(tmp_path):
+    save_quantised(tmp_path)
+    found = memory.measure(open_subject(str(tmp_path)), MemoryOptions(context=16, block_size=16))
+    assert found.stored_dtypes == {"F8_E4M3": 24 * 32, "F32": 4, "BF16": 2 * 96 * 32}
+    assert found.checkpoint_bytes == 24 * 32 + 4 + 2 * 96 * 32
+    assert [(each.dtype, each.weight_bytes) for each in found.inference][1:] == [("as stored", found.checkpoint_bytes)]
+
+
+def test_headers_of_the_hub(tmp_path, monkeypatch):
+    save_quantised(tmp_path)
+    metadata = huggingface_hub.get_local_safetensors_metadata(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", {"someone/model": metadata}.__getitem__)
+    subject = dataclasses.replace(subject_of(tiny_config("olmoe")), path="someone/model")
+    assert sum(memory.stored_bytes(subject).values()) == 24 * 32 + 4 + 2 * 96 * 32
+
+
+def test_unreadable_headers_are_noted():
+    subject = dataclasses.replace(subject_of(tiny_config("olmoe")), path="no/such/model")
+    assert memory.stored_bytes(subject) == {}
+    assert "could not be read" in subject.notes[0]
 
 
 def fake_tensors():

@@ -6,7 +6,7 @@ N GPUs, P bytes. A ring all-reduce sends 2 (N - 1) / N P from each GPU, an all-g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -90,7 +90,7 @@ def activation_bytes(
             "preserve_rng_state": False,
             "context_fn": lambda: recomputing_on_meta(autocast),
         }
-        model.gradient_checkpointing_enable(again)
+        _checkpointing(model, "enable")(again)
     tokens = torch.empty(batch_size, block_size, dtype=torch.int64, device="meta")
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in parameters), tokens]
     try:
@@ -103,9 +103,14 @@ def activation_bytes(
         for parameter in parameters:
             parameter.grad = None
         if checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")()
         model.eval()
     return allocations.peak
+
+
+def _checkpointing(model: PreTrainedModel, what: str) -> Any:
+    """Return the method that enables or disables checkpointing, under its newer name where transformers has it."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
 def plan_training(
