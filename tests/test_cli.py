@@ -150,6 +150,27 @@ def test_documented_commands_are_valid(arguments, monkeypatch):
     assert len(seen) == 1
 
 
+def test_audit_takes_several_models_and_texts(monkeypatch, tiedmoe):
+    seen = []
+
+    def audit(config, progress):
+        """Only look."""
+        seen.append(config)
+        return {}, ""
+
+    monkeypatch.setattr(cli, "audit", audit)
+    tiedmoe("audit", "a", "b", "--data", "x.txt,code=y.jsonl", "--data", "org/set:part", "--output", "out")
+    assert seen[0].models == ["a", "b"]
+    assert seen[0].texts == {"x": "x.txt", "code": "y.jsonl", "set": "org/set:part"}
+
+
+def test_audit_of_memory_alone_prints_json_or_a_summary(source, tied, tiedmoe):
+    found = json.loads(tiedmoe("audit", source, tied, "--memory-only", "--json").stdout)
+    assert [each["memory"]["parameters"]["total"]["unique"] > 0 for each in found["models"]] == [True, True]
+    out = tiedmoe("audit", source, "--memory-only").stdout
+    assert Path(source).name in out
+
+
 def test_plan_prints_and_writes_nothing(source, tmp_path, tiedmoe):
     output = tmp_path / "tied"
     result = tiedmoe("plan", source, output, "--skip-first", 1, "--skip-last", 1, "--method", "average")

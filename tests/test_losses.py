@@ -17,7 +17,8 @@ from transformers import (
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
-from transformers_tiedmoe.losses import Routing, load_balancing_loss, router_z_loss, watch_routers
+from transformers_tiedmoe.losses import Routing, load_balancing_loss, router_z_loss, scores_of, watch_routers
+from transformers_tiedmoe.routing.softmoe import SoftRouter
 
 
 def test_balance_loss_of_one_layer_is_transformers():
@@ -112,6 +113,19 @@ def test_scores_are_what_each_family_routes_by(family):
             share = given.flatten(0, -2).float() / routing.scores.gather(-1, routing.chosen)
             torch.testing.assert_close(share, share[:, :1].expand_as(share), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(out.aux_loss, load_balancing_loss(seen, config.experts_per_token))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "olmoe"])
+def test_a_softened_router_has_the_scores_of_its_family(family):
+    config = TiedMoeConfig.from_family(
+        tiny_config(family), group_size=2, skip_first=1, skip_last=1, routing="softmoe", softmoe={"alpha": 0.0}
+    )
+    routers = [each for each in TiedMoeForCausalLM(config).modules() if isinstance(each, SoftRouter)]
+    logits = torch.randn(5, 4)
+    scores = logits.softmax(-1) if family == "olmoe" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    assert routers
+    for router in routers:
+        torch.testing.assert_close(scores_of(router)(logits), scores)
 
 
 def test_balance_loss_counts_what_was_chosen():
