@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import types
 
 import pytest
@@ -34,6 +35,12 @@ def models(tmp_path_factory):
     (folder / "text.txt").write_text(make_text())
     (folder / "other.txt").write_text(make_text()[::-1])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Drawing takes most of the time; `found`, of the module, has them."""
+    monkeypatch.setattr(run.report, "write", lambda found, folder: None)
 
 
 def config(models, output, *names, **fields):
@@ -266,6 +273,13 @@ def test_a_quantised_model(models, tmp_path):
 def test_fields_that_do_not_fit(fields, message):
     with pytest.raises(TiedMoeError, match=message):
         audit(AuditConfig(**{"models": ["m"], "data": ["t.txt"], "output": "out", **fields}))
+
+
+def test_tasks_without_the_harness(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"tasks \(arc_easy\) need lm-evaluation-harness"):
+        audit(config(models, tmp_path / "out", lm_eval="arc_easy"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_and_data_that_do_not_exist(models, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class AuditConfig:
 
     def command(self) -> str:
         """Return the command that gives this, with names in the place of paths."""
-        words = ["tiedmoe audit", *(public_name(expand(each)) for each in self.models)]
+        words = ["tiedmoe", "audit", *(public_name(expand(each)) for each in self.models)]
         if self.texts:
             words += ["--data", ",".join(f"{name}={public_name(data)}" for name, data in self.texts.items())]
         for each in dataclasses.fields(self):
@@ -140,4 +141,4 @@ class AuditConfig:
             else:
                 shown = public_name(expand(value)) if each.name in self._places() else value
                 words += [flag, json.dumps(shown) if isinstance(shown, list) else str(shown)]
-        return " ".join(words)
+        return shlex.join(words)

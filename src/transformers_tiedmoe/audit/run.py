@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -310,9 +311,10 @@ class _Weights:
         return any(each.is_meta for each in self.model.parameters())
 
     def drop(self) -> None:
-        """Free the memory."""
+        """Free the memory, and what was laid on the disk."""
         self.__dict__.pop("model", None)
         gc.collect()
+        shutil.rmtree(self.offload_folder, ignore_errors=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
