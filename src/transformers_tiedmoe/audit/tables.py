@@ -214,6 +214,8 @@ def memory(found: Memory) -> list[Table]:
 def stability(found: Stability) -> list[Table]:
     """Return how evenly and steadily each layer's router chooses, and how layers of a pool agree."""
     has_domains = any(row.specialisation is not None for row in found.layers)
+    has_tokens = any(row.token_specialisation is not None for row in found.layers)
+    has_balance = any(row.gpu_balance is not None for row in found.layers)
     has_source = any(row.source_agreement is not None for row in found.layers)
     pairs = list(dict.fromkeys(pair for row in found.layers for pair in row.drift))
     tables = [
@@ -228,6 +230,8 @@ def stability(found: Stability) -> list[Table]:
                 "of a token",
                 "never chosen",
                 *(("specialisation",) if has_domains else ()),
+                *(("by token",) if has_tokens else ()),
+                *(("GPU balance",) if has_balance else ()),
                 *(("as the source",) if has_source else ()),
                 *(f"drift, {_pair(pair)}" for pair in pairs),
             ),
@@ -241,6 +245,8 @@ def stability(found: Stability) -> list[Table]:
                     units.interval(row.token_entropy, 3),
                     str(row.num_dead),
                     *((units.interval(row.specialisation, 3),) if has_domains else ()),
+                    *((_figure(row.token_specialisation),) if has_tokens else ()),
+                    *((units.interval(row.gpu_balance),) if has_balance else ()),
                     *((units.interval(row.source_agreement),) if has_source else ()),
                     *(units.interval(row.drift.get(pair), 3) for pair in pairs),
                 )
@@ -250,6 +256,9 @@ def stability(found: Stability) -> list[Table]:
             "the largest load over the mean, 1 if even. Entropy: of all choices and of one token's distribution, 1 if "
             "even."
             + (" Specialisation: nats that an expert's number tells about the text." if has_domains else "")
+            + (" By token: nats that it tells about which token it is, of frequent ones." if has_tokens else "")
+            + (" GPU balance: mean over largest load of the GPUs, 1 if even." if has_balance else "")
+            + (" As the source: the share of the source's choices that it makes too." if has_source else "")
             + (" Drift: Jensen-Shannon divergence of two texts' loads, nats." if pairs else ""),
         ),
         Table(
@@ -258,6 +267,15 @@ def stability(found: Stability) -> list[Table]:
             [
                 (units.span(each.layers), str(each.pool), units.interval(each.agreement), f"{each.by_chance:.2f}")
                 for each in found.agreement
+            ],
+        ),
+        Table(
+            "Experts that tokens use together most, a pair a layer",
+            ("layer", "expert", "with", "of its tokens"),
+            [
+                (str(row.layer), str(expert), str(other), units.percent(share))
+                for row in found.layers
+                for expert, other, share in row.co_active[:1]
             ],
         ),
         Table(
