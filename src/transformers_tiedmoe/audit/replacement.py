@@ -14,7 +14,7 @@ from .routing import layer_experts
 
 ROUTERS = ("gate", "router")  # beside the experts
 ATTENTION = ("self_attn", "linear_attn", "mamba", "conv")  # whatever mixes tokens, in the layer
-NUMBERS = ("layer_idx", "place")  # of the layer itself
+NUMBERS = ("layer", "layer_idx", "place")  # of the layer itself
 
 
 @dataclass(frozen=True)
