@@ -14,6 +14,7 @@ from families import moe_families, tiny_config
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -391,6 +392,24 @@ def test_fsdp2_sends_what_torch_sends_and_needs_no_more():
         torch.distributed.destroy_process_group()
     assert found.communicated_bytes == pytest.approx(sent.num_bytes * (num_gpus - 1) / num_gpus, rel=0.001)
     assert needed <= found.total_bytes <= 1.2 * needed  # the units' most and the activations' are not at one time
+
+
+def test_ddp_keeps_buckets_of_all_gradients():
+    config = tiny_config("olmoe")
+    options = MemoryOptions(batch_size=BATCH, block_size=BLOCK, precision="float32")
+    found = next(each for each in memory.measure(subject_of(config), options).training if each.strategy == "ddp")
+    model, tokens = real_model(config)
+    model.zero_grad()
+    wrapped = []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        buckets = peak_bytes(lambda: wrapped.append(DistributedDataParallel(model)))
+        step = training_step(wrapped[0], tokens)
+        step()  # makes the gradients
+        needed = buckets + 4 * sum(parameter.nbytes for parameter in model.parameters()) + peak_bytes(step)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.total_bytes == pytest.approx(needed, rel=0.05)
 
 
 class Collectives(TorchDispatchMode):
