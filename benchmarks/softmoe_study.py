@@ -302,32 +302,36 @@ def markdown(summary: dict) -> str:
 
 def save_plot(summary: dict, path: Path) -> None:
     """Draw loss against experts used, with the seeds' deviation, and what the learned budgets gave each layer."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=130)
-    loss, depth = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    rows = [row for row in summary["rows"] if "healed" not in row["row"]]
-    for number, series in enumerate(dict.fromkeys(row["row"].rpartition(", ")[0] for row in rows)):
-        own = sorted(
-            (row for row in rows if row["row"].rpartition(", ")[0] == series), key=lambda r: r["active"]["mean"]
-        )
-        loss.errorbar(
-            [row["active"]["mean"] for row in own], [row["loss"]["mean"] for row in own],
-            yerr=[row["loss"]["standard_deviation"] or 0 for row in own], capsize=2, label=series,
-            color=COLOURS[number % 3], marker="osD"[number % 3], linestyle="--" if "untied" not in series else "-",
-        )  # fmt: skip
-    loss.set_xlabel("experts that a token uses in a layer, mean")
-    loss.set_ylabel("held-out loss, nats per token")
-    loss.set_title("Equal tokens: loss against experts used")
-    learned = [row for row in rows if row["row"].startswith("soft, learned")]
-    for number, row in enumerate(learned):
-        name = row["row"].removeprefix("soft, learned, ")
-        style = {"color": COLOURS[number % 3], "linestyle": "--" if number > 2 else "-", "marker": "osD"[number % 3]}
-        depth.plot(range(1, len(row["by_layer"]["mean"]) + 1), row["by_layer"]["mean"], label=name, **style)
+    figure = Figure(figsize=(12, 4.4), layout="constrained", dpi=130)
+    untied, tied, depth = figure.subplots(1, 3)
+    tied.sharey(untied)
+    rows = {row["row"]: row for row in summary["rows"]}
+    for axes, where in ((untied, "untied"), (tied, "tied")):
+        for number, kind in enumerate(("top-k", "soft, even", "soft, learned")):
+            own = [row for name, row in rows.items() if name.rpartition(", ")[0] == f"{kind}, {where}"]
+            own.sort(key=lambda row: row["active"]["mean"])
+            if own:
+                axes.errorbar(
+                    [row["active"]["mean"] + 0.04 * number for row in own], [row["loss"]["mean"] for row in own],
+                    yerr=[row["loss"]["standard_deviation"] or 0 for row in own], capsize=2, label=kind,
+                    color=COLOURS[number], marker="osD"[number],
+                )  # fmt: skip
+        axes.set_xlabel("experts that a token uses in a layer, mean")
+        axes.set_title(where)
+        axes.legend(fontsize=9)
+    untied.set_ylabel("held-out loss, nats per token")
+    for name, row in rows.items():
+        kind, _, where = name.partition("soft, learned, ")
+        if not kind and where.split(", ")[0] in ("untied", "tied"):
+            style = {"linestyle": "--" if where.startswith("tied") else "-", "marker": "o", "markersize": 4}
+            used = row["by_layer"]["mean"]
+            depth.plot(range(1, len(used) + 1), used, label=where, color=COLOURS[int(where[-1]) % 3], **style)
     depth.set_xlabel("layer")
     depth.set_ylabel("experts that a token uses, mean")
-    depth.set_title("What a learned budget gives each layer")
-    for axes in (loss, depth):
+    depth.set_title("what a learned budget gives each layer")
+    depth.legend(fontsize=8)
+    for axes in (untied, tied, depth):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

@@ -48,7 +48,8 @@ def test_a_conversion_starts_as_the_source(family, group_size, tmp_path):
     expected = logits(source, tokens)
     assert logits(model, tokens).equal(expected)
     soft, num_layers = model.config.softmoe, len(model.base_model.expert_budget.theta)
-    assert (soft["alpha"], soft["budget"], soft["target_budget"]) == (0, 2 * num_layers, 1.5 * num_layers)
+    assert (soft["alpha"], soft["budget"]) == (0, 2 * num_layers)
+    assert (soft["target_active"], soft["target_budget"]) == (1.5 * num_layers, 1.125 * num_layers)
     assert not verify_folder(tmp_path / "soft", str(tmp_path / "source"))["source"]["changed_tensors"]
 
     untie(tmp_path / "soft", tmp_path / "again")
@@ -231,6 +232,6 @@ def test_recipes_that_are_refused(fields, message):
 def test_a_budget_below_one_expert_a_layer_is_refused(tmp_path):
     save_source(tmp_path / "source")
     recipe = ConversionRecipe(str(tmp_path / "source"), str(tmp_path / "out"), **SOFT, budget_active=0.4)
-    with pytest.raises(ValueError, match=r"softmoe\.target_budget=4\.8.*; expected a number of at least 6"):
+    with pytest.raises(ValueError, match=r"softmoe\.target_active=4\.8.*; expected a number of at least 6"):
         convert(recipe)
     assert not (tmp_path / "out").exists()

@@ -74,8 +74,7 @@ class ConversionRecipe:
     )
     budget_active: kinds.Share = _option(
         None,
-        "With softmoe: the mass that healing aims at, a share of the source's active experts such as 0.75. Tokens use "
-        "more experts than that; see target_active in docs/routing.md.",
+        "With softmoe: the experts that tokens are to use after healing, a share of the source's such as 0.75.",
     )
     calibration: kinds.Data = _option(
         None, "Text for the methods that need it and for the losses: a file, a folder, a Hub dataset, or austen."
