@@ -274,6 +274,9 @@ def memory(audit: Audit, is_narrow: bool) -> Any | None:
 
 def training(audit: Audit, is_narrow: bool) -> Any | None:
     """Draw what a training step takes on each GPU, one bar an optimizer and strategy, against the sizes of GPUs."""
+    found = [each for model in audit.models if model.memory is not None for each in model.memory.training]
+    is_checkpointed = any(each.gradient_checkpointing for each in found)  # both in one figure are too many bars
+    heading = f"Memory to train{', with gradient checkpointing' if is_checkpointed else ''}, on each GPU"
     bars = [
         (
             model,
@@ -291,11 +294,12 @@ def training(audit: Audit, is_narrow: bool) -> Any | None:
         for model in audit.models
         if model.memory is not None
         for each in model.memory.training
+        if each.gradient_checkpointing == is_checkpointed
     ]  # fmt: skip
     if not bars:
         return None
     gpus = next(model.memory.gpus for model in audit.models if model.memory is not None)
-    return _bars(audit, bars, gpus, "Memory to train, on each GPU", SERIES, is_narrow)
+    return _bars(audit, bars, gpus, heading, SERIES, is_narrow)
 
 
 STRATEGIES = {"one": "one", "ddp": "DDP", "fsdp2": "FSDP2", "expert_parallel": "EP"}
@@ -522,7 +526,7 @@ def pareto(audit: Audit, is_narrow: bool) -> Any | None:
             _front(axes, points, cost, [getattr(point, front) for point in points], number, is_narrow)
             axes.set_xlabel(unit_name)
             is_lower_better, is_loss = points[0].is_lower_better, measure.startswith("loss ")
-            axes.set_ylabel(f"{measure}, nats" if is_loss else measure)
+            axes.set_ylabel(f"loss on {units.short(measure[5:])}, nats per token" if is_loss else measure)
             against = "compute" if front == "is_on_compute_front" else "memory"
             axes.set_title(f"{'Loss' if is_loss else 'Quality'} against {against}", loc="left")
             better = "better ↙" if is_lower_better else "better ↖"

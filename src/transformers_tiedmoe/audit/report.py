@@ -122,12 +122,13 @@ def terminal(audit: Audit) -> list[RenderableType]:
 
 
 def _rich(table: Table) -> RichTable:
-    """Return a table for the terminal; as `Text`, since a name may hold rich's markup."""
+    """Return a table for the terminal, a column a model; as `Text`, since a name may hold rich's markup."""
     shown = RichTable(box=box.SIMPLE_HEAD, title=Text(table.caption), title_justify="left")
-    for i, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="right" if i else "left")
+    shown.add_column(Text(table.columns[0]), overflow="fold")
     for row in table.rows:
-        shown.add_row(*map(Text, row))
+        shown.add_column(Text(row[0]), justify="right", overflow="fold")
+    for i, column in enumerate(table.columns[1:], start=1):
+        shown.add_row(Text(column), *(Text(row[i]) for row in table.rows))
     return shown
 
 
@@ -177,17 +178,17 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
                 tables=[tables.pareto(audit)] if audit.pareto else [],
             )
         )
+    when = f"On {audit.date[:10]}, by tiedmoe's audit, version {audit.version} of its schema."
     found.append(
         Section(
             "How this was measured",
             "conditions",
             2,
-            [f"On {audit.date}, by tiedmoe's audit, version {audit.version} of its schema. `audit.json`, beside this "
-             "file, holds every figure."],
+            [f"{when} `audit.json`, beside this file, holds every figure."],
             tables=[table for table in (tables.texts(audit), tables.conditions(audit)) if table.rows],
             listings=[("The command", audit.command)],
         )
-    )  # fmt: skip
+    )
     return found
 
 

@@ -63,12 +63,12 @@ def glance(audit: Audit) -> Table:
                 _range(flops),
                 f"{units.size(shown.total_bytes)}, {shown.dtype}" if shown else "–",
                 (smallest_gpu(shown.fits, memory.gpus) or "none") if memory and shown and shown.fits else "–",
-                *(units.interval(model.quality.loss.get(name) if model.quality else None, 3) for name in domains),
+                *(_loss(model, name) for name in domains),
             )
         )
     shown = next((inference_shown(model.memory) for model in audit.models if model.memory), None)
     at = f"; memory at {shown.context:,} tokens and a batch of {shown.batch_size}" if shown else ""
-    return Table(f"The models at a glance{at}; losses in nats per token, with 95 % intervals", columns, rows)
+    return Table(f"The models at a glance{at}; losses in nats per token", columns, rows)
 
 
 def active(found: ActiveExperts) -> list[Table]:
@@ -97,6 +97,8 @@ def active(found: ActiveExperts) -> list[Table]:
         )
     domains = list(found.per_token)
     is_soft = any(row.soft_mass is not None for row in found.layers)
+    if not found.is_adaptive and len({each.mean for row in found.layers for each in row.by_domain.values()}) == 1:
+        return tables  # the sum over layers says all
     tables.append(
         Table(
             "Experts that a token uses in each layer",
@@ -437,6 +439,10 @@ def kinds(model: ModelAudit) -> str:
 
 def _distribution(each) -> tuple[str, ...]:
     return f"{each.mean:.1f}", f"{each.p50:g}", f"{each.p95:g}", f"{each.p99:g}", str(each.max)
+
+
+def _loss(model: ModelAudit, domain: str) -> str:
+    return f"{model.quality.loss[domain].value:.3f}" if model.quality and domain in model.quality.loss else "–"
 
 
 def _figure(value: float | None) -> str:
