@@ -2,6 +2,7 @@ import json
 import lzma
 import math
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiedmoe_demo.figures import expert_parameters, peak_training_memory
 from tiedmoe_demo.plot import _draw_cost
 from tiedmoe_demo.train_source import train_tokenizer
 from transformers_tiedmoe.audit.routing import RoutingCounts
+from transformers_tiedmoe.audit.schema import Audit
 
 MODELS = ("source", "tied", "healed", "control")
 SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 5, "num_attention_heads": 2, "num_experts": 4}
@@ -75,7 +77,7 @@ def test_run_demo_measures_what_training_measured(demo):
     assert report["source"]["perplexity"] < 300  # that of a model that has learnt nothing, the size of the vocabulary
     assert training["source"]["tokens"] == 12 * 2 * 16
     assert training["control"]["tokens"] == training["healed"]["tokens"] == 3 * 2 * 16
-    assert set(report["seconds"]) == {"source", "tied", "healed", "control", "figures", "total"}
+    assert set(report["seconds"]) == {"source", "tied", "healed", "control", "figures", "audit", "total"}
 
 
 def test_run_demo_writes_the_report_it_returns(demo):
@@ -93,6 +95,21 @@ def test_run_demo_writes_the_report_it_returns(demo):
     for name in ("source", "tied", "healed"):
         assert report[name]["text"].startswith(config.prompt)
         assert len(report[name]["text"]) > len(config.prompt)
+
+
+def test_run_demo_ends_with_an_audit(demo):
+    """Of source, tied and healed, on held-out text; the page links to it and shows its main figure."""
+    config, report = demo
+    found = Audit.model_validate_json(config.path("audit", "audit.json").read_text())
+    assert [model.name for model in found.models] == ["source", "tied", "healed"]
+    for model in found.models:
+        assert model.memory.parameters["total"].unique == report[model.name]["parameters"]
+        (loss,) = model.quality.loss.values()
+        assert loss.value == pytest.approx(report[model.name]["loss"], rel=0.05)  # the first few thousand tokens of it
+    page = config.path("report.md").read_text()
+    links = re.findall(r"\]\((audit/[^)]+)\)", page)
+    assert set(links) == {"audit/report.html", "audit/report.md", "audit/figures/3-loads.png"}
+    assert all(config.path(link).is_file() for link in links)
 
 
 def test_run_demo_draws_a_plot(demo):

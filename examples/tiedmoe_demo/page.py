@@ -10,6 +10,7 @@ MODELS = {
     "healed": "the tied model, trained on",
     "control": "the source, trained on as long",
 }
+PICTURE = "audit/figures/3-loads.png"  # the healed model is the third that is audited
 COLUMNS = ("parameters", "in experts", "weights on disk", "memory to train", "held-out perplexity")
 
 
@@ -38,6 +39,11 @@ def markdown(report: dict) -> str:
             *_what_was_done(report),
             "",
             "![perplexity against size, and where the healed model's tokens go](report.png)",
+            "",
+            "The audit of source, tied and healed, [as a page](audit/report.html) or [as text](audit/report.md), says "
+            "where compute, memory and quality go. How often each expert of the healed model is chosen:",
+            "",
+            f"![each expert's share of the choices, by layer]({PICTURE})",
             "",
             "## What they write",
             "",

@@ -1,4 +1,4 @@
-"""`run_demo`: source, tied, healed and control, one after the other, then the figures of all four.
+"""`run_demo`: source, tied, healed and control, one after the other, the figures of all four, and an audit.
 
 Each stage leaves a folder that is complete or can be continued: a run that was killed goes on where it was, and one
 that is repeated trains nothing and measures again.
@@ -16,6 +16,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_NAME, AutoTokenizer
 
+from transformers_tiedmoe.audit.config import AuditConfig
+from transformers_tiedmoe.audit.run import RESULT as AUDIT_RESULT
+from transformers_tiedmoe.audit.run import audit
 from transformers_tiedmoe.files import check_apart, read_json
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks
@@ -31,11 +34,15 @@ from .train_source import train_source
 
 Progress = Callable[[int, int, str], None]
 FOLDERS = ("source", "tied", "healed", "control")
+AUDITED = ("source", "tied", "healed")
+AUDIT = "audit"
+AUDIT_TOKENS = 8192  # of the held-out text
 CONVERSION = "conversion.json"
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the main job and write `report.json`, `report.md` and `report.png` into `config.output`.
+    """Run the main job and write `report.json`, `report.md` and `report.png` into `config.output`, and the audit of
+    source, tied and healed into its folder `audit`.
 
     Args:
         config: what to run.
@@ -73,6 +80,7 @@ def _run(config: DemoConfig, work: Folder, progress: Progress) -> dict[str, Any]
     }
     folders = {"source": source, **{name: config.path(name) for name in FOLDERS[1:]}}
     figures = run.stage("figures", run.measure, folders)
+    run.stage("audit", run.audit, {name: folders[name] for name in AUDITED})
     report = {
         **figures,
         "conversion": conversion,
@@ -93,7 +101,7 @@ def _discard_stages(config: DemoConfig) -> None:
     """Delete what killed stages of another demo have left unfinished."""
     from tiedmoe_conversion.folders import hidden_statistics
 
-    for name in FOLDERS:
+    for name in (*FOLDERS, AUDIT):
         discard_work(config.path(name))
     discard_folder(hidden_statistics(config.path("tied")))
 
@@ -190,3 +198,27 @@ class _Run:
             self.tell(i, len(folders), f"measuring {name}")
             figures[name] = measure(folder, tokenizer, validation, config)
         return figures
+
+    def audit(self, folders: dict[str, Path]) -> None:
+        """Audit models into the folder `audit`, unless an earlier run has."""
+        config, output = self.config, self.config.path(AUDIT)
+        if not (output / AUDIT_RESULT).is_file() or was_renamed(output):
+            source, *models = map(str, folders.values())
+            audit(
+                AuditConfig(
+                    models=models,
+                    source=source,
+                    data=[f"novels={config.text}" if config.data is None else config.text],
+                    output=str(output),
+                    share=VALIDATION_FRACTION,
+                    num_tokens=AUDIT_TOKENS,
+                    block_size=config.block_size,
+                    batch_size=config.batch_size,
+                    context=config.block_size,
+                    train_block_size=config.block_size,
+                    strategy=False,  # which layers need experts of their own takes longer than the demo
+                    seed=config.seed,
+                ),
+                self.tell,
+            )
+        self.work.own(AUDIT)

@@ -355,7 +355,9 @@ def demo(config, progress: ProgressCall) -> tuple[dict, Any]:
     from tiedmoe_demo import comparison_table, run_demo
 
     report = run_demo(config, progress)
-    return report, [comparison_table(report), f"The report is in {Path(config.output) / 'report.md'}."]
+    folder = Path(config.output)
+    reports = f"The report is in {folder / 'report.md'}, the audit in {folder / 'audit' / 'report.html'}."
+    return report, [comparison_table(report), reports]
 
 
 def recipes(config: RecipesConfig, progress: ProgressCall) -> tuple[Any, Any]:
