@@ -17,6 +17,8 @@ from rich.console import Console
 
 from transformers_tiedmoe.audit import drawing, findings, plots, report, ribbons, schema, units
 
+pytestmark = pytest.mark.xdist_group("audit_report")  # one worker makes the fixture once
+
 DOMAINS = [
     schema.Domain(name="a", data="a.txt", num_tokens=300, num_blocks=3, block_size=100),
     schema.Domain(name="b", data="b.txt", num_tokens=100, num_blocks=1, block_size=100),

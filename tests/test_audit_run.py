@@ -19,6 +19,8 @@ from transformers_tiedmoe.audit.schema import Audit
 from transformers_tiedmoe.audit.subject import open_subject
 from transformers_tiedmoe.errors import TiedMoeError
 
+pytestmark = pytest.mark.xdist_group("audit_run")  # one worker makes the fixture once
+
 SERVING = {"context": 32, "train_block_size": 16}
 QUICK = {"num_tokens": 128, "block_size": 16, "batch_size": 4, "strategy": False, **SERVING}
 

@@ -21,6 +21,8 @@ from transformers_tiedmoe.audit.subject import Subject, layers_of, open_subject
 from transformers_tiedmoe.pools import check_groups
 from transformers_tiedmoe.training.data import load_blocks
 
+pytestmark = pytest.mark.xdist_group("audit_strategy")  # one worker makes the fixture once
+
 OPTIONS = StrategyOptions(num_blocks=8, batch_size=4)
 SLOW = ("qwen3_5", "qwen3_next", "qwen4_exp", "inkling", "kimi", "bailing")  # linear attention in plain torch
 FAMILIES = [family for family in moe_families() if family != "gemma4"]  # multimodal: test_families.py

@@ -57,6 +57,7 @@ def softmoe(tmp_path_factory):
     return folder, arguments, json.loads((folder / "study.json").read_text())
 
 
+@pytest.mark.xdist_group("softmoe_study")  # one worker runs it once
 def test_softmoe_study_says_what_each_row_used(softmoe):
     folder, _, summary = softmoe
     rows = {row["row"]: row for row in summary["rows"]}
@@ -75,6 +76,7 @@ def test_softmoe_study_says_what_each_row_used(softmoe):
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.xdist_group("softmoe_study")
 def test_softmoe_study_does_not_run_a_row_again(softmoe, monkeypatch):
     folder, arguments, summary = softmoe
     monkeypatch.setattr(softmoe_study.Study, "pretrain", lambda *_: pytest.fail("trained again"))

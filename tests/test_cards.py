@@ -22,6 +22,8 @@ from transformers_tiedmoe.audit import schema
 from transformers_tiedmoe.cards import CardConfig, pick_model, write_card
 from transformers_tiedmoe.errors import TiedMoeError
 
+pytestmark = pytest.mark.xdist_group("cards")  # one worker makes the fixture once
+
 EVIL = "a\n# Owned <img src=x onerror=alert(1)> [click](javascript:alert(1)) | ``` ---"
 
 

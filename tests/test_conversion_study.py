@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import conversion_study
 from study.configurations import QUICK, ROWS
 
+pytestmark = pytest.mark.xdist_group("conversion_study")  # one worker makes the fixture once
+
 SHARES = ("0.0", "0.25", "1.0")
 
 

@@ -19,6 +19,8 @@ from tiedmoe_demo.train_source import train_tokenizer
 from transformers_tiedmoe.audit.routing import RoutingCounts
 from transformers_tiedmoe.audit.schema import Audit
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker makes the fixture once
+
 MODELS = ("source", "tied", "healed", "control")
 SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 5, "num_attention_heads": 2, "num_experts": 4}
 TINY = SIZES | {

@@ -152,7 +152,7 @@ def test_heal_logs_it(tmp_path, lora, monkeypatch):
     assert all(each["router_active_experts/layer_0"] == 2 for each in logged)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.xdist_group("two_processes")
 def test_two_processes_log_what_one_does(tmp_path):
     worker = str(HERE / "router_health_worker.py")
