@@ -456,6 +456,18 @@ def test_routing_must_be_known_and_softmoe_needs_it():
         TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, softmoe={})
 
 
+def test_router_losses_of_soft_routing_are_those_by_hand(tokens):
+    """The z-loss takes the routers' own logits, every layer alike; it is added to the balance loss."""
+    tying = {**TYING, "router_z_loss_coef": 0.1}
+    model = soft_model(tying=tying, fields={"output_router_logits": True})
+    plain = model(tokens, labels=tokens, output_router_logits=False).loss
+    outputs = model(tokens, labels=tokens)
+    squares = [each.float().exp().sum(-1).log().square().mean() for each in outputs.router_logits]
+    assert len(squares) == model.config.num_hidden_layers
+    expected = 0.1 * sum(squares) / len(squares) + model.config.router_aux_loss_coef * outputs.aux_loss
+    torch.testing.assert_close(outputs.loss - plain, expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_refused(value, tokens):
     model = soft_model()

@@ -12,6 +12,7 @@ from conversions import edit_config, edit_tensors, save_source, save_tokenizer
 from families import moe_families, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from test_families import UNSUPPORTED
+from test_softmoe import SOFT as SOFT_FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, untie
@@ -57,6 +58,20 @@ def test_a_conversion_starts_as_the_source(family, group_size, tmp_path):
     assert type(again) is type(source)
     assert logits(again, tokens).equal(expected)
     assert "softmoe" not in (tmp_path / "again" / "config.json").read_text()
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("family", SOFT_FAMILIES)
+def test_a_conversion_of_every_family_starts_as_the_source(family, tmp_path):
+    save_source(tmp_path / "source", family)
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
+    tokens = torch.randint(3, 90, (2, 9))
+    expected = logits(source, tokens)
+    recipe = ConversionRecipe(str(tmp_path / "source"), str(tmp_path / "soft"), group_size=1, **SOFT)
+    convert(recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "soft", dtype="auto")
+    assert model.config.routing == "softmoe"
+    assert logits(model, tokens).equal(expected)
 
 
 @pytest.fixture(scope="module")
