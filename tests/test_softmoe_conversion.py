@@ -1,6 +1,7 @@
 """From a source to soft routing, through healing, and back as far as a family's own config can say it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from checkpoints import save_source as save_small_source
 from conversions import edit_config, edit_tensors, save_source, save_tokenizer
 from families import moe_families, tiny_config
 from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
 from test_families import UNSUPPORTED
 from test_softmoe import SOFT as SOFT_FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, untie
+from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, make_plan, untie
 from tiedmoe_conversion.baking import PER_LAYER
+from tiedmoe_conversion.display import show_plan
 from tiedmoe_conversion.verify import verify_folder
 from transformers_tiedmoe.configuration_tiedmoe import TOP_K_FIELDS
 from transformers_tiedmoe.training.data import load_blocks, perplexity
@@ -229,6 +232,15 @@ def test_a_top_k_that_cannot_be_baked_is_refused(softmoe, fields, message, soft,
     with pytest.raises(ConversionError, match=message):
         untie(copy_with(soft, tmp_path / "soft", **softmoe), tmp_path / "untied", **fields)
     assert not (tmp_path / "untied").exists()
+
+
+def test_a_plan_says_where_soft_routing_goes(tmp_path):
+    save_source(tmp_path / "source")
+    for share, aim in ((None, "alpha to 0.05\n"), (0.75, "tokens to 9 experts in all layers together, of 12\n")):
+        recipe = ConversionRecipe(str(tmp_path / "source"), str(tmp_path / "out"), **SOFT, budget_active=share)
+        console = Console(record=True, width=200)
+        console.print(show_plan(make_plan(recipe)))
+        assert aim in re.sub(" +\n", "\n", console.export_text())
 
 
 @pytest.mark.parametrize(

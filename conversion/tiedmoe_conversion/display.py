@@ -44,6 +44,7 @@ def show_plan(plan: Any) -> RenderableType:
             )
             + f"files that travel along: {', '.join(plan.files) or 'none'}"
         ),
+        *([Text(_soft_routing(plan.config.softmoe))] if recipe.routing == "softmoe" else []),
         *(Text(f"dropped: {len(names)} tensor(s), such as {names[0]}: {why}") for why, names in reasons.items()),
     )
 
@@ -90,6 +91,15 @@ def show_baked(baked: Mapping[str, Any]) -> RenderableType:
     added = baked["loss_after"] - baked["loss_before"]
     table.add_row("loss", f"{baked['loss_before']:.4f}", f"{baked['loss_after']:.4f} ({added:+.4f})")
     return table
+
+
+def _soft_routing(soft: Mapping[str, Any]) -> str:
+    """Say where soft routing starts, and where healing takes it."""
+    towards = soft["target_active"]
+    aim = (
+        "" if towards is None else f" and tokens to {towards:g} experts in all layers together, of {soft['budget']:g}"
+    )
+    return f"routing: the source's top-k until `tiedmoe heal` takes alpha to {soft['target_alpha']:g}{aim}"
 
 
 def _made_by(recipe: Any) -> str:
