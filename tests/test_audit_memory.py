@@ -5,6 +5,7 @@ equal to it but for some bytes, so 5 % leaves no room for a tensor of the model 
 """
 
 import dataclasses
+import gc
 
 import huggingface_hub
 import pytest
@@ -401,12 +402,15 @@ def test_ddp_keeps_buckets_of_all_gradients():
     model, tokens = real_model(config)
     model.zero_grad()
     wrapped = []
+    gc.collect()  # what earlier tests left would be freed while this one counts
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         buckets = peak_bytes(lambda: wrapped.append(DistributedDataParallel(model)))
         step = training_step(wrapped[0], tokens)
-        step()  # makes the gradients
-        needed = buckets + 4 * sum(parameter.nbytes for parameter in model.parameters()) + peak_bytes(step)
+        for _ in range(3):  # the first makes the gradients, the second rebuilds the buckets
+            step()
+        needed = buckets + 4 * sum(parameter.nbytes for parameter in model.parameters())
+        needed += min(peak_bytes(step) for _ in range(3))  # another thread's work only adds
     finally:
         torch.distributed.destroy_process_group()
     assert found.total_bytes == pytest.approx(needed, rel=0.05)
