@@ -140,14 +140,16 @@ def test_a_model_that_cannot_generate_says_so(source, domains, fast, monkeypatch
 
 
 def test_peak_memory_is_that_of_the_block():
+    process = psutil.Process()
     with peak_memory(torch.device("cpu")) as peak:
-        start = psutil.Process().memory_info().rss
         held = mmap.mmap(-1, 200 << 20)  # pages of its own, which no earlier test has left behind
         for page in range(0, len(held), mmap.PAGESIZE):
             held[page] = 1
         time.sleep(0.1)
+        most = process.memory_info().rss
         held.close()
-    assert peak[0] - start == pytest.approx(200 << 20, rel=0.2)
+    assert peak[0] == pytest.approx(most, rel=0.05)
+    assert peak[0] - process.memory_info().rss > 150 << 20
 
 
 # Tasks
