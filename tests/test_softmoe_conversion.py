@@ -21,7 +21,9 @@ from tiedmoe_conversion import ConversionError, ConversionRecipe, convert, make_
 from tiedmoe_conversion.baking import PER_LAYER
 from tiedmoe_conversion.display import show_plan
 from tiedmoe_conversion.verify import verify_folder
+from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.configuration_tiedmoe import TOP_K_FIELDS
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal, load_model
 
@@ -75,6 +77,44 @@ def test_a_conversion_of_every_family_starts_as_the_source(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "soft", dtype="auto")
     assert model.config.routing == "softmoe"
     assert logits(model, tokens).equal(expected)
+
+
+@pytest.mark.parametrize("routing", ["top_k", "softmoe"])
+def test_a_source_with_a_top_k_for_each_layer(routing, tmp_path):
+    """As the released HunYuan-A13B says it: tied or soft, each layer starts with its own."""
+    by_layer = [1, 2, 3, 2, 1, 2]
+    save_source(tmp_path / "source", "hunyuan_v1_moe", torch.float32, moe_topk=by_layer)
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
+    tokens = torch.randint(3, 90, (2, 9))
+    expected = logits(source, tokens)
+    soft = {"routing": routing, "budget_active": 0.75} if routing == "softmoe" else {}
+    recipe = ConversionRecipe(
+        str(tmp_path / "source"),
+        str(tmp_path / "tied"),
+        group_size=2,
+        skip_first=1,
+        skip_last=1,
+        method="union",
+        **soft,
+    )
+    convert(recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", dtype="auto")
+    assert logits(model, tokens).equal(expected)
+    assert [model.config.experts_per_token_of(layer) for layer in range(6)] == by_layer
+    assert model.config.experts_per_token == 3
+    if routing == "softmoe":
+        assert model.config.softmoe["budget"] == pytest.approx(11)
+        assert model.config.softmoe["target_active"] == pytest.approx(0.75 * 11)
+        model.config.softmoe |= {"alpha": 1e-7, "layers": [float(k) for k in by_layer]}
+        torch.testing.assert_close(logits(model, tokens), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [[2, 2], [2, 2, 0, 2, 2, 2]])
+def test_a_top_k_for_each_layer_that_does_not_fit_is_refused(top_k):
+    config = tiny_config("hunyuan_v1_moe")
+    config.moe_topk = top_k
+    with pytest.raises(TiedMoeError, match=r"=\[2, 2.*; expected one integer of at least 1, or one for each of the 6"):
+        TiedMoeConfig.from_family(config, group_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -221,8 +221,8 @@ def _routing(recipe: ConversionRecipe, source: SourceModel) -> dict[str, Any]:
         return {}
     softmoe: dict[str, Any] = {"alpha": 0.0, "target_alpha": SoftMoeOptions.alpha}
     if recipe.budget_active is not None:
-        top_k = TiedMoeConfig.from_family(source.model.config, groups=[]).experts_per_token
-        softmoe["target_active"] = recipe.budget_active * top_k * len(source.experts)
+        family = TiedMoeConfig.from_family(source.model.config, groups=[])
+        softmoe["target_active"] = recipe.budget_active * sum(map(family.experts_per_token_of, source.experts))
         softmoe["target_budget"] = max(len(source.experts), MASS_OF_ACTIVE * softmoe["target_active"])
     return {"routing": "softmoe", "softmoe": softmoe}
 

@@ -172,8 +172,14 @@ class TiedMoeConfig(PreTrainedConfig):
 
     @property
     def experts_per_token(self) -> int:
-        """Experts active per token, K, whatever the family calls it."""
-        return getattr(self, self.top_k_field)
+        """Experts active per token, K, whatever the family calls it: the most of any layer, if layers differ."""
+        top_k = getattr(self, self.top_k_field)
+        return max(top_k) if isinstance(top_k, (list, tuple)) else top_k
+
+    def experts_per_token_of(self, layer: int) -> int:
+        """Return K of one layer: hunyuan_v1_moe's config may hold one for each."""
+        top_k = getattr(self, self.top_k_field)
+        return top_k[layer] if isinstance(top_k, (list, tuple)) else top_k
 
     def group_of(self, layer: int) -> int | None:
         """Return the pool that `layer` reads, or None if it is untied."""
@@ -207,6 +213,14 @@ class TiedMoeConfig(PreTrainedConfig):
                 )
 
     def _resolve_pools(self) -> None:
+        top_k: Any = getattr(self, self.top_k_field)
+        if isinstance(top_k, (list, tuple)) and (
+            len(top_k) != self.num_hidden_layers or not all(type(each) is int and each > 0 for each in top_k)
+        ):
+            raise TiedMoeError(
+                f"{self.top_k_field}={short_repr(top_k)}; expected one integer of at least 1, or one for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
         moe_layers = sorted(expert_layers(family_skeleton(self)))
         if not moe_layers:
             raise TiedMoeError(
@@ -225,7 +239,7 @@ class TiedMoeConfig(PreTrainedConfig):
         self.slot_maps = self._one_per_pool("slot_maps", self.slot_maps, bool)
         self.residual_rank = self._one_per_pool("residual_rank", self.residual_rank, int, 0, most=self.hidden_size)
 
-        self._resolve_routing(len(moe_layers))
+        self._resolve_routing(moe_layers)
         if self.router_z_loss_coef and not getattr(self, "output_router_logits", False):
             raise TiedMoeError(
                 f"router_z_loss_coef={self.router_z_loss_coef} has no effect without router logits; "
@@ -246,7 +260,7 @@ class TiedMoeConfig(PreTrainedConfig):
                     "choose a multiple of n_group"
                 )
 
-    def _resolve_routing(self, num_layers: int) -> None:
+    def _resolve_routing(self, moe_layers: Sequence[int]) -> None:
         if self.routing not in ("top_k", "softmoe"):
             raise TiedMoeError(f"routing={short_repr(self.routing)}; expected 'top_k' or 'softmoe'")
         if self.routing == "top_k":
@@ -257,7 +271,8 @@ class TiedMoeConfig(PreTrainedConfig):
         pools: Any = zip(self.pool_num_experts, self.slot_maps)  # type: ignore[arg-type]
         widths = [size for size, is_mapped in pools if not is_mapped]
         num_experts = min([getattr(self, self.num_experts_field), *widths])
-        options = SoftMoeOptions.of(self.softmoe or {}, num_layers, num_experts, self.experts_per_token)
+        top_k = sum(map(self.experts_per_token_of, moe_layers)) / len(moe_layers)
+        options = SoftMoeOptions.of(self.softmoe or {}, len(moe_layers), num_experts, top_k)
         self.softmoe = options.to_dict()
 
     def _one_per_pool(self, name: str, value: Any, kind: type, least: int = 0, most: int = 0) -> list:

@@ -40,7 +40,7 @@ class SoftMoeOptions:
     target_active: float | None = None
 
     @classmethod
-    def of(cls, given: object, num_layers: int, num_experts: int, top_k: int) -> "SoftMoeOptions":
+    def of(cls, given: object, num_layers: int, num_experts: int, top_k: float) -> "SoftMoeOptions":
         """Check what a config says, for `num_layers` layers of `num_experts` experts, and fill in what it leaves out.
 
         Raises:

@@ -101,10 +101,12 @@ class SoftRouter(nn.Module):
         soft = restore_module(SoftRouter, type(router))
         soft.__dict__.update(router.__dict__)
         soft._owner = (owner,)  # in a tuple: a reference, not a submodule
-        soft.layer, soft.place, soft.family_top_k = layer, place, owner.config.experts_per_token
+        soft.layer, soft.place, soft.family_top_k = layer, place, owner.config.experts_per_token_of(layer)
         soft.num_scores = getattr(experts, "num_slots", None) or experts.num_experts
         soft.expert_flops = _flops_of_an_expert(experts, owner)
-        soft.normalises = _find_whether_it_normalises(router, owner.config, soft.num_scores)
+        soft.normalises = _find_whether_it_normalises(
+            router, owner.config.hidden_size, soft.num_scores, soft.family_top_k
+        )
         soft.fixed_top_k = soft.counts = None
         return soft
 
@@ -339,18 +341,18 @@ def _router_beside(base_model: nn.Module, experts_path: str) -> str:
 _found: dict[Any, bool] = {}  # by router class and settings
 
 
-def _find_whether_it_normalises(router: nn.Module, config: Any, num_experts: int) -> bool:
+def _find_whether_it_normalises(router: nn.Module, hidden_size: int, num_experts: int, top_k: int) -> bool:
     """Try a family's router, with weights drawn at random: its top k must be found again among all its experts.
 
     Raises:
         TiedMoeError: it chooses otherwise, or an expert's weight depends on the others in another way than by a sum.
     """
     settings = {k: v for k, v in vars(router).items() if isinstance(v, (bool, int, float, str))}
-    key = (type(router), num_experts, config.experts_per_token, *sorted(settings.items()))
+    key = (type(router), num_experts, top_k, *sorted(settings.items()))
     if key not in _found:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            _found[key] = _try(router, config.hidden_size, num_experts, config.experts_per_token)
+            _found[key] = _try(router, hidden_size, num_experts, top_k)
     return _found[key]
 
 
