@@ -108,7 +108,7 @@ OTHER_RATE: dict = {
 HEALED: dict = {"heals": True}
 ROWS = [
     *top_k("untied", 4, 2, 1), *soft("learned", "untied", 4, 3, 2), *soft("even", "untied", 4, 3, 2),
-    *top_k("tied", 4, 2, **TIED), *soft("learned", "tied", 4, 3, **TIED),
+    *top_k("tied", 4, 2, **TIED), *soft("learned", "tied", 4, 3, 2, **TIED), *soft("even", "tied", 4, 3, 2, **TIED),
     *top_k("untied at twice the rate", 4, **OTHER_RATE), *soft("learned", "untied at twice the rate", 4, **OTHER_RATE),
     *top_k("healed", 4, 3, **HEALED), *soft("learned", "healed", 4, 3, **HEALED),
 ]  # fmt: skip
