@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_source, save_tied
-from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, hf_api
+from huggingface_hub import HfApi, ModelCard, ModelCardData, close_session, constants, hf_api
 from transformers import AutoModelForCausalLM
 
 from tiedmoe_cli.app import card as card_command
@@ -241,7 +241,9 @@ def fake_hub(monkeypatch):
     server.url, server.files, server.validated = f"http://127.0.0.1:{server.server_port}", {}, []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    close_session()  # the library's one client may hold connections to a server that has ended
     yield server
+    close_session()
     server.shutdown()
     server.server_close()
 
