@@ -25,7 +25,8 @@ from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.configuration_tiedmoe import TOP_K_FIELDS
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.training.data import load_blocks, perplexity
-from transformers_tiedmoe.training.heal import HealConfig, heal, load_model
+from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.training.pretrained import load_model
 
 SOFT = {"routing": "softmoe", "method": "union"}
 QUICK = {"max_steps": 8, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}

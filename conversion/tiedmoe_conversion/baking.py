@@ -99,7 +99,7 @@ def _rounded(mean: float, most: int) -> int:
 
 def _load(opened: Source, config: Any, data: str) -> tuple[Any, Any]:
     # Here, as it imports Trainer, which takes seconds.
-    from transformers_tiedmoe.training.heal import load_model
+    from transformers_tiedmoe.training.pretrained import load_model
 
     size = min(DEFAULT_BLOCK_SIZE, getattr(config, "max_position_embeddings", None) or DEFAULT_BLOCK_SIZE)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from transformers_tiedmoe.training.heal import load_model
+from transformers_tiedmoe.training.pretrained import load_model
 
 from .recipe import ConversionRecipe
 from .run import convert

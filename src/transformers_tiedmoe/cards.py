@@ -20,7 +20,7 @@ from .audit.schema import Audit, Domain, Interval, ModelAudit
 from .errors import TiedMoeError
 from .files import atomic_write_json, atomic_write_text, expand, file_digest
 from .hub import CARD, MANIFEST, is_hub_id, plain, public_name, read_licence, read_manifest, render_card
-from .training.heal import load_config
+from .training.pretrained import load_config
 
 AUDIT = "audit.json"
 FIGURES = "figures"

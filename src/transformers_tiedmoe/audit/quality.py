@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TiedMoeError, reading
 from ..training.data import sequence_losses
-from ..training.heal import open_tokenizer
+from ..training.pretrained import open_tokenizer
 from .bootstrap import interval
 from .metrics import perplexity
 from .records import execution_device

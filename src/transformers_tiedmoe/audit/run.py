@@ -25,7 +25,7 @@ from ..errors import TiedMoeError
 from ..files import expand
 from ..hub import fingerprint, public_name, versions
 from ..training.data import check_tokens, load_last_blocks, tokens_digest
-from ..training.heal import open_tokenizer
+from ..training.pretrained import open_tokenizer
 from ..workdir import Work, check_output, open_work
 from . import active, drawing, memory, quality, report, stability, strategy
 from .config import AuditConfig

@@ -14,7 +14,7 @@ from ..errors import TiedMoeError
 from ..families import expert_layers
 from ..hub import public_name
 from ..modeling_tiedmoe import TiedExperts
-from ..training.heal import load_config, load_model
+from ..training.pretrained import load_config, load_model
 from .routing import layer_experts
 from .schema import Layer
 

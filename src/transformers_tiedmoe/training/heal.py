@@ -17,13 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
@@ -35,19 +31,19 @@ from transformers import (
 from ..adapters import load_merged, refuse_adapter
 from ..audit.metrics import perplexity as perplexity_of
 from ..audit.routing import layer_experts
-from ..auto_files import load_tokenizer, settle_tokenizer
-from ..errors import TiedMoeError, reading
+from ..auto_files import settle_tokenizer
+from ..errors import TiedMoeError
 from ..files import atomic_write_json
 from ..hub import MANIFEST, fingerprint, read_manifest, save_healed, versions
-from ..loading import check_folder
 from ..routing import active_experts
 from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, step_of
-from .data import check_tokens, load_blocks, perplexity, tokens_digest
+from .data import check_tokens, load_blocks, tokens_digest
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
+from .pretrained import check_saved, load_config, load_model, open_tokenizer
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
 from .trainer import Diverged, HealTrainer
@@ -364,86 +360,6 @@ class _Run:
         with self.work.draft() as draft:
             title = Path(str(self.args.output_dir)).name
             save_healed(draft, title, self.args.model, model.config, healing, self.work.files)
-
-
-def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load a config; without `trust_remote_code` no code or kernel that the checkpoint names is loaded.
-
-    Raises:
-        TiedMoeError: it names kernels of the Hub.
-    """
-    with reading(f"the config of {model}"):
-        fields, _ = PreTrainedConfig.get_config_dict(model)
-    named = str(fields.get("_attn_implementation") or fields.get("attn_implementation") or "")
-    if "/" in named and not trust_remote_code:
-        raise TiedMoeError(
-            f"{model} asks for the attention kernels {named}, which would be code of its choosing; expected none: "
-            "remove it from config.json, or trust the checkpoint (trust_remote_code)"
-        )
-    with reading(f"the config of {model}"):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        check_folder(model, config)
-        return config
-
-
-def load_model(path: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """Load a causal language model of which every weight is in the checkpoint.
-
-    Args:
-        path: folder or hub id.
-        trust_remote_code: whether code that the checkpoint names may run.
-        options: of `from_pretrained`, such as `device_map`.
-
-    Raises:
-        TiedMoeError: weights are missing or of another shape.
-    """
-    with reading(f"the model {path}"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, **options
-        )
-    lacking = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-    if lacking:
-        raise TiedMoeError(
-            f"{path} lacks {len(lacking)} weights of {type(model).__name__}, first {lacking[0]}; "
-            "they would be drawn at random: give a complete checkpoint of a causal language model"
-        )
-    return model
-
-
-def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> None:
-    """Load the saved model with the Auto class; raise unless it is the model in memory, whose loss was reported.
-
-    Every weight is compared, and the loss of one batch, which the config decides too. An adapter beside the weights, a
-    name that no longer fits or a dtype that was lost would show here.
-    """
-    rows = validation.select(range(min(len(validation), args.per_device_eval_batch_size)))
-    expected = perplexity(model, rows, args.per_device_eval_batch_size)["loss"]
-    saved = load_model(str(folder), args.trust_remote_code).to(model.device)
-    kept, own = saved.state_dict(), model.state_dict()
-    if lost := [name for name in kept.keys() | own.keys() if name not in kept or not kept[name].equal(own[name])]:
-        raise AssertionError(f"{folder} has not the weights of the model in memory: {len(lost)}, first {min(lost)!r}")
-    found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
-    if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
-        raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
-
-
-def open_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a checkpoint; without `trust_remote_code` no code of its files is run.
-
-    Raises:
-        TiedMoeError: it cannot be read, or there is none: transformers then makes one up, which knows no text.
-    """
-    with reading(f"the tokenizer of {model}"):
-        if trust_remote_code:
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-        else:
-            tokenizer = load_tokenizer(model)
-        is_empty = not tokenizer("Some text.").input_ids
-    if is_empty:
-        raise TiedMoeError(
-            f"{model} has no tokenizer that knows any text; expected one: put its files beside the weights"
-        )
-    return tokenizer
 
 
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:
