@@ -32,6 +32,7 @@ import transformers_tiedmoe
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, TiedMoeModel
 from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.modeling_tiedmoe import TiedExperts
+from transformers_tiedmoe.parallel import POOLS
 
 OLDEST = transformers.__version__ < "5.23"
 TYING = {"group_size": 2, "skip_first": 1, "skip_last": 1}
@@ -530,15 +531,22 @@ def test_pools_are_never_split_between_devices():
     assert {"PoolOlmoeExperts", "OlmoeDecoderLayer"} <= tiny_model()._no_split_modules
 
 
-@pytest.mark.parametrize("plan", [{"tp_size": 2}, {"tp_plan": "auto"}])
-def test_tensor_parallelism_is_refused(plan, tmp_path):
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_pipeline_parallelism_is_refused(as_dict, tmp_path):
     from transformers.distributed import DistributedConfig
 
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="only FSDP2 is supported"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(**plan))
-    with pytest.raises(ValueError, match="only FSDP2 is supported"):
+    plan = {"pp_size": 2} if as_dict else DistributedConfig(pp_size=2)
+    with pytest.raises(ValueError, match="pp_size=2 on a tied model, whose groups may lie in two stages"):
         AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=plan)
+
+
+def test_tensor_parallelism_needs_a_transformers_with_plans_by_module(monkeypatch):
+    from transformers.distributed.mixin import DistributedMixin
+
+    monkeypatch.delattr(DistributedMixin, "_expand_parallel_plan", raising=False)
+    with pytest.raises(ValueError, match=r"tp_size=2 on a tied model needs transformers 5\.23"):
+        type(tiny_model()).prepare_distribute_model({"tp_size": 2})
 
 
 def test_meta_device_and_init_empty_weights():
@@ -627,11 +635,20 @@ def test_what_the_head_of_every_family_answers_as_transformers_own(tokens):
     assert loaded(tokens).logits.equal(model(tokens).logits)
 
 
-def test_no_plan_names_a_parameter_that_a_tied_model_lacks():
-    model = tiny_model()
-    names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
-    for plan in (model._tp_plan, model._ep_plan, model._pp_plan):
-        assert {re.sub(r"\.\d+", ".*", name) for name in plan or {}} <= names
+@pytest.mark.parametrize("groups", [[], [[1, 2], [3, 4]], [[0, 1, 2], [3, 4, 5]]])
+def test_plans_name_the_experts_that_a_model_has(groups):
+    config = TiedMoeConfig.from_family(tiny_config("olmoe"), groups=groups)
+    model = TiedMoeForCausalLM(config)
+    parameters = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_parameters()}
+    experts = {name for name in parameters if "experts." in name or "expert_pools." in name}
+    for plan in (model._tp_plan, model._ep_plan):
+        named = {name for name in plan if name.endswith("_proj") and "attn" not in name}
+        assert named == experts
+        assert {name.rpartition(".")[0] for name in named} <= plan.keys()  # and the module, whose calls are hooked
+        assert not any(POOLS in name for name in plan) or groups
+    assert model._ep_plan.get(f"model.{POOLS}.down_proj") == ("grouped_gemm" if groups else None)
+    assert any(POOLS in name for name in model._fsdp_plan) == bool(groups)
+    assert not model.base_model._pp_plan
 
 
 # peft

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .errors import TiedMoeError
+from .parallel import plan_with_pools
 
 HEADS: list[Any] = []  # our heads in order, each with its Auto class and the mapping of the families' own heads
 
@@ -134,10 +135,9 @@ def _config_class(base: Any, family: str) -> Any:
         "__module__": base.__module__,
         "__annotations__": {"family": str},
         "family": family,
-        # the family's own plans name the experts of every layer, which tied layers do not have
-        "base_model_tp_plan": None,
-        "base_model_ep_plan": None,
-        "base_model_pp_plan": None,
+        "base_model_tp_plan": plan_with_pools(parent.base_model_tp_plan),
+        "base_model_ep_plan": plan_with_pools(parent.base_model_ep_plan),
+        "base_model_pp_plan": None,  # a group's layers may lie in two stages
         "base_model_fsdp_plan": {**(parent.base_model_fsdp_plan or {}), "expert_pools.*": "free_full_weight"},
     }
     made = type(f"TiedMoe{parent.__name__}", (base, parent), namespace)

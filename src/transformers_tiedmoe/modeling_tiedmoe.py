@@ -45,6 +45,7 @@ from .families import (
 )
 from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
+from .parallel import ParallelPools
 from .pools import default_slot_map
 from .residual import Residual, experts_with_residual
 from .routing.softmoe import ExpertBudget, soften
@@ -168,7 +169,7 @@ class TiedExperts(nn.Module):
         return f"pool_index={self.pool_index}, pool_size={self.pool_size}, {mapped}"
 
 
-class TiedMoePreTrainedModel(PreTrainedModel):
+class TiedMoePreTrainedModel(ParallelPools):
     """What every tied model shares: how it is built, saved, and found by its family."""
 
     config_class = TiedMoeConfig
@@ -253,18 +254,6 @@ class TiedMoePreTrainedModel(PreTrainedModel):
             module.init_weights()
         else:
             super()._init_weights(module)
-
-    @classmethod
-    def prepare_distribute_model(cls, distributed_config, **kwargs):
-        """Refuse all but FSDP2: a family's other plans name the experts of layers, which tied layers do not have."""
-        fields = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
-        for name in ("tp_plan", "tp_size", "ep_size", "pp_size", "enable_expert_parallel"):
-            if fields.get(name) not in (None, False, 1):
-                raise TiedMoeError(
-                    f"{name}={fields[name]!r} on a tied model; only FSDP2 is supported so far, "
-                    "for which leave it out and set fsdp_size"
-                )
-        return super().prepare_distribute_model(distributed_config, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
