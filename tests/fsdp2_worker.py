@@ -1,5 +1,7 @@
 """Run by test_distributed.py in two processes: a tied model under FSDP2 or DDP has the gradients of one process.
 
+Muon moves it as in one process, too.
+
 torchrun --standalone --nproc-per-node=2 fsdp2_worker.py
 """
 
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
 
 ONCE_PER_POOL = [1, 1, 2, 2]  # two untied layers, two pools of two layers: how many layers each computation is of
 
@@ -87,6 +90,26 @@ def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=f"{case} {name}")
 
 
+def check_muon(mesh) -> None:
+    """Three steps of Muon on shards: pools of three experts give two and one; other matrices are gathered."""
+    models = []
+    for wrapper in ("alone", "fsdp2"):
+        config = TiedMoeConfig.from_family(tiny_config("olmoe", num_experts=3), skip_first=1, skip_last=1)
+        torch.manual_seed(0)
+        model = TiedMoeForCausalLM(config)
+        model = spread(model, wrapper, mesh) if wrapper == "fsdp2" else model
+        optimizer = Muon(muon_parameter_groups(model))
+        for seed in range(3):
+            tokens = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        models.append(model)
+    for (name, want), got in zip(models[0].named_parameters(), models[1].parameters()):
+        # bfloat16 rounds gradients that differ in their last bits
+        torch.testing.assert_close(got.full_tensor(), want, rtol=0, atol=1e-3, msg=f"muon {name}")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
@@ -102,6 +125,9 @@ def main() -> None:
         check(case, expected, computed, mesh)
         if dist.get_rank() == 0:
             print("equal gradients", *case, flush=True)
+    check_muon(mesh)
+    if dist.get_rank() == 0:
+        print("equal weights after Muon's steps", flush=True)
     dist.destroy_process_group()
 
 

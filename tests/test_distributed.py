@@ -22,6 +22,7 @@ def test_fsdp2_and_ddp_have_the_gradients_of_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "fsdp2_worker.py"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("equal gradients") == len(CASES), done.stdout + done.stderr[-3000:]
+    assert "equal weights after Muon's steps" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="refused before transformers 5.23")

@@ -89,6 +89,11 @@ class TiedMoeTrainingArguments(TrainingArguments):
     )
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
+    optimizer: str | None = _ours(
+        None,
+        "muon: Muon for matrices, AdamW at a tenth of its learning rate and decay for the rest (see muon.py). By "
+        "default what optim names.",
+    )
     train_norms: bool = _ours(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
     anneal: float = _ours(0.5, "With soft routing: the share of the steps in which it comes to its targets.")
     budget_lr: float = _ours(
@@ -214,6 +219,10 @@ class TiedMoeTrainingArguments(TrainingArguments):
                 "healing counts steps, not epochs: set max_steps and save_steps, and leave num_train_epochs and "
                 "save_strategy out"
             )
+        if self.optimizer not in (None, "muon"):
+            raise TiedMoeError(f"optimizer={self.optimizer!r} is unknown; give muon, or leave it out and set optim")
+        if self.optimizer and self.lora:
+            raise TiedMoeError("optimizer='muon' trains whole matrices, and lora low-rank factors; give one of them")
         if self.lr_divisor not in LR_DIVISORS:
             raise TiedMoeError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
 

@@ -9,6 +9,7 @@ from transformers import Trainer
 from ..errors import TiedMoeError
 from .data import sequence_losses
 from .distillation import distillation_loss
+from .muon import Muon, muon_parameter_groups
 from .parameter_groups import BUDGET_LR, pool_parameter_groups
 from .soft_routing import routing_logs
 
@@ -42,6 +43,7 @@ class HealTrainer(Trainer):
         super().__init__(*args, compute_metrics=_token_weighted_loss, **kwargs)
         self.lr_divisor = lr_divisor
         self.budget_lr = budget_lr
+        self.uses_muon = getattr(self.args, "optimizer", None) == "muon"
         self.teacher = teacher
         self.teacher_weight = teacher_weight
         self.temperature = temperature
@@ -50,13 +52,14 @@ class HealTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model=None):
-        """Make the optimizer that the arguments name, over pool parameter groups."""
+        """Make the optimizer that the arguments name, or Muon, over pool parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
             rates = {"lr_divisor": self.lr_divisor, "budget_lr": self.budget_lr}
-            groups = pool_parameter_groups(model, self.args.learning_rate, self.args.weight_decay, **rates)
+            make_groups = muon_parameter_groups if self.uses_muon else pool_parameter_groups
+            groups = make_groups(model, self.args.learning_rate, self.args.weight_decay, **rates)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = Muon(groups) if self.uses_muon else optimizer_class(groups, **options)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
