@@ -87,6 +87,9 @@ def audit(models=None, domains=tuple(DOMAINS)):
                     value=value,
                     flops_per_token=flops,
                     memory_bytes=size,
+                    quality=8 - each.quality.bits_per_byte[measure[5:]].value,
+                    quality_per_gib=5 / (size / GIB),
+                    quality_per_gflop=5 / (flops / 1e9),
                     is_on_compute_front=not any(v < value and f <= flops for _, v, f, _ in rows),
                     is_on_memory_front=not any(
                         v < value and other.memory.inference[0].total_bytes <= size for _, v, _, other in rows
@@ -340,6 +343,7 @@ def _quality(rng, domains, loss):
     return schema.Quality(
         loss=losses,
         perplexity={domain: float(np.exp(each.value)) for domain, each in losses.items()},
+        bits_per_byte={domain: interval(rng, 0.4 * each.value, 0.01) for domain, each in losses.items()},
         tasks=[
             schema.Task(name="arc_easy", metric="acc", value=0.61, standard_error=0.01, num_shots=0, num_samples=2376)
         ],

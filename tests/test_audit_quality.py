@@ -327,6 +327,20 @@ def test_other_vocabularies_are_compared_by_bytes():
     assert {point.measure for point in pareto([audited("a", 3.0, bits=1.0)])} == {"loss text"}
 
 
+def test_quality_for_its_cost_by_hand():
+    """A GiB and a half, 2 GFLOPs on the text, 4 on average: 0.8 bits a byte saves 7.2; a task counts its value."""
+    tasks = [task(0.6), task(9.0, "word_perplexity", False)]
+    model = audited("a", 2.0, 2e9, 3 * 2**29, bits=0.8, tasks=tasks)
+    points = {point.measure: point for point in pareto([model])}
+    found = {name: (p.quality, p.quality_per_gib, p.quality_per_gflop) for name, p in points.items()}
+    assert found == {
+        "loss text": (pytest.approx(7.2), pytest.approx(4.8), pytest.approx(3.6)),
+        "t acc": (pytest.approx(0.6), pytest.approx(0.4), pytest.approx(0.15)),
+        "t word_perplexity": (None, None, None),
+    }
+    assert pareto([audited("a", 2.0)])[0].quality is None  # without a tokenizer no bytes are known
+
+
 def test_of_some_tasks_less_is_better():
     worse, better = (audited(n, tasks=[task(v, "word_perplexity", False)]) for n, v in (("a", 9.0), ("b", 8.0)))
     assert [point.is_on_memory_front for point in pareto([worse, better])] == [False, True]

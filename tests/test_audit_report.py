@@ -9,6 +9,7 @@ import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import audits
 import numpy as np
@@ -432,6 +433,89 @@ def test_an_audit_of_nothing_is_a_page_that_says_so(tmp_path):
     pytest.importorskip("matplotlib")
     report.write(audits.audit([]).model_copy(update={"models": [], "pareto": []}), tmp_path)
     assert "Nothing was measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+# --- every field -----------------------------------------------------------------------------------------------------
+
+DRAWN = {  # in figures alone
+    ("LayerActive", "by_position"): plots.active,
+    ("ActiveExperts", "position_bins"): plots.active,
+    ("LayerStability", "loads"): plots.loads,
+    ("Flow", "flows"): plots.flow,
+}
+FIELDS = [(section, name) for section in schema.Section.__subclasses__() for name in section.model_fields]
+
+
+@pytest.fixture(scope="module")
+def full():
+    """An audit that has something in every field, and what its page shows."""
+    tied = small("tied", num_layers=6, group_size=2, is_soft=True, seed=1)
+    stability = [each.model_copy(update={"source_agreement": each.load_cv}) for each in tied.stability.layers]
+    tied = tied.model_copy(
+        update={"stability": tied.stability.model_copy(update={"layers": stability}), "notes": ["a note"]}
+    )
+    domains = [each.model_copy(update={"sha256": "0123456789abcdef"}) for each in audits.audit([tied]).domains]
+    audit = audits.audit([tied, small("other")]).model_copy(update={"domains": domains})
+    return audit, shown(audit)
+
+
+def shown(audit):
+    return repr(report.page(audit, {}))
+
+
+def changed(value, section, name):
+    """The same with another value wherever a `section` has a field `name`."""
+    if isinstance(value, schema.Section):
+        fields = {key: changed(each, section, name) for key, each in value}
+        if type(value) is section:
+            fields[name] = another(fields[name], section.model_fields[name].annotation)
+        return value.model_copy(update=fields)
+    if isinstance(value, dict):
+        return {key: changed(each, section, name) for key, each in value.items()}
+    return type(value)(changed(each, section, name) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def another(value, kind):
+    """Another value of a field: numbers and texts are others, of all else there is an item less."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * value + 1  # of several numbers the shares change, too
+        case str():
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            return next((each for each in choices if each != value), f"no {value}")
+        case schema.Interval():
+            return value.model_copy(update={"value": another(value.value, float)})
+        case list() | tuple():
+            is_plain = all(isinstance(each, int | float) for each in value)
+            return type(value)(another(each, float) for each in value) if is_plain else value[1:]
+        case dict():
+            is_plain = all(isinstance(each, int | float | str) for each in value.values())
+            return {k: another(v, str) for k, v in value.items()} if is_plain else dict([*value.items()][1:])
+    return None
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda each: getattr(each, "__name__", each))
+def test_every_field_is_in_the_report(section, name, full):
+    """Of each field that changes, the page's text changes, or else a figure."""
+    audit, text = full
+    other = changed(audit, section, name)
+    assert other != audit, "no field of the example has a value"
+    assert (shown(other) != text) == ((section.__name__, name) not in DRAWN)
+
+
+def test_what_is_not_in_words_is_drawn(full):
+    pytest.importorskip("matplotlib")
+    audit, _ = full
+    with drawing.styled():
+        as_they_are = {draw: svg(draw, audit) for draw in set(DRAWN.values())}
+        for (section, name), draw in DRAWN.items():
+            assert svg(draw, changed(audit, getattr(schema, section), name)) != as_they_are[draw], name
+
+
+def svg(draw, audit):
+    return drawing.svg_text(draw(audit.models[0], audit.domains, False))
 
 
 # --- a browser -------------------------------------------------------------------------------------------------------

@@ -175,6 +175,17 @@ def test_memory_only_reads_no_weights_and_writes_nothing_unasked(models, tmp_pat
     )
 
 
+def test_training_at_a_precision(models):
+    """Weights of a step on one GPU: as many bytes a parameter as the precision says."""
+    for precision, width in (("float32", 4), ("bfloat16", 2), ("mixed", 4)):
+        asked = AuditConfig(models=[str(models / "source")], memory_only=True, precision=precision, **SERVING)
+        (model,) = audit(asked)["models"]
+        step = next(each for each in model["memory"]["training"] if each["strategy"] == "one")
+        assert step["precision"] == precision
+        assert step["gradient_bytes"] == width * model["memory"]["parameters"]["total"]["unique"]
+        assert ("--precision" in asked.command()) == (precision != "mixed")
+
+
 # Bad input
 
 
@@ -269,6 +280,10 @@ def test_a_quantised_model(models, tmp_path):
         ({"num_tokens": 0}, "num_tokens=0; expected an integer of at least 1"),
         ({"data": ["a=x.txt,a=y.txt"]}, "two texts 'a': x.txt and y.txt"),
         ({"data": ["x.txt,"]}, "data has ''"),
+        ({"precision": "fp16"}, r"precision='fp16'; expected one of \['float32', 'bfloat16', 'mixed'\]"),
+        ({"gpus": ["H101"]}, "gpus has 'H101'; expected some of"),
+        ({"dtypes": ["int8"]}, "dtypes has 'int8'; expected floating dtypes"),
+        ({"context": 0}, "context=0; expected an integer of at least 1"),
         ({"data": ["a|b=x.txt"]}, r"no '\|' in the name"),
     ],
 )

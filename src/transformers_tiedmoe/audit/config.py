@@ -61,6 +61,10 @@ class AuditConfig:
     sequences: int = field(default=1, metadata={"help": "Sequences at a time in serving, and on a GPU in training."})
     num_gpus: int = field(default=8, metadata={"help": "GPUs that training is split over."})
     train_block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence in training."})
+    precision: str = field(
+        default="mixed",
+        metadata={"help": 'Of training: "mixed" (float32 weights, bfloat16 computes), "float32" or "bfloat16".'},
+    )
     dtypes: list[str] = field(
         default_factory=lambda: ["bfloat16"], metadata={"help": "Dtypes of the weights in serving."}
     )

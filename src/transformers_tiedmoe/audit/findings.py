@@ -107,6 +107,10 @@ def _memory(model: ModelAudit) -> Iterator[Finding]:
         largest = max(memory.gpus, key=lambda name: memory.gpus[name])
         text += f": more than one {largest} has ({units.size(memory.gpus[largest])})"
     yield Finding(f"{text}.", "memory")
+    if memory.checkpoint_bytes is not None:
+        dtypes = [f"{units.size(size)} in {units.one_line(name)}" for name, size in memory.stored_dtypes.items()]
+        yield Finding(f"Its weight files hold {units.size(memory.checkpoint_bytes)}: {units.join(dtypes)}.", "memory",
+                      is_main=False)  # fmt: skip
 
 
 def _strategy(model: ModelAudit) -> Iterator[Finding]:

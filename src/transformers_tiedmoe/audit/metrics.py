@@ -10,12 +10,35 @@ from collections.abc import Sequence
 
 import torch
 
+GIB = 2**30
 EVEN_TOKENS = 64  # an expert that no token chose is called dead if an even router had sent it so many
 
 
 def perplexity(loss: float) -> float:
     """Return exp(loss) of a mean cross-entropy in nats per token; infinity if it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+# Quality for its cost
+
+
+def bits_saved(bits_per_byte: float) -> float:
+    """Return the bits of text that a model saves of each byte: 8, as it is stored, less what its predictions take.
+
+    A loss has no zero to take a share of; a model that predicts text compresses it (arXiv 2309.10668, Section 2), and
+    what is saved begins at 0 for bytes that are all as likely, is 8 at most, and compares vocabularies.
+    """
+    return 8 - bits_per_byte
+
+
+def quality_per_gib(quality: float, num_bytes: int) -> float:
+    """Return quality (`bits_saved`, or a task's metric of which more is better) for each GiB that serving takes."""
+    return quality / (num_bytes / GIB)
+
+
+def quality_per_gflop(quality: float, flops_per_token: float) -> float:
+    """Return quality (as in `quality_per_gib`) for each 10^9 FLOPs that a token's forward pass takes."""
+    return quality / (flops_per_token / 1e9)
 
 
 # Load of the experts

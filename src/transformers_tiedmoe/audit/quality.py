@@ -24,7 +24,7 @@ from ..errors import TiedMoeError, reading
 from ..training.data import sequence_losses
 from ..training.pretrained import open_tokenizer
 from .bootstrap import interval
-from .metrics import perplexity
+from .metrics import bits_saved, perplexity, quality_per_gflop, quality_per_gib
 from .records import execution_device
 from .schema import Interval, ModelAudit, ParetoPoint, Quality, Task
 from .subject import Subject
@@ -302,8 +302,11 @@ def pareto(models: Sequence[ModelAudit]) -> list[ParetoPoint]:
     over domains; memory is what serving needs, in the first dtype of the memory section. Losses per token compare only
     between models of one vocabulary: where a model comes without, bits per byte are compared besides. A model without
     one of the two costs is left out.
+
+    What a point's quality is, for each GiB and GFLOP, is in `metrics.py`.
     """
     costs = {model.name: cost for model in models if (cost := _costs(model)) is not None}
+    found = {model.name: model.quality for model in models if model.quality is not None}
     points = []
     for measure_name, domain, values, is_lower_better in _measures(models):
         names = [name for name, value in values.items() if name in costs and math.isfinite(value)]
@@ -321,10 +324,26 @@ def pareto(models: Sequence[ModelAudit]) -> list[ParetoPoint]:
                 is_lower_better=is_lower_better,
                 is_on_compute_front=on_compute[i],
                 is_on_memory_front=on_memory[i],
+                **_worth(found[name], domain, values[name], is_lower_better, flops[i], memory[i]),
             )
             for i, name in enumerate(names)
         ]
     return points
+
+
+def _worth(
+    found: Quality, domain: str | None, value: float, is_lower_better: bool, flops: float, memory: int
+) -> dict[str, float]:
+    """Return a point's quality, which begins at 0, and its ratios to the costs; nothing of a measure without one."""
+    bits = found.bits_per_byte.get(domain) if domain is not None else None
+    if domain is None and not is_lower_better:
+        worth = value
+    elif bits is not None:
+        worth = bits_saved(bits.value)
+    else:
+        return {}
+    ratios = {"quality_per_gib": quality_per_gib(worth, memory), "quality_per_gflop": quality_per_gflop(worth, flops)}
+    return {"quality": worth, **ratios}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..files import atomic_write_text
 from ..hub import plain
-from . import drawing, findings, plots, tables, units
+from . import drawing, findings, overview, plots, tables, units
 from .findings import Finding
 from .schema import Audit, ModelAudit
 from .tables import Table
@@ -81,22 +81,25 @@ def write(audit: Audit, folder: str | Path) -> None:
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figures = _figures(audit, folder / "figures")
-    page = {
-        "audit": audit,
-        "title": _title(audit),
-        "glance": tables.glance(audit),
-        "groups": _groups(audit),
-        "figures": figures,
-        "sections": _sections(audit, figures),
-    }
+    shown = page(audit, _figures(audit, folder / "figures"))
     for name, escapes in (("report.html", True), ("report.md", False)):
         environment = Environment(
             loader=PackageLoader("transformers_tiedmoe.audit"), autoescape=escapes, undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
         environment.filters |= {"plain": plain, "together": _together}
-        atomic_write_text(folder / name, environment.get_template(f"{name}.j2").render(page))
+        atomic_write_text(folder / name, environment.get_template(f"{name}.j2").render(audit=audit, **shown))
+
+
+def page(audit: Audit, figures: dict[str, Figure]) -> dict[str, Any]:
+    """Return all that the templates show of an audit: texts, tables, figures."""
+    return {
+        "title": _title(audit),
+        "glance": overview.glance(audit),
+        "groups": _groups(audit),
+        "figures": figures,
+        "sections": _sections(audit, figures),
+    }
 
 
 def _together(text: str) -> str:
@@ -106,7 +109,7 @@ def _together(text: str) -> str:
 
 def terminal(audit: Audit) -> list[RenderableType]:
     """Return what a terminal shows: the models at a glance, then what was found, the most important first."""
-    shown: list[RenderableType] = [_rich(tables.glance(audit))]
+    shown: list[RenderableType] = [_rich(overview.glance(audit))]
     for heading, _, sentences in _groups(audit):
         lines = Text(heading, style="bold")
         for each in sentences:
@@ -175,7 +178,7 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
                 [each.text for each in findings.of_comparison(audit)]
                 or ["There is too little in common to compare: see the notes on each model."],
                 figures=[name for name in ("pareto", "memory", "training") if name in figures],
-                tables=[tables.pareto(audit)] if audit.pareto else [],
+                tables=[overview.pareto(audit)] if audit.pareto else [],
             )
         )
     when = f"On {audit.date[:10]}, by tiedmoe's audit, version {audit.version} of its schema."
@@ -185,7 +188,7 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
             "conditions",
             2,
             [f"{when} `audit.json`, beside this file, holds every figure."],
-            tables=[table for table in (tables.texts(audit), tables.conditions(audit)) if table.rows],
+            tables=[table for table in (overview.texts(audit), overview.conditions(audit)) if table.rows],
             listings=[("The command", audit.command)],
         )
     )
@@ -198,10 +201,10 @@ def _model_sections(
     """Return a model's section, and those of its five kinds of evidence."""
     anchor = f"model-{number}"
     routing = "soft routing" if model.routing == "softmoe" else "top-k routing"
-    lead = (
-        f"{model.architecture}, family {model.family}: {tables.kinds(model) or 'no layers'}; {model.tying}; {routing}."
-    )
-    found = [Section(units.short(model.name, 80), anchor, 2, [units.one_line(lead)], notes=model.notes)]
+    kinds = overview.kinds(model) or "no layers"
+    lead = units.one_line(f"{model.architecture}, family {model.family}: {kinds}; {model.tying}; {routing}.")
+    layers = [overview.layers(model)] if model.layers else []
+    found = [Section(units.short(model.name, 80), anchor, 2, [lead], model.notes, tables=layers)]
     sentences = findings.of_model(model, audit.domains)
     for evidence, heading in EVIDENCE.items():
         section: Any = getattr(model, evidence)
@@ -220,7 +223,8 @@ def _model_sections(
                 3,
                 [each.text for each in sentences if each.evidence == evidence],
                 figures=[name for name in names if name in figures],
-                tables=TABLES[evidence](section),
+                tables=TABLES[evidence](section)
+                + ([overview.pareto(audit)] if evidence == "quality" and is_alone and audit.pareto else []),
                 listings=_recipes(model) if evidence == "strategy" else [],
             )
         )

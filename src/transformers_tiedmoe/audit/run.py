@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import datasets
 import psutil
@@ -29,6 +29,7 @@ from ..training.pretrained import open_tokenizer
 from ..workdir import Work, check_output, open_work
 from . import active, drawing, memory, quality, report, stability, strategy
 from .config import AuditConfig
+from .memory_training import Precision
 from .records import Records, execution_device, most_frequent, record
 from .schema import ActiveExperts, Audit, Domain, Layer, Memory, ModelAudit, Quality, Section, Stability
 from .schema import LayerStrategy as Strategy
@@ -68,6 +69,7 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
     tell = progress or (lambda done, total, what: None)
     if config.lm_eval:
         quality.open_tasks(_quality_options(config))  # a wrong name is told before the work
+    _memory_options(config)  # as is a size, a dtype, a GPU
     tell(0, 1, "reading the models")
     inputs: dict[str, str | None] = {f"data {name}": data for name, data in config.texts.items()}
     inputs |= {"calibration": config.calibration} | {f"model {path}": path for path in config.paths}
@@ -384,6 +386,7 @@ def _memory_options(config: AuditConfig) -> memory.MemoryOptions:
         batch_size=config.sequences,
         num_gpus=config.num_gpus,
         block_size=config.train_block_size,
+        precision=cast(Precision, config.precision),
         dtypes=tuple(config.dtypes),
         **gpus,
     )

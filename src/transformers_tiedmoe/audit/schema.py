@@ -1,4 +1,4 @@
-"""What `audit.json` holds: the models of version 1, one section a kind of evidence.
+"""What `audit.json` holds: the models of version 2, one section a kind of evidence.
 
 `python -m transformers_tiedmoe.audit.schema` prints them as docs/audit.md has them.
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = 1
+VERSION = 2  # version 1 had no quality for its cost in `ParetoPoint`; it is read, too
 
 
 class Section(BaseModel):
@@ -293,7 +293,14 @@ class ParetoPoint(Section):
     value: float
     is_lower_better: bool = Field(default=True, description="as of losses; of most tasks' metrics more is better")
     flops_per_token: float
-    memory_bytes: int
+    memory_bytes: int = Field(description="that serving needs, in the first dtype of its memory")
+    quality: float | None = Field(
+        default=None,
+        description="of losses the bits that are saved of each byte of text, 8 less the bits per byte; of tasks their "
+        "value; null where less is better, or without bits per byte",
+    )
+    quality_per_gib: float | None = Field(default=None, description="over `memory_bytes`")
+    quality_per_gflop: float | None = Field(default=None, description="over `flops_per_token`")
     is_on_compute_front: bool
     is_on_memory_front: bool
 
@@ -321,7 +328,7 @@ class ModelAudit(Section):
 class Audit(Section):
     """`audit.json`."""
 
-    version: int = VERSION
+    version: int = Field(default=VERSION, ge=1, le=VERSION)
     date: str
     command: str
     settings: dict

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from . import units
-from .findings import inference_shown, smallest_gpu
-from .schema import COMPONENTS, ActiveExperts, Audit, LayerStrategy, Memory, ModelAudit, Quality, Stability
+from .findings import smallest_gpu
+from .schema import COMPONENTS, ActiveExperts, LayerStrategy, Memory, Quality, Stability
 
 NAMES = {
     "embedding": "embedding",
@@ -35,40 +35,6 @@ class Table:
     def is_long(self) -> bool:
         """Whether a page folds it."""
         return len(self.rows) > LONG
-
-
-def glance(audit: Audit) -> Table:
-    """Return what one wants first: each model's size, memory, compute and loss."""
-    domains = [domain.name for domain in audit.domains]
-    # Models that differ only far into their names keep the whole of them.
-    columns = (
-        "model",
-        "parameters",
-        "a token uses",
-        "FLOPs per token",
-        "memory to serve",
-        "fits one",
-        *(f"loss on {units.short(domain)}" for domain in domains),
-    )
-    rows = []
-    for model in audit.models:
-        memory, shown = model.memory, inference_shown(model.memory) if model.memory else None
-        total = memory.parameters["total"] if memory else None
-        flops = list(model.active.flops_per_token.values()) if model.active else []
-        rows.append(
-            (
-                units.short(model.name, 48),
-                units.count(total.unique) if total else "–",
-                units.count(total.active) if total else "–",
-                _range(flops),
-                f"{units.size(shown.total_bytes)}, {shown.dtype}" if shown else "–",
-                (smallest_gpu(shown.fits, memory.gpus) or "none") if memory and shown and shown.fits else "–",
-                *(_loss(model, name) for name in domains),
-            )
-        )
-    shown = next((inference_shown(model.memory) for model in audit.models if model.memory), None)
-    at = f"; memory at {shown.context:,} tokens and a batch of {shown.batch_size}" if shown else ""
-    return Table(f"The models at a glance{at}; losses in nats per token", columns, rows)
 
 
 def active(found: ActiveExperts) -> list[Table]:
@@ -159,6 +125,7 @@ def memory(found: Memory) -> list[Table]:
                 )
                 for each in found.inference
             ],
+            f"Fits one: the smallest that holds it of {_sizes(found.gpus)}." if found.gpus else "",
         ),
         Table(
             "Memory to train, on each GPU, and what each sends in a step",
@@ -272,12 +239,12 @@ def stability(found: Stability) -> list[Table]:
             ],
         ),
         Table(
-            "Experts that tokens use together most, a pair a layer",
-            ("layer", "expert", "with", "of its tokens"),
+            "Experts that tokens use together most",
+            ("layer", "the first one's tokens that use the second too"),
             [
-                (str(row.layer), str(expert), str(other), units.percent(share))
+                (str(row.layer), ", ".join(f"{a} and {b}: {units.percent(share)}" for a, b, share in row.co_active))
                 for row in found.layers
-                for expert, other, share in row.co_active[:1]
+                if row.co_active
             ],
         ),
         Table(
@@ -359,7 +326,7 @@ def quality(found: Quality) -> list[Table]:
             [
                 (
                     units.one_line(task.name),
-                    units.one_line(task.metric),
+                    units.one_line(task.metric) + ("" if task.is_higher_better else ", less is better"),
                     f"{task.value:.3f}" + (f" ± {task.standard_error:.3f}" if task.standard_error is not None else ""),
                     "–" if task.num_shots is None else str(task.num_shots),
                     f"{task.num_samples:,}",
@@ -376,73 +343,8 @@ def quality(found: Quality) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def pareto(audit: Audit) -> Table:
-    """Return every model's cost and quality, and whether another is better at no more cost."""
-    return Table(
-        "Cost against quality: on a front, no other model is better at the same cost or less",
-        ("model", "measure", "value", "FLOPs per token", "memory to serve", "front of compute", "front of memory"),
-        [
-            (
-                units.short(point.model, 48),
-                units.one_line(point.measure),
-                f"{point.value:.3f}",
-                units.flops(point.flops_per_token),
-                units.size(point.memory_bytes),
-                "yes" if point.is_on_compute_front else "no",
-                "yes" if point.is_on_memory_front else "no",
-            )
-            for point in audit.pareto
-        ],
-    )
-
-
-def texts(audit: Audit) -> Table:
-    """Return the texts that the models were read on."""
-    return Table(
-        "Texts",
-        ("text", "data", "tokens", "blocks", "SHA-256 of the tokens"),
-        [
-            (
-                units.one_line(each.name),
-                units.one_line(each.data),
-                f"{each.num_tokens:,}",
-                f"{each.num_blocks:,} × {each.block_size:,}",
-                each.sha256[:16] if each.sha256 else "–",
-            )
-            for each in audit.domains
-        ],
-    )
-
-
-def conditions(audit: Audit) -> Table:
-    """Return settings, versions and machine."""
-    return Table(
-        "Settings, versions, machine",
-        ("what", "value"),
-        [
-            (units.one_line(f"{kind} {name}"), units.one_line(value))
-            for kind, values in (("setting", audit.settings), ("version", audit.versions), ("machine", audit.machine))
-            for name, value in values.items()
-        ],
-    )
-
-
-def kinds(model: ModelAudit) -> str:
-    """Say in words what a model's layers are."""
-    found = [
-        f"{len(layers)} {kind} {'layer' if len(layers) == 1 else 'layers'}"
-        for kind in ("dense", "untied", "tied")
-        if (layers := [layer for layer in model.layers if layer.kind == kind])
-    ]
-    return units.join(found)
-
-
 def _distribution(each) -> tuple[str, ...]:
     return f"{each.mean:.1f}", f"{each.p50:g}", f"{each.p95:g}", f"{each.p99:g}", str(each.max)
-
-
-def _loss(model: ModelAudit, domain: str) -> str:
-    return f"{model.quality.loss[domain].value:.3f}" if model.quality and domain in model.quality.loss else "–"
 
 
 def _figure(value: float | None) -> str:
@@ -457,8 +359,6 @@ def _pair(pair: str) -> str:
     return " and ".join(units.short(name) for name in pair.split("|"))
 
 
-def _range(flops: list[float]) -> str:
-    if not flops:
-        return "–"
-    low, high = units.flops(min(flops)), units.flops(max(flops))
-    return low if low == high else f"{low} to {high}"
+def _sizes(gpus: dict[str, int]) -> str:
+    """Name GPUs with their sizes, the smallest first."""
+    return units.join([f"{name} ({units.size(size)})" for name, size in sorted(gpus.items(), key=lambda g: g[1])])

@@ -35,6 +35,11 @@ def rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second >= 100 else f"{tokens_per_second:.1f} tokens/s"
 
 
+def figure(number: float | None) -> str:
+    """Write a number of any size with three digits, such as "0.52" or "1,180"; a dash for none."""
+    return "–" if number is None else f"{number:,.0f}" if abs(number) >= 99.95 else f"{number:.3g}"
+
+
 def added(nats: float) -> str:
     """Write a difference of losses, such as "+0.010 nats"."""
     return f"{nats:+.3f} nats"
