@@ -317,6 +317,17 @@ def test_heal_prints_json_and_nothing_else_on_stdout(tied, text, tmp_path, tiedm
     assert f"{report['before']['perplexity']:.2f}" in table
 
 
+def test_heal_that_ends_worse_than_it_began_is_an_error(tied, text, tmp_path, tiedmoe):
+    output = tmp_path / "healed"
+    arguments = ["heal", tied, "--data", text, "--output", output, "--max-steps", 2, "--block-size", 16]
+    arguments += ["--learning-rate", 30, "--overwrite"]
+    error = " ".join(tiedmoe(*arguments, status=1).stderr.split())
+    assert "error: the model is worse than before: its held-out loss was 5.7664 and is" in error
+    assert json.loads((output / "heal.json").read_text())["is_worse"]
+    shown = " ".join(tiedmoe(*arguments, "--allow-worse").stdout.split())
+    assert "warning: the model is worse than before" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, workdir
 from transformers_tiedmoe.adapters import find_adapter
@@ -22,6 +22,7 @@ from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.lora import add_lora
+from transformers_tiedmoe.training.outcome import Diverged, Worse
 from transformers_tiedmoe.training.parameter_groups import BUDGET_LR, pool_parameter_groups
 from transformers_tiedmoe.training.trainer import HealTrainer
 from transformers_tiedmoe.workdir import open_work
@@ -307,14 +308,76 @@ def test_two_heals_on_one_output(tied, data, output):
 def test_heal_says_so_when_the_model_is_worse_or_knows_nothing(tied, data, tmp_path, output):
     trained = str(tmp_path / "trained")
     heal(HealConfig(tied, data, trained, **QUICK | {"max_steps": 20}))
-    report = heal(HealConfig(trained, data, str(tmp_path / "worse"), **QUICK | {"learning_rate": 3.0}))
-    assert report["after"]["loss"] > report["before"]["loss"]
-    assert any("worse than before" in warning for warning in report["warnings"])
+    options, worse = QUICK | {"learning_rate": 3.0}, str(tmp_path / "worse")
     with pytest.raises(
-        TiedMoeError, match=r"diverged: the held-out loss was .* is that of guessing; nothing was saved"
+        Worse, match=r"worse than before.*saved all the same, in .*worse: use the model before"
+    ) as error:
+        heal(HealConfig(trained, data, worse, **options))
+    report = error.value.report
+    assert report["after"]["loss"] > report["before"]["loss"]
+    assert report["is_worse"]
+    assert any("worse than before" in warning for warning in report["warnings"])
+    assert report == json.loads(Path(worse, "heal.json").read_text())
+    again = heal(HealConfig(trained, data, worse, overwrite=True, allow_worse=True, **options))
+    assert again["after"] == report["after"]
+    assert Path(output).parent.joinpath(".worse.partial").exists() is False
+    message = (
+        r"diverged: the held-out loss was .* is that of guessing.* Nothing was saved, as no checkpoint was better"
+    )
+    with pytest.raises(Diverged, match=message):
+        heal(HealConfig(trained, data, output, **QUICK | {"learning_rate": 1e9, "save_steps": 1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained", "worse"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_heal_that_diverges_keeps_the_last_good_model(lora, tmp_path, data, output, monkeypatch):
+    """The last checkpoint that is better than the model was: here neither the last one, nor the first."""
+    tied = str(tmp_path / "tied")
+    heal(HealConfig(save_tied(tmp_path / "start", dtype=torch.bfloat16), data, tied, **QUICK | {"max_steps": 20}))
+    options = QUICK | {"save_steps": 1, "save_total_limit": 4, "lora": lora, "lora_rank": 2}
+    shorter = heal(
+        HealConfig(tied, data, str(tmp_path / "3"), lr_scheduler_type="constant", **options | {"max_steps": 3})
+    )
+    real = Trainer.training_step
+
+    def step(self, model, *args):
+        loss = real(self, model, *args)
+        if self.state.global_step == 3:  # what the step leaves is worse than the model was, and no NaN
+            for each in (each for each in model.parameters() if each.requires_grad):
+                each.data.normal_()
+        return loss * torch.nan if self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    with pytest.raises(
+        Diverged, match=r"by step 5 .* no number.* The last good model, of step 3, is saved in .*diverged"
     ):
-        heal(HealConfig(trained, data, output, **QUICK | {"learning_rate": 1e9}))
-    assert not Path(output).exists()
+        heal(HealConfig(tied, data, output, lr_scheduler_type="constant", **options))
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "healed.diverged", "start", "tied"]
+    kept = weights(f"{output}.diverged")
+    expected = weights(tmp_path / "3")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    assert {weight.dtype for weight in kept.values()} == {torch.bfloat16}
+    report = json.loads(Path(f"{output}.diverged", "heal.json").read_text())
+    for name in ("steps", "tokens", "before", "after", "history"):
+        assert report[name] == (pytest.approx(shorter[name]) if name == "after" else shorter[name]), name
+    assert Path(f"{output}.diverged", "adapter").is_dir() == lora
+    heal(
+        HealConfig(
+            f"{output}.diverged", data, output, **QUICK | {"max_steps": 1, "learning_rate": 1e-4}, allow_worse=True
+        )
+    )
+
+
+def test_heal_of_a_model_with_nan(tmp_path, data, output):
+    tied = save_tied(tmp_path / "tied")
+    path = Path(tied, "model.safetensors")
+    tensors = load_file(path)
+    tensors["model.expert_pools.0.down_proj"] *= torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(TiedMoeError, match="held-out loss is nan before the first step: the model's weights"):
+        heal(HealConfig(tied, data, output, **QUICK))
+    assert [path.name for path in tmp_path.iterdir()] == ["tied"]
 
 
 @pytest.mark.parametrize(
@@ -470,7 +533,7 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path, data, output, monkeypatch):
 
 def test_heal_that_diverges_saves_nothing(tied, data, output):
     with pytest.raises(
-        TiedMoeError, match=r"diverged: by step \d the loss is no number any more; nothing was saved: lower"
+        TiedMoeError, match=r"diverged: by step \d the loss is no number any more: lower .* Nothing was saved"
     ):
         heal(HealConfig(tied, data, output, **QUICK | {"learning_rate": 1e38}))
     assert list(Path(output).parent.iterdir()) == []
@@ -526,7 +589,7 @@ def test_heal_distills_from_the_source(source, tied, data, output, tmp_path):
     before, after = weights(tied), weights(output)
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=3e-2, msg=name)  # Adam amplifies rounding
-    report = heal(HealConfig(tied, data, str(tmp_path / "two"), teacher=source, **options))
+    report = heal(HealConfig(tied, data, str(tmp_path / "two"), teacher=source, allow_worse=True, **options))
     assert losses(report)[0] > 1e-4
 
 

@@ -200,6 +200,7 @@ class Study:
             block_size=self.demo.block_size,
             validation_fraction=VALIDATION_FRACTION,
             save_steps=self.steps(share),
+            allow_worse=True,  # as the source gets by more of a text that it knows
             seed=seed,
             **row.heal,
         )

@@ -29,6 +29,7 @@ FREE = (
     *(
         "output_dir",
         "overwrite",
+        "allow_worse",
         "eval_strategy",
         "eval_steps",
         "eval_delay",
@@ -107,6 +108,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
     merge_adapter: bool = _ours(False, "Merge the adapter that lies beside the model's weights before healing.")
     trust_remote_code: bool = _ours(False, "Run code that comes with the model, the teacher or their tokenizers.")
     overwrite: bool = _ours(False, "Replace a healing that output already holds.")
+    allow_worse: bool = _ours(False, "A held-out loss above the one before is only warned of, and no error.")
 
     output_dir: str | None = _ours(None, "Folder to write; new or empty. An unfinished healing of it is continued.")
     max_steps: int = _ours(200, "Optimizer steps.")

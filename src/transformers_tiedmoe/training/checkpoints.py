@@ -33,16 +33,25 @@ def last_sound(folder: Path) -> tuple[Path | None, list[str]]:
         It, or None; and the names of later ones that are cut off or damaged.
     """
     damaged: list[str] = []
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in _checkpoints(folder):
         if _is_sound(checkpoint):
             return checkpoint, damaged
         damaged.append(checkpoint.name)
     return None, damaged
 
 
+def sound_checkpoints(folder: Path) -> list[Path]:
+    """Return all checkpoints in `folder` whose files are as they were recorded, the last one first."""
+    return [checkpoint for checkpoint in _checkpoints(folder) if _is_sound(checkpoint)]
+
+
 def step_of(checkpoint: Path | None) -> int:
     """Return the steps done in a checkpoint, 0 without one."""
     return 0 if checkpoint is None else _step(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:

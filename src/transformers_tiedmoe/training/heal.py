@@ -39,14 +39,15 @@ from ..routing import active_experts
 from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
-from .checkpoints import RecordCheckpoints, last_sound, step_of
-from .data import check_tokens, load_blocks, tokens_digest
+from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
+from .data import check_tokens, load_blocks, perplexity, tokens_digest
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
+from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_worse, worse_in_words
 from .pretrained import check_saved, load_config, load_model, open_tokenizer
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
-from .trainer import Diverged, HealTrainer
+from .trainer import HealTrainer
 
 REPORT = "heal.json"
 DEFAULT_BLOCK_SIZE = 512
@@ -74,14 +75,17 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
         The report that `output_dir/heal.json` holds: `before` and `after` (`loss` in nats per token, `perplexity`,
         `tokens`, all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of
         this process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`,
-        `config`, `versions`; with soft routing also `active_experts`, per layer, on the held-out blocks of the main
-        process (`routing.active_experts`).
+        `is_worse`, `config`, `versions`; with soft routing also `active_experts`, per layer, on the held-out blocks of
+        the main process (`routing.active_experts`).
 
     Raises:
         FileNotFoundError: no such data.
         OSError: no such model or teacher.
         TiedMoeError: too little text, a teacher with another vocabulary, an output folder that holds something else,
-            another healing at work on it, a full disk, or a loss that is no longer a number.
+            another healing at work on it, or a full disk.
+        Worse: the held-out loss rose, and `allow_worse` is false; the model is saved, the report is in the error.
+        Diverged: the loss is no longer a number, or that of guessing. The last checkpoint whose held-out loss is below
+            that of the model before is saved in `OUTPUT_DIR.diverged`, as a model to go on from.
         ImportError: `lora` without peft.
     """
     tell = progress or (lambda done, total, what: None)
@@ -121,16 +125,20 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
                 open_work(output, identity, owned=owned, keep=True, is_main=state.is_main_process)
             )
         if work.report is None:
+            run = _Run(args, config, tokenizer, (train, validation), work, progress)
             try:
-                report = _Run(args, config, tokenizer, (train, validation), work, progress).report()
-            except Diverged:
+                report = run.report()
+            except Diverged as error:
+                saved = run.rescue()
                 work.keep = False  # the next run, with other arguments, is not to find this one
-                raise
+                raise Diverged(f"{error}. {saved}") from error
             if state.is_main_process:
                 work.complete(report)
         else:
             report = work.report
         state.wait_for_everyone()
+    if not args.allow_worse:
+        refuse_worse(report, output)
     return report
 
 
@@ -159,6 +167,7 @@ class _Run:
         self.model = self._load_model()
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
+        self.annealing = AnnealRouting(start=self.config.softmoe, share=args.anneal) if self.is_soft else None
         self.trainer = self._make_trainer()
 
     def report(self) -> dict[str, Any]:
@@ -168,25 +177,86 @@ class _Run:
         if step_of(self.checkpoint) < args.max_steps:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         else:  # killed after its last step: Trainer would do one more
+            assert self.checkpoint is not None
             self._take_over(self.checkpoint)
+            if self.annealing:
+                self.annealing.take_targets_away()
         logs = trainer.state.log_history  # of the killed runs as well
         of_this_run = [log for log in logs if log["step"] > step_of(self.checkpoint) or not self.checkpoint]
         seconds = time.perf_counter() - start - sum(log.get("eval_runtime", 0) for log in of_this_run)
-        before = _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
-        history = [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
+        history = self._history()  # without the evaluation that follows
         self._tell("evaluating", done=args.max_steps)
-        model = self._final_model()
+        model = self._final_model(self.work)
         active_experts(model, reset=True)
         after = _held_out(trainer.evaluate())
-        self._judge(before, after)
+        refuse_diverged(self._before(), after, self.config.get_text_config().vocab_size)
+        report = self._describe(model, after, history, seconds)
+        if self.is_main:
+            self._save(model, report, self.work, Path(str(args.output_dir)).name)
+        trainer.accelerator.wait_for_everyone()
+        return report
+
+    def rescue(self) -> str:
+        """Save the last checkpoint that is better than the model was, beside the output; say in words what was saved.
+
+        The others wait for the first process: one that ends takes the rest with it.
+        """
+        said = self._rescue() if self.is_main else "The first process says what was saved"
+        PartialState().wait_for_everyone()
+        return said
+
+    def _rescue(self) -> str:
+        args = self.args
+        self.trainer.model.to("cpu")  # its place is needed
+        for checkpoint in sound_checkpoints(self.checkpoints):
+            self._tell(f"looking at {checkpoint.name}")
+            self.checkpoint = checkpoint
+            self.model = self.trainer.model = self._load_model()
+            self._take_over(checkpoint)
+            if self._perplexity(self.model)["loss"] < self._before()["loss"]:
+                break
+        else:
+            return "Nothing was saved, as no checkpoint was better than the model before"
+        output = check_output(free_name(Path(str(args.output_dir)).absolute()))
+        with open_work(output, {"rescued": {"from": str(args.output_dir)}}) as work:
+            model = self._final_model(work)
+            active_experts(model, reset=True)
+            report = self._describe(model, self._perplexity(model), self._history(), seconds=0.0)
+            self._save(model, report, work, output.name)
+            work.complete(report)
+        return (
+            f"The last good model, of step {report['steps']}, is saved in {output}: its held-out loss is "
+            f"{report['after']['loss']:.4f}, and was {report['before']['loss']:.4f} before. Go on from it, or begin "
+            "anew, with a lower learning_rate"
+        )
+
+    def _perplexity(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Measure the held-out loss in this process alone."""
+        with self.trainer.accelerator.autocast():
+            return perplexity(model, self.validation, self.args.eval_batch_size)
+
+    def _before(self) -> dict[str, Any]:
+        """Return the held-out loss before the first step, of this run or of the one that it continues."""
+        logs = self.trainer.state.log_history
+        return _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
+
+    def _history(self) -> list[dict[str, Any]]:
+        logs = self.trainer.state.log_history
+        return [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
+
+    def _describe(self, model: PreTrainedModel, after: dict, history: list, seconds: float) -> dict[str, Any]:
+        """Return the report of a final model."""
+        args, state, before = self.args, self.trainer.state, self._before()
+        if is_worse(before, after):
+            self.warnings.append(worse_in_words(before, after))
         used = active_experts(model) if self.is_soft else []
         self._warn_of_experts(used)
-        steps = trainer.state.global_step
-        report = {
+        return {
             "before": before,
             "after": after,
-            "steps": steps,
-            "tokens": steps
+            "is_worse": is_worse(before, after),
+            "steps": state.global_step,
+            "tokens": state.global_step
             * args.train_batch_size
             * args.gradient_accumulation_steps
             * args.world_size
@@ -203,10 +273,6 @@ class _Run:
             "config": args.identity,
             "versions": _versions(),
         }
-        if self.is_main:
-            self._save(model, report)
-        trainer.accelerator.wait_for_everyone()
-        return report
 
     def _tell(self, what: str, done: int | None = None) -> None:
         if self.progress:
@@ -274,7 +340,7 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=[
                 RecordCheckpoints(),
-                *([AnnealRouting(start=self.config.softmoe, share=args.anneal)] if self.is_soft else []),
+                *([self.annealing] if self.annealing else []),
                 *([ProgressReport(self.progress)] if self.progress else []),
             ],
             lr_divisor=args.lr_divisor,
@@ -289,22 +355,23 @@ class _Run:
             self.health.attach(trainer)
         return trainer
 
-    def _take_over(self, checkpoint: Path | None) -> None:
-        """Restore the state of the last step's checkpoint instead of training; its weights are loaded already."""
-        assert checkpoint is not None
+    def _take_over(self, checkpoint: Path) -> None:
+        """Restore the state of a checkpoint from which no step is trained; its full weights are loaded already."""
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.lora:
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
+        if self.annealing:
+            self.annealing.restore(self.model, self.trainer.state)
         self.model.to(self.args.device)
 
-    def _final_model(self) -> PreTrainedModel:
+    def _final_model(self, work: Work) -> PreTrainedModel:
         """Return the model to evaluate and save: adapters merged, every tensor in the dtype of its file."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if hasattr(model, "merge_and_unload"):
             if self.is_main:
-                with self.work.draft() as draft:
+                with work.draft() as draft:
                     model.save_pretrained(draft / "adapter")
             self.trainer.model = model = model.merge_and_unload()
         for name, tensor in _tensors(model).items():
@@ -314,21 +381,6 @@ class _Run:
         if (use_cache := getattr(self.config, "use_cache", None)) is not None:
             model.config.use_cache = use_cache  # Trainer switched it off
         return model
-
-    def _judge(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Raise if the model is no better than guessing; warn if it is worse than before."""
-        uniform = math.log(self.config.get_text_config().vocab_size)
-        is_uniform = abs(after["loss"] - uniform) < 1e-3 and before["loss"] < uniform - 1e-2
-        if not math.isfinite(after["loss"]) or is_uniform:
-            raise Diverged(
-                f"the healing diverged: the held-out loss was {before['loss']:.3f} and is {after['loss']:.3f}, and "
-                f"{uniform:.3f} is that of guessing; nothing was saved: lower learning_rate"
-            )
-        if after["loss"] > before["loss"]:
-            self.warnings.append(
-                f"the model is worse than before: its held-out loss was {before['loss']:.4f} and is "
-                f"{after['loss']:.4f}; lower learning_rate, or give more text"
-            )
 
     def _warn_of_experts(self, layers: list[dict[str, float]]) -> None:
         """Warn of what soft routing lost on the held-out text."""
@@ -342,24 +394,23 @@ class _Run:
         if dead := {each["layer"]: each["dead"] for each in layers if each["dead"]}:
             self.warnings.append(f"experts that no held-out token used, by layer: {dead}")
 
-    def _save(self, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    def _save(self, model: PreTrainedModel, report: dict[str, Any], work: Work, title: str) -> None:
         """Write the model and all that goes with it; raise if the saved model differs from the one in memory."""
-        with self.work.draft() as draft:
+        with work.draft() as draft:
             with replaced(model, self.rounded):
                 model.save_pretrained(draft)
             self.tokenizer.save_pretrained(draft)
             settle_tokenizer(self.tokenizer, draft)
             atomic_write_json(draft / REPORT, report)
-        check_saved(self.work.folder, model, self.validation, self.args)
+        check_saved(work.folder, model, self.validation, self.args)
         healing = {name: report[name] for name in ("steps", "tokens", "parameters", "before", "after")} | {
             "learning_rate": self.args.learning_rate,
             "data": self.args.data,
             "teacher": self.args.teacher,
             "teacher_weight": self.args.teacher_weight,
         }
-        with self.work.draft() as draft:
-            title = Path(str(self.args.output_dir)).name
-            save_healed(draft, title, self.args.model, model.config, healing, self.work.files)
+        with work.draft() as draft:
+            save_healed(draft, title, self.args.model, model.config, healing, work.files)
 
 
 def _owned(args: TiedMoeTrainingArguments) -> set[str] | None:

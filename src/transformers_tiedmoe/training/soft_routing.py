@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -76,7 +76,15 @@ class AnnealRouting(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Set alpha and the budget of this step."""
-        done = min(1.0, (state.global_step + 1) / max(1.0, self.share * state.max_steps))
+        self._set_step(state.global_step + 1, state.max_steps)
+
+    def restore(self, model: nn.Module, state: TrainerState) -> None:
+        """Set what the last step of a checkpoint had, for a model that is not trained on from there."""
+        self.on_train_begin(None, state, None, model=model)
+        self._set_step(state.global_step, state.max_steps)
+
+    def _set_step(self, step: int, max_steps: int) -> None:
+        done = min(1.0, step / max(1.0, self.share * max_steps))
         for name in ("alpha", "budget"):
             if (target := self.start[f"target_{name}"]) is not None:
                 self.soft[name] = self.start[name] + done * (target - self.start[name])
@@ -107,6 +115,10 @@ class AnnealRouting(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take the targets away: they are reached."""
+        self.take_targets_away()
+
+    def take_targets_away(self) -> None:
+        """Leave no target in the model's config, as none is left to reach."""
         for name in ("target_alpha", "target_budget"):
             self.soft[name] = None
 

@@ -1,23 +1,21 @@
 """What healing changes in transformers' Trainer: optimizer groups, distillation, evaluation, divergence."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from transformers import Trainer
 
-from ..errors import TiedMoeError
 from .data import sequence_losses
 from .distillation import distillation_loss
 from .muon import Muon, muon_parameter_groups
+from .outcome import Diverged
 from .parameter_groups import BUDGET_LR, pool_parameter_groups
 from .soft_routing import routing_logs
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-class Diverged(TiedMoeError):
-    """The loss is no longer a number, or no better than guessing: nothing of the run is worth keeping."""
 
 
 class HealTrainer(Trainer):
@@ -71,6 +69,11 @@ class HealTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         """Log, with soft routing also what tokens used; raise `Diverged` if a loss was not finite."""
         self._refuse_to_go_on()
+        if not math.isfinite(logs.get("eval_loss", 0.0)) and self.state.global_step == 0:
+            raise Diverged(
+                f"the held-out loss is {logs['eval_loss']} before the first step: the model's weights hold what is no "
+                "number, or are too large for their dtype; expected a model that works"
+            )
         if "loss" in logs:
             logs.update(routing_logs(self.model))
         super().log(logs, *args, **kwargs)
@@ -80,10 +83,11 @@ class HealTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _refuse_to_go_on(self) -> None:
-        if not bool(self._is_finite):
+        # Of all processes, so that they end together: one that goes on would wait for the others.
+        if reduce(self._is_finite.float(), "sum") < self.args.world_size:
             raise Diverged(
-                f"the healing diverged: by step {self.state.global_step} the loss is no number any more; nothing was "
-                "saved: lower learning_rate"
+                f"the healing diverged: by step {self.state.global_step} the loss is no number any more: lower "
+                "learning_rate"
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
