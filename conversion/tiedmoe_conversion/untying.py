@@ -174,6 +174,10 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _family_config(config: TiedMoeConfig, source: Source) -> PreTrainedConfig:
     """Return the family's own config; its number of experts is the width of every layer's router."""
+    if config.tied_components != ["experts"]:
+        raise ConversionError(
+            f"{source.name} shares {config.tied_components}, and only experts can be untied; keep using it as tiedmoe"
+        )
     family_config, field = config.to_family(), config.num_experts_field
     widths = {layer: getattr(config, field) for layer in expert_layers(family_model(family_config))}
     pools = zip(config.groups, config.pool_num_experts, config.slot_maps)  # type: ignore[arg-type]  # resolved to lists

@@ -25,12 +25,14 @@ NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "m
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_router_topk")
 # Above any known model; a model of this size is still built on the meta device within seconds.
 MAX_LAYERS, MAX_EXPERTS, MAX_LABELS = 1024, 2**16, 2**20
+COMPONENTS = ("experts", "router", "attention")
 TYING_FIELDS = (
     "family",
     "group_size",
     "skip_first",
     "skip_last",
     "groups",
+    "tied_components",
     "pool_num_experts",
     "slot_maps",
     "residual_rank",
@@ -54,6 +56,9 @@ class TiedMoeConfig(PreTrainedConfig):
         groups (`list[list[int]]`, *optional*):
             Explicit layer indices per pool; overrides the three numbers above. Always holds the resolved lists
             afterwards, in memory and in config.json.
+        tied_components (`str` or `list[str]`, *optional*, defaults to `["experts"]`):
+            What the layers of a group share: `"experts"` always, and `"router"` and `"attention"` where they are
+            named; `"all"` is all three. The paper's ablation: tying the experts alone is its recipe.
         pool_num_experts (`int` or `list[int]`, *optional*):
             Experts per pool, one number or one per pool; the family's own number by default. Resolved to a list.
         slot_maps (`bool` or `list[bool]`, *optional*, defaults to `False`):
@@ -91,6 +96,7 @@ class TiedMoeConfig(PreTrainedConfig):
     skip_first: int = 2
     skip_last: int = 2
     groups: list[list[int]] | None = None
+    tied_components: str | list[str] = "experts"
     pool_num_experts: int | list[int] | None = None
     slot_maps: bool | list[bool] = False
     residual_rank: int | list[int] = 0
@@ -198,6 +204,13 @@ class TiedMoeConfig(PreTrainedConfig):
         for name, least in (("group_size", 1), ("skip_first", 0), ("skip_last", 0)):
             _expect(name, fields[name], int, least=least, most=MAX_LAYERS)
         _expect("recompute_experts", fields["recompute_experts"], bool)
+        components = fields["tied_components"]
+        named = set(components) if isinstance(components, list) and all(type(c) is str for c in components) else set()
+        if components not in ("all", "experts") and not {"experts"} <= named <= set(COMPONENTS):
+            raise TiedMoeError(
+                f"tied_components={short_repr(components)}; expected 'all', or a list of {list(COMPONENTS)} with "
+                "'experts' in it"
+            )
         z_loss = fields["router_z_loss_coef"]
         if type(z_loss) not in (int, float) or not 0 <= z_loss < math.inf:
             raise TiedMoeError(f"router_z_loss_coef={short_repr(z_loss)}; expected a number of at least 0")
@@ -213,6 +226,8 @@ class TiedMoeConfig(PreTrainedConfig):
                 )
 
     def _resolve_pools(self) -> None:
+        named: Any = COMPONENTS if self.tied_components == "all" else self.tied_components
+        self.tied_components = [each for each in COMPONENTS if each in named]
         top_k: Any = getattr(self, self.top_k_field)
         if isinstance(top_k, (list, tuple)) and (
             len(top_k) != self.num_hidden_layers or not all(type(each) is int and each > 0 for each in top_k)
@@ -267,6 +282,10 @@ class TiedMoeConfig(PreTrainedConfig):
             if self.softmoe is not None:
                 raise TiedMoeError("softmoe has no effect with routing='top_k'; set routing='softmoe' too")
             return
+        if "router" in self.tied_components:
+            raise TiedMoeError(
+                "routing='softmoe' keeps a router in every layer; leave 'router' out of tied_components"
+            )
         # The narrowest router decides what a layer can have: an untied layer's, or that of a pool without slot maps.
         pools: Any = zip(self.pool_num_experts, self.slot_maps)  # type: ignore[arg-type]
         widths = [size for size, is_mapped in pools if not is_mapped]

@@ -85,10 +85,10 @@ def other_num_experts(config: Any, number: int) -> Iterator[None]:
         setattr(config, config.num_experts_field, own)
 
 
-def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
-    """Raise `TiedMoeError` unless the layers of group `p` have experts of the same shapes and settings."""
+def check_alike(p: int, modules: dict[int, nn.Module], what: str = "experts") -> None:
+    """Raise `TiedMoeError` unless group `p`'s layers have `modules` (`what`) of the same shapes and settings."""
     found = {}
-    for layer, module in experts.items():
+    for layer, module in modules.items():
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
         settings = {
             k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "layer_idx"
@@ -98,7 +98,7 @@ def check_alike(p: int, experts: dict[int, nn.Module]) -> None:
     for layer in others:
         if found[layer] != found[first]:
             raise TiedMoeError(
-                f"group {p} ties layers {first} and {layer}, whose experts differ: {found[first]} and {found[layer]}; "
+                f"group {p} ties layers {first} and {layer}, whose {what} differ: {found[first]} and {found[layer]}; "
                 "put them into different groups"
             )
 

@@ -106,7 +106,8 @@ def router_modules(base_model: PreTrainedModel) -> Iterator[tuple[str, nn.Module
             recorder = OutputRecorder(recorder, index=1)
         for name, module in base_model.named_modules():
             in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-            if isinstance(module, recorder.target_class) and in_layer:
+            is_shared = name.startswith("shared_routers.")  # a group's, whose layers have views of it
+            if isinstance(module, recorder.target_class) and in_layer and not is_shared:
                 yield name, module, recorder.index
 
 
@@ -124,8 +125,8 @@ def scores_of(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     it against the weights that each family's routers give.
     """
     score_fn = getattr(router, "score_fn", None)  # deepseek_v4: by its config's scoring_func
-    # Of a softened router the family's class comes after its own and ours.
-    family_class: Any = type(router).__mro__[2] if hasattr(router, "records_itself") else type(router)
+    # Of a softened router and of a shared one's view the family's class comes after its own and ours.
+    family_class: Any = type(router).__mro__[2] if hasattr(type(router), "prefix") else type(router)
     if getattr(router, "expert_selection_fn", None) == "softmax":  # cohere2_moe, whose source has both
         score_fn = None
     elif score_fn is None and "sigmoid" in inspect.getsource(family_class.forward):

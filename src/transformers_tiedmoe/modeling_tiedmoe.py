@@ -49,6 +49,7 @@ from .parallel import ParallelPools
 from .pools import default_slot_map
 from .residual import Residual, experts_with_residual
 from .routing.softmoe import ExpertBudget, soften
+from .shared_modules import SharedView, share
 
 logger = logging.get_logger(__name__)
 
@@ -252,7 +253,7 @@ class TiedMoePreTrainedModel(ParallelPools):
             module.init_weights(std=getattr(self.config, "initializer_range", None) or 0.02)
         elif isinstance(module, ExpertBudget):
             module.init_weights()
-        else:
+        elif not isinstance(module, SharedView):
             super()._init_weights(module)
 
     @classmethod
@@ -364,6 +365,7 @@ class TiedMoeModel(TiedMoePreTrainedModel):
                     layer_path = re.match(r".*?\d+(?=\.)", paths[layer])[0]
                     self.set_submodule(layer_path, wide.get_submodule(layer_path))
                 self.set_submodule(paths[layer], TiedExperts(self, p, position, config.residual_rank[p]))
+        share(self)
         if config.routing == "softmoe":
             soften(self, paths)
         self._no_split_modules = {

@@ -15,7 +15,7 @@ from .schema import COMPONENTS, LayerMemory, Parameters
 from .subject import Subject
 
 SHARED = re.compile(r"shared_(experts?|mlp|expert_gate)")
-ATTENTION = {"self_attn", "attn", "attention", "linear_attn", "mamba", "mixer", "conv"}
+ATTENTION = {"shared_attentions", "self_attn", "attn", "attention", "linear_attn", "mamba", "mixer", "conv"}
 DENSE = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -140,7 +140,7 @@ def _component(name: str, model: PreTrainedModel, modules: list[str]) -> str:
     parts = name.split(".")
     if any(SHARED.fullmatch(part) for part in parts):
         return "shared_experts"
-    if any(part in ("gate", "router", "expert_bias", "budget") for part in parts):
+    if any(part in ("gate", "router", "shared_routers", "expert_bias", "budget") for part in parts):
         return "router"
     if "mixer" in parts and "mlp" in type(_module_at(model, modules, "mixer")).__name__.lower():
         return "dense_mlp"

@@ -1,7 +1,7 @@
 """Optimizer parameter groups: a slower rate for pools, and one of its own for the budget that soft layers share.
 
-A pool's gradient is the sum over the layers that read it. "Tying the Loop" (arXiv 2606.16825) divides the learning
-rate of the pools by sqrt(group_size) when it trains a tied model from scratch.
+A pool's gradient, as that of a shared router or attention, is the sum over the layers that read it. "Tying the Loop"
+(arXiv 2606.16825) divides the learning rate of the pools by sqrt(group_size) when it trains a tied model from scratch.
 
 The budget's few numbers decide by differences of about 1, whatever the size of the weights, and Adam moves each by at
 most its learning rate a step: at the weights' rate they stand still in any short training. They never decay: towards
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TiedMoeError
 
-POOL_NAME = re.compile(r"(?:^|\.)expert_pools\.(\d+)\.")
+POOL_NAME = re.compile(r"(?:^|\.)(?:expert_pools|shared_routers|shared_attentions)\.(\d+)\.")
 BUDGET_NAME = re.compile(r"(?:^|\.)expert_budget\.(?:.*\.)?theta$")
 NO_DECAY = re.compile(r"(?:^|[._])(?:bias|norm|layernorm|rmsnorm|ln)\d*(?:$|[._])", re.IGNORECASE)
 BUDGET_LR = 0.03  # 80 steps of a cosine schedule move a number by up to 1.2; docs/routing.md says what was tried
