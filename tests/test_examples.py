@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_text, make_tokenizer, save_source, save_tied
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe.training.data import load_blocks, perplexity
@@ -144,3 +146,39 @@ def test_heal_on_two_processes_under_accelerate_launch(tmp_path):
     losses = [[entry["loss"] for entry in each["history"] if "loss" in entry] for each in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert one["after"]["loss"] < one["before"]["loss"] - 0.1
+
+
+@pytest.mark.slow
+@one_after_the_other
+def test_pretrain_goes_on_as_if_it_had_not_been_killed_and_on_two_processes_as_on_one(
+    tmp_path, text, monkeypatch, capsys
+):
+    """Four steps; the last two again from the checkpoint of the second; all in two processes of half the batch."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tiny = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 6, "num_experts": 4, "head_dim": 16}
+    tiny |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 320}
+    tiny |= {"router_aux_loss_coef": 0.0}  # it is of a batch, which two processes halve
+    options = ["--tokenizer", tmp_path / "tokenizer", "--max-steps", 4, "--save-steps", 2, "--block-size", 16]
+    options += ["--sequences-per-step", 4, "--warmup-steps", 1, "--fields", json.dumps(tiny)]
+
+    def pretrain(name):
+        words = ["pretrain.py", "olmoe-512-g2", text, tmp_path / name, *options, "--batch-size", 2]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        runpy.run_path(EXAMPLES / "pretrain.py", run_name="__main__")
+        return load_file(tmp_path / name / "model.safetensors"), capsys.readouterr().out
+
+    whole, out = pretrain("whole")
+    assert re.search(r"step 4 of 4, loss \d\.\d{4}, [\d,]+ tokens/s, peak memory \d\.\d\d GiB", out)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.groups == [[2, 3]]
+    shutil.copytree(tmp_path / "whole/checkpoints/step-2", tmp_path / "killed/checkpoints/step-2")
+    (tmp_path / "killed/checkpoints/step-4.partial").mkdir()  # killed while it was written
+    resumed, out = pretrain("killed")
+    assert "going on from" in out
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+    words = [EXAMPLES / "pretrain.py", "olmoe-512-g2", text, tmp_path / "two", *options, "--batch-size", 1]
+    run(*ACCELERATE, *TWO_PROCESSES, *words, cwd=tmp_path)
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    assert two.keys() == whole.keys()
+    for name, tensor in two.items():  # Muon's bfloat16 rounds what differs in its last bits
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=2e-3, msg=name)

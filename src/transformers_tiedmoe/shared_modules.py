@@ -74,15 +74,15 @@ def share(model: Any) -> None:
         shared = nn.ModuleList()
         for p, group in enumerate(model.config.groups):
             modules = {layer: model.get_submodule(paths[layer]) for layer in group if layer in paths}
-            first = modules.get(group[0])
-            if len(modules) < len(group) or (component == "attention" and dict(first.named_parameters(recurse=False))):
+            own = [name for module in modules.values() for name, _ in module.named_parameters(recurse=False)]
+            if len(modules) < len(group) or (component == "attention" and own):
                 raise TiedMoeError(
                     f"the {component} of layers {group} cannot be shared: family {model.config.family!r} has none in "
                     f"one of them, or one that is not made of modules; leave {component!r} out of tied_components"
                 )
             check_alike(p, modules, component)
             if component == "router":
-                shared.append(first)
+                shared.append(modules[group[0]])
                 for layer, router in modules.items():
                     model.set_submodule(paths[layer], SharedView.of_router(model, f"{owner}.{p}", router))
                 continue
@@ -91,7 +91,7 @@ def share(model: Any) -> None:
 
 
 def _share_inside(modules: list[nn.Module], model: nn.Module, path: str) -> nn.ModuleDict:
-    """Put views into each of `modules`, alike, for what holds parameters in the first; return that as `path` owns it."""
+    """Put views into `modules`, all alike, of what holds parameters in the first; return that for `path` to own."""
     shared = nn.ModuleDict()
     for name, part in modules[0].named_children():
         if dict(part.named_parameters(recurse=False)):
