@@ -12,13 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from tiedmoe_kernels import backends, triton_backend, tuning
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{chip}": GPUTarget("cuda", chip, 32) for chip in (80, 86, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
 class Driver:
@@ -41,9 +36,7 @@ class Driver:
 def compiling(target: GPUTarget, found: Callable[[str, dict, Any], object] | None = None) -> Iterator[None]:
     """Compile every launch for the target instead; tensors of any device reach the kernels.
 
-    Args:
-        target: what to compile for.
-        found: is told a launch's kernel by its name, the options it was launched with, and what triton made of it.
+    `found` is told a launch's kernel by its name, the options it was launched with, and what triton made of it.
     """
 
     def compile_instead(self, grid):

@@ -9,7 +9,6 @@ counts registers and stack (a stack above 0 bytes is spilled registers) and prin
 and stack are in the assembly's notes.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -23,16 +22,15 @@ from typing import NamedTuple
 import torch
 import triton
 from ahead import TARGETS, compiling
-from tables import table, write_json
+from tables import parser_of, table, write_json
 
 from tiedmoe_kernels import triton_backend, tune, tuning
 from tiedmoe_kernels.low_rank import Residual
 from tiedmoe_kernels.spec import Segment, Spec
 
 # Shared memory of one block, bytes: CUDA C++ programming guide, "compute capabilities"; LDS of a CDNA3 compute unit.
-SHARED_LIMIT = {
-    name: kib * 1024 for name, kib in {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}.items()
-}
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_LIMIT = {name: kib * 1024 for name, kib in SHARED_KIB.items()}
 WHAT = ("architecture", "kernel", "dtype", "H", "tokens")
 TILES = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "tma", "persistent")
 TAKEN = ("loop", "registers", "stack", "shared")
@@ -50,8 +48,6 @@ where one kernel serves several products or numbers of segments, the most that a
 
 
 class Shape(NamedTuple):
-    """One layer: sizes, activation and layout as the family has them."""
-
     E: int
     H: int
     I: int
@@ -60,6 +56,7 @@ class Shape(NamedTuple):
     has_bias: bool
 
 
+BF16, FP32 = torch.bfloat16, torch.float32
 OLMOE = Shape(64, 2048, 1024, 8, Spec("silu", 1.702, 7.0, is_transposed=False, is_concatenated=True), False)
 # Transposed, interleaved, biased, clamped.
 GPT_OSS = Shape(32, 2880, 2880, 4, Spec("clamped_swiglu", 1.702, 7.0, is_transposed=True, is_concatenated=False), True)
@@ -79,26 +76,18 @@ class Case(NamedTuple):
 
 # Every entry of configs/default.json is used by one of these at least; the test compiles these.
 QUICK_CASES = (
-    Case(OLMOE, torch.bfloat16, 1, num_segments=0),
-    Case(OLMOE, torch.bfloat16, 64, num_segments=0),
-    Case(OLMOE, torch.bfloat16, 512, num_segments=0),
-    Case(OLMOE, torch.bfloat16, 8192),
-    Case(ODD, torch.bfloat16, 8192, num_segments=0),
-    Case(ODD, torch.float32, 1, num_segments=0),
-    Case(ODD, torch.float32, 8192, num_segments=1),
-    Case(OLMOE, torch.bfloat16, 8192, rank=16),
+    *(Case(OLMOE, BF16, tokens, num_segments=0) for tokens in (1, 64, 512)),
+    *(Case(OLMOE, BF16, 8192), Case(ODD, BF16, 8192, num_segments=0)),
+    *(Case(ODD, FP32, 1, num_segments=0), Case(ODD, FP32, 8192)),
+    Case(OLMOE, BF16, 8192, rank=16),
 )
 CASES = (
     *QUICK_CASES,
-    Case(OLMOE, torch.bfloat16, 64),
-    Case(OLMOE, torch.bfloat16, 512),
-    Case(OLMOE, torch.bfloat16, 64, num_segments=0, rank=16),
-    Case(OLMOE, torch.bfloat16, 512, rank=64),
-    Case(OLMOE, torch.bfloat16, 8192, num_segments=4),
-    Case(GPT_OSS, torch.bfloat16, 1, num_segments=0),
-    Case(GPT_OSS, torch.bfloat16, 8192),
-    Case(ODD, torch.bfloat16, 8192),
-    Case(ODD, torch.float32, 8192, rank=18),
+    *(Case(OLMOE, BF16, tokens) for tokens in (64, 512)),
+    *(Case(OLMOE, BF16, 64, num_segments=0, rank=16), Case(OLMOE, BF16, 512, rank=64)),
+    Case(OLMOE, BF16, 8192, num_segments=4),
+    *(Case(GPT_OSS, BF16, 1, num_segments=0), Case(GPT_OSS, BF16, 8192)),
+    *(Case(ODD, BF16, 8192), Case(ODD, FP32, 8192, rank=18)),
 )
 
 
@@ -106,15 +95,15 @@ def launches(case: Case) -> None:
     """Make every launch of the case, on the meta device."""
     (E, H, I, K, spec, has_bias), dtype, tokens = case.shape, case.dtype, case.tokens
     empty = functools.partial(torch.empty, device="meta", dtype=dtype)
+
+    def stored(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+        return [empty(E, *(size if spec.is_transposed else size[::-1])) for size in sizes]
+
     x, index, weights = empty(tokens, H), empty(tokens, K, dtype=torch.int64), empty(tokens, K)
-    sizes = ((H, 2 * I), (I, H)) if spec.is_transposed else ((2 * I, H), (H, I))
-    gate_up, down = (empty(E, *size) for size in sizes)
-    biases = (empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)
-    residual = None
-    if r := case.rank:
-        factors = ((H, r), (r, 2 * I), (I, r), (r, H))
-        residual = Residual(*(empty(E, *(size if spec.is_transposed else size[::-1])) for size in factors))
-    pool = (gate_up, down, *biases)
+    pool = (*stored((H, 2 * I), (I, H)), *((empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)))
+    r, residual = case.rank, None
+    if r:
+        residual = Residual(*stored((H, r), (r, 2 * I), (I, r), (r, H)))
     if not case.num_segments:
         triton_backend.forward(x, index, weights, *pool, None, spec, False, residual)
         return
@@ -234,7 +223,7 @@ def markdown(found: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="each entry of configs/default.json once, not each use")

@@ -7,7 +7,6 @@ else the disk does: read the pairs. The limits are those of the project: twice t
 group's experts plus 1 GB of memory.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,10 +20,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tables import table, write_json
+from tables import parser_of, table, write_results
 from timing import in_own_process, machine, resident_bytes, versions
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+
+from tiedmoe_conversion import ConversionRecipe, execute, make_plan
+from transformers_tiedmoe.files import flush
 
 RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
 METHODS = ("union", "select", "average")
@@ -65,9 +67,7 @@ def copy_seconds(source: Path, target: Path) -> float:
     start = time.perf_counter()
     subprocess.run(["cp", *map(str, sorted(source.iterdir())), str(target)], check=True)
     for path in [*target.iterdir(), target]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(path)
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     return seconds
@@ -75,8 +75,6 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 def convert(recipe: dict) -> dict:
     """Convert in this process, a fresh one, and return its seconds and bytes."""
-    from tiedmoe_conversion import ConversionRecipe, execute, make_plan
-
     imports, start = resident_bytes("VmHWM"), time.perf_counter()
     report = execute(make_plan(ConversionRecipe(**recipe)))
     seconds, peak = time.perf_counter() - start, resident_bytes("VmHWM")
@@ -110,16 +108,16 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
 def markdown(result: dict) -> str:
     source, rows, where = result["source"], result["rows"], result["machine"] | result["versions"]
     columns = ["method", "cp (s)", "convert (s)", "ratio", "limit", "peak RSS (GB)", "limit (GB)", "written (GB)"]
-    cells, medians = [], []
+    line = "`{method}`|{cp_seconds:.1f}|{convert_seconds:.1f}|{ratio:.2f}|2|{peak:.2f}|{limit:.2f}|{written:.1f}"
+    cells, ratios = [], {}
     for row in rows:
-        seconds = [f"{row[name]:.1f}" for name in ("cp_seconds", "convert_seconds")]
-        gigabytes = [f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "limit_bytes")]
-        written = f"{row['bytes_after'] / 1e9:.1f}"
-        cells.append([f"`{row['method']}`", *seconds, f"{row['ratio']:.2f}", 2, *gigabytes, written])
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ratios = [row["ratio"] for row in rows if row["method"] == method]
-        times = f"{statistics.median(ratios):.2f} times the seconds of `cp`"
-        medians.append(f"- `{method}`: {times}, the median of {len(ratios)}")
+        sizes = {name: row[f"{name}_bytes"] / 1e9 for name in ("peak", "limit")}
+        cells.append(line.format(**row, **sizes, written=row["bytes_after"] / 1e9).split("|"))
+        ratios.setdefault(row["method"], []).append(row["ratio"])
+    medians = [
+        f"- `{method}`: {statistics.median(own):.2f} times the seconds of `cp`, the median of {len(own)}"
+        for method, own in ratios.items()
+    ]
     about = (
         f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some "
         f"{source['shards']} shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} "
@@ -131,7 +129,7 @@ def markdown(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure; emptied afterwards")
     parser.add_argument("--gigabytes", type=float, default=20)
     parser.add_argument("--pairs", type=int, default=1)
@@ -141,9 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     result = run(options.folder, options.gigabytes, options.pairs, tuple(options.methods.split(",")))
     result["note"] = options.note
-    write_json(options.output.with_suffix(".json"), result)
-    options.output.with_suffix(".md").write_text(markdown(result))
-    print(markdown(result))
+    write_results(options.output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ No GPU: a driver names one (sm_90), the kernels are compiled for it, and where T
 driver nothing happens. TRITON_INTERPRET must not be set.
 """
 
-import argparse
 import functools
-import statistics
 from collections.abc import Callable
 
 import torch
 import triton
 from ahead import TARGETS, Driver
 from shapes import OLMOE
+from tables import parser_of
 from torch.utils.benchmark import Timer
 from triton.compiler.compiler import CompiledKernel
 
@@ -35,14 +34,13 @@ def stand_in_for_a_gpu(launched: Callable[..., None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40, help="of 50 calls each")
-    arguments = parser.parse_args()
+    T = parser.parse_args().tokens
     stand_in_for_a_gpu(lambda *_: None)
     _, E, H, I, K = OLMOE
     empty = functools.partial(torch.empty, dtype=torch.bfloat16)
-    T, pool = arguments.tokens, (empty(E, 2 * I, H), empty(E, H, I))
+    pool = (empty(E, 2 * I, H), empty(E, H, I))
     x, index, weights = empty(T, H), torch.arange(T * K).view(T, K) % E, empty(T, K)
     calls = {
         "experts_forward": lambda: experts_forward(x, index, weights, *pool),
@@ -51,8 +49,8 @@ def main() -> None:
     with torch.no_grad():
         for name, call in calls.items():
             call()  # compiles
-            times = [Timer("call()", globals={"call": call}).timeit(50).mean * 1e6 for _ in range(arguments.rounds)]
-            print(f"{name}: {statistics.median(times):.1f} us a call, least {min(times):.1f}")
+            times = Timer("call()", globals={"call": call}).blocked_autorange()
+            print(f"{name}: {times.median * 1e6:.1f} us a call, least {min(times.times) * 1e6:.1f}")
 
 
 if __name__ == "__main__":

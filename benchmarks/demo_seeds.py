@@ -4,13 +4,12 @@ Every seed has its own source weights, order of the text and samples; the text a
 benchmarks/results/demo_seeds.json, a row for each model and seed, and demo_seeds.md: means and standard deviations.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import datasets
 import transformers
-from tables import mean_of, plus_minus, show, table, write_json
+from tables import mean_of, parser_of, plus_minus, show, table, write_results
 
 from tiedmoe_demo import DemoConfig, run_demo
 
@@ -20,7 +19,7 @@ FIGURES = ("parameters", "expert_parameters", "checkpoint_bytes", "peak_training
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", default="seeds", help="folder for one demo per seed; what is there is reused")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the summary")
@@ -33,13 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [{"model": name, "seed": seed} | {figure: each[figure] for figure in FIGURES} for name, seed, each in found]
     first = reports[0]
     shared = {"settings": {name: value for name, value in first["settings"].items() if name != "seed"}}
-    shared["training"] = {
-        n: each and {k: each[k] for k in ("steps", "tokens")} for n, each in first["training"].items()
-    }
-    shared |= {"versions": first["versions"], "machine": first["machine"]}
-    write_json(options.results / "demo_seeds.json", {"rows": rows, **shared})
-    (options.results / "demo_seeds.md").write_text(markdown(rows))
-    print(markdown(rows))
+    counts = {name: each and {k: each[k] for k in ("steps", "tokens")} for name, each in first["training"].items()}
+    shared |= {"training": counts, "versions": first["versions"], "machine": first["machine"]}
+    write_results(options.results / "demo_seeds", {"rows": rows, **shared}, markdown(rows))
 
 
 def markdown(rows: list[dict]) -> str:

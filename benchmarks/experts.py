@@ -4,27 +4,17 @@
     python benchmarks/experts.py --device cpu --output PREFIX
     python benchmarks/experts.py --list                             # every case with its number
 
-The cases of a GPU, in bfloat16; a step is forward and backward of a tied group of g layers, its weight gradient added
-to what is there:
-
-    0        the bar: forward of OLMoE's layer, 8192 tokens (TFLOP/s)
-    1        the bar: a step of it, g=4 (TFLOP/s, and the bytes that a layer saves for its backward)
-    2, 3, 4  the bar: decoding 1, 8 and 32 tokens (microseconds, caches cold, as a CUDA graph)
-    5, 6     the bar: a step at g=1 and g=2 (saved bytes, and never slower than transformers)
-    7-10     Qwen3-30B, forward and step at 8192 and 32768 tokens: what Liger publishes
-    11-13    OLMoE with Zipf routing: forward, step, decode
-    14-20    OLMoE at 512, 2048 and 32768 tokens, and decoding 64
-    21-43    every other shape: forward at 8192, decoding 8, a step at 2048
-
-Those of a CPU are in `CPU_CASES`, whole models among them; peak memory is that of a process of its own there.
+The cases of a GPU, in bfloat16: 0 to 6 are the bar, forward, steps and decoding of OLMoE's layer, 7 to 10 Qwen3-30B,
+which Liger publishes, 11 to 13 Zipf routing, 14 to 20 other numbers of tokens, then the other shapes. A step is
+forward and backward of a tied group of g layers, its weight gradient added to what is there. Those of a CPU are in
+`CPU_CASES`, whole models among them; peak memory is that of a process of its own there.
 
 One row is a peer (peers.py) in a case, timed in turn with ours. PREFIX.json (machine, versions, the machine's own
 rates, a row a line) and PREFIX.md, the table, are written again after each. Peers that compile and tune for a minute
-come after all others, in every case. A row that would not end within --budget-s is not begun, and named in the table.
-A peer that breaks the device ends the run. `--tiny` tries the script; those figures mean nothing.
+come last. A row that would not end within --budget-s is not begun, and named in the table. A peer that breaks the
+device ends the run. `--tiny` tries the script; those figures mean nothing.
 """
 
-import argparse
 import datetime
 import gc
 import os
@@ -40,26 +30,23 @@ from measure import Bench
 from models import MODELS, ModelBench, ModelCase
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
-from tables import table, write_json
+from tables import parser_of, table, write_results
 from timing import machine, machine_rates, versions
 
 RESULTS = Path(__file__).parent / "results"
 OTHERS = [shape for shape in SHAPES if shape != OLMOE]
-ZIPF = [Case(kind, OLMOE, T, g, "zipf") for kind, T, g in (("forward", 8192, 1), ("step", 8192, 4), ("decode", 8, 1))]
 GPU_CASES = [
     *(Case("forward", OLMOE, 8192), Case("step", OLMOE, 8192, 4)),
     *(Case("decode", OLMOE, T) for T in (1, 8, 32)),
     *(Case("step", OLMOE, 8192, g) for g in (1, 2)),
     *(Case(kind, QWEN3, T) for kind in ("forward", "step") for T in (8192, 32768)),
-    *ZIPF,
+    *(Case(kind, OLMOE, T, g, "zipf") for kind, T, g in (("forward", 8192, 1), ("step", 8192, 4), ("decode", 8, 1))),
     *(Case(kind, OLMOE, T, g) for T in (512, 2048, 32768) for kind, g in (("forward", 1), ("step", 4))),
     Case("decode", OLMOE, 64),
     *(Case("forward", shape, 8192) for shape in OTHERS if shape != QWEN3),
     *(Case("decode", shape, 8) for shape in OTHERS),
     *(Case("step", shape, 2048, 4) for shape in OTHERS),
 ]
-
-
 FP32, BF16 = torch.float32, torch.bfloat16
 STEP, STEP_512 = Case("step", QUARTER, 64, 4, dtype=FP32), Case("step", QUARTER, 512, 4, dtype=FP32)
 CPU_CASES = [  # what says most first: the clock may cut the end off
@@ -131,9 +118,6 @@ def run_plan(
     return left_out
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
 def bar(rows: list[dict]) -> list[str]:
     """Return the bar of issue 10, a line each: needed, found, and whether that passes."""
     ours = {row["key"]: row for row in rows if row["peer"] == TIEDMOE and row["status"] == "measured"}
@@ -145,12 +129,14 @@ def bar(rows: list[dict]) -> list[str]:
             passes = found[figure] >= needed if sign == ">=" else found[figure] <= needed
             verdict = f"{found[figure]:.4g}, {'pass' if passes else 'fail'}"
         lines.append(f"- case {number}, {sign} {needed} {unit}: {verdict}")
-    others = [row for row in rows if row["peer"] in TRANSFORMERS and row["status"] == "measured"]
-    ratios = [(row["time_over_tiedmoe"]["median"], row) for row in others if "time_over_tiedmoe" in row]
+    found = [row for row in rows if row["peer"] in TRANSFORMERS and row["status"] == "measured"]
+    ratios = [
+        (row["time_over_tiedmoe"]["median"], row["key"], row["peer"]) for row in found if "time_over_tiedmoe" in row
+    ]
     verdict = "not measured"
     if ratios:
-        least, row = min(ratios, key=lambda each: each[0])
-        verdict = f"{least:.2f} ({row['key']}, {row['peer']}), {'pass' if least >= 1 else 'fail'}"
+        least, key, peer = min(ratios)
+        verdict = f"{least:.2f} ({key}, {peer}), {'pass' if least >= 1 else 'fail'}"
     return [*lines, f"- never slower than transformers' best, time over ours >= 1, {len(ratios)} rows: {verdict}"]
 
 
@@ -160,8 +146,7 @@ def cells(row: dict) -> list[str]:
     rate = f"{row['tb_per_s']:.3g} TB/s" if "tb_per_s" in row else rate
     over = row.get("time_over_tiedmoe")
     return [
-        f"{row['case']}: {row['key']}",
-        row["peer"],
+        *(f"{row['case']}: {row['key']}", row["peer"]),
         ", ".join([row["status"]] * (row["status"] == "wrong") + ["no graph"] * ("no_graph" in row)),
         "{median:.4g} ({p20:.4g}-{p80:.4g})".format(**row["ms"]),
         "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**over) if over else "",
@@ -180,12 +165,13 @@ def markdown(run: dict) -> str:
     for row in rows:
         if reason := row.get("reason") or row.get("no_graph"):
             reasons.setdefault(f"{row['peer']}, {row['status']}: {reason}", []).append(str(row["case"]))
+    about = ", ".join(f"{name} {value}" for name, value in where.items())
+    rates = ", ".join(f"{name} {rate:.4g}" for name, rate in run.get("rates", {}).items())
     lines = [
         f"# Experts on {where.get('device', 'a CPU')}",
         "",
-        f"{run['date']}, `{run['command']}`. {', '.join(f'{name} {value}' for name, value in where.items())}; "
-        f"{run['threads']} threads, load before the run {run['load']}: above 0.5, other work disturbed it. "
-        + ", ".join(f"{name} {rate:.4g}" for name, rate in run.get("rates", {}).items()),
+        f"{run['date']}, `{run['command']}`. {about}; {run['threads']} threads, load before the run {run['load']}: "
+        f"above 0.5, other work disturbed it. {rates}",
         "",
         "Times are medians of rounds (20th to 80th percentile), `over ours` the median ratio inside a round: above 1 "
         "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes.",
@@ -199,11 +185,9 @@ def markdown(run: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    start = time.monotonic()
+    parser = parser_of(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda is also for ROCm")
     parser.add_argument("--output", type=Path, metavar="PREFIX", help="of PREFIX.json and PREFIX.md")
     parser.add_argument("--cases", help="numbers, such as 0-6,12; default all")
@@ -212,14 +196,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     options = parser.parse_args(arguments)
-    options.output = options.output or RESULTS / f"experts_{'gpu' if options.device == 'cuda' else 'cpu'}"
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    start = time.monotonic()
-    options = options_of(arguments)
     device, is_gpu = torch.device(options.device), options.device == "cuda"
+    output = options.output or RESULTS / f"experts_{'gpu' if is_gpu else 'cpu'}"
     cases = TINY_CASES if options.tiny else GPU_CASES if is_gpu else CPU_CASES
     if options.list:
         print("\n".join(f"{number}: {case.key}" for number, case in enumerate(cases)))
@@ -233,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = " ".join(["python benchmarks/experts.py", *(sys.argv[1:] if arguments is None else arguments)])
     run = {
         "date": datetime.date.today().isoformat(),
-        "command": command.replace(str(options.output), options.output.name),  # no path of the machine
+        "command": command.replace(str(output), output.name),  # no path of the machine
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -242,11 +220,6 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [],
         "left_out": [],
     }
-
-    def write() -> None:
-        write_json(options.output.with_suffix(".json"), run)
-        options.output.with_suffix(".md").write_text(markdown(run))
-
     limits = {} if is_gpu else {"seconds": 0.05, "most": 4} if options.tiny else {"seconds": 6.0, "most": 40}
     bench: Bench | None = None
 
@@ -263,15 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
         row = {"case": task.number, "key": task.case.key, "peer": task.peer.name} | bench.row(task.peer)
         took = round(time.monotonic() - begun, 1)
         run["rows"].append(row | {"seconds": took})
-        write()
+        write_results(output, run, markdown(run), quiet=True)
         print(f"{begun - start:5.0f} s  {task.key}: {row['status']}, {took} s", file=sys.stderr)
         return row
 
-    write()
     left = options.budget_s - (time.monotonic() - start)
     run["left_out"] = run_plan(plan(cases, numbers, {TIEDMOE, *peers}), execute, left)
-    write()
-    print(markdown(run))
+    write_results(output, run, markdown(run))
 
 
 if __name__ == "__main__":

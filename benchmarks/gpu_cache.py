@@ -4,18 +4,14 @@
     python benchmarks/gpu_cache.py unpack    # there; where it is of other sources, compile on all cores
     python benchmarks/gpu_cache.py verify    # launches with real tensors must find every kernel
 
-Triton's keys are made of its own sources, the kernel's source, its arguments' types and alignments, the options and
-the target: the launches are the checks', the tuner's and the tests' own, on the meta device or the CPU under a driver
-that names the chip. Triton's sources count its compiled library in, which differs between Pythons: unpacking makes the
-keys anew for the triton that is there, of the same version, and writes the place's paths into the files that group a
-kernel's others.
+The launches are the checks', the tuner's and the tests' own, on the meta device or the CPU under a driver that names
+the chip. Triton's keys count its compiled library in, which differs between Pythons: unpacking makes them anew for the
+triton that is there, of the same version, and writes the place's paths into the files that group a kernel's others.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -40,6 +36,7 @@ from gpu_check import BAR_CASES, CACHE, MORE_CASES, ROOT, TESTS, gpu_tests
 from measure import make_problem, outcome, prepare
 from peers import PEERS
 from shapes import Case
+from tables import parser_of
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
@@ -63,21 +60,19 @@ def launch(case: Case, device: torch.device) -> None:
 def jobs(tma: bool) -> list[Callable[[], object]]:
     """Return what makes the launches of stages a and b: checks, benchmarks, then the tuner's candidates."""
     timed = [GPU_CASES[number] for number in parse_cases(f"{BAR_CASES},{MORE_CASES}", len(GPU_CASES))]
-    found: list[Callable[[], object]] = [
-        partial(launch, case, torch.device("meta")) for case in (*gpu_steps.CASES, *timed)
-    ]
+    found: list[Callable] = [partial(launch, case, torch.device("meta")) for case in (*gpu_steps.CASES, *timed)]
     for tokens in tune.DEFAULTS_AT:
         is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
-        for kernel in ("decode",) if is_decode else ("rows", "weight_grad"):
-            found.append(lambda kernel=kernel, tokens=tokens: tune.calls(kernel, tokens, tune.OLMOE, "meta")[0]())
-    for problem in tune.PROBLEMS:
-        found += [partial(try_candidate, problem, config) for config in tune.candidates(problem, tma)]
+        found += [partial(try_once, name, tokens) for name in (("decode",) if is_decode else ("rows", "weight_grad"))]
+    for kernel, max_rows, tokens in tune.PROBLEMS:
+        tried = tune.candidates(tune.Problem(kernel, max_rows, tokens), tma)
+        found += [partial(try_once, kernel, tokens, config) for config in tried]
     return found
 
 
-def try_candidate(problem: tune.Problem, config: tuning.Config) -> None:
-    call, _ = tune.calls(problem.kernel, problem.tokens, tune.OLMOE, "meta")
-    with tune.forced(problem.kernel, config):
+def try_once(kernel: str, tokens: int, config: tuning.Config | None = None) -> None:
+    call, _ = tune.calls(kernel, tokens, tune.OLMOE, "meta")
+    with tune.forced(kernel, config) if config else contextlib.nullcontext():
         call()
 
 
@@ -93,23 +88,18 @@ class OnCpu(TorchFunctionMode):
         return function(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
 
 
-class Share:
-    """A plugin of pytest: this process runs every `parts`-th test."""
-
-    def __init__(self, part: int, parts: int):
-        self.part, self.parts = part, parts
-
-    def pytest_collection_modifyitems(self, items: list) -> None:
-        items[:] = items[self.part :: self.parts]
-
-
-def launch_tests(part: int, parts: int) -> None:
+def launch_tests(share: slice) -> None:
     """Make the launches of a share of stage a's tests. They fail, as nothing is computed: after what they launch."""
     sys.path.insert(0, str(ROOT / "tests"))  # `tests/conftest.py` imports from there
     selected = f"{TESTS} and not compile"  # dynamo does not look through the mode
     options = ["-m", "gpu", "-k", selected, "-p", "no:cacheprovider", "--tb=no", "-q", "--no-header", "--no-summary"]
+
+    class Share:
+        def pytest_collection_modifyitems(self, items: list) -> None:
+            items[:] = items[share]
+
     with mock.patch.object(torch.cuda, "is_available", return_value=True), OnCpu():
-        pytest.main([*options, *gpu_tests()], plugins=[Share(part, parts)])
+        pytest.main([*options, *gpu_tests()], plugins=[Share()])
 
 
 @contextlib.contextmanager
@@ -134,21 +124,20 @@ def folder_of(key: str, folder: Path | None = None) -> Path:
     return (folder or Path(triton.knobs.cache.dir)) / name
 
 
-def compile_part(folder: str, target: GPUTarget, part: int, parts: int) -> None:
-    """Compile every `parts`-th job into the folder, and say how many kernels there were."""
+def compile_share(folder: str, target: GPUTarget, share: slice) -> None:
+    """Compile a share of the jobs into the folder, and say how many kernels there were."""
     triton.knobs.cache.dir = folder
-    tma = target.backend == "cuda" and target.arch >= 90
     with compiling(target), keys_kept(), tune.counted():
-        for job in jobs(tma)[part::parts]:
+        for job in jobs(tma=target.backend == "cuda" and target.arch >= 90)[share]:
             job()
-        launch_tests(part, parts)
+        launch_tests(share)
 
 
 def compile_all(folder: Path, target: GPUTarget, seconds: float = 1e6) -> bool:
     """Compile every job, on all cores; whether all ended well in time. What was compiled by then is kept."""
     context, end, cores = multiprocessing.get_context("spawn"), time.monotonic() + seconds, os.cpu_count() or 1
-    parts = [(str(folder), target, part, cores) for part in range(cores)]
-    running = [context.Process(target=compile_part, args=each, daemon=True) for each in parts]
+    shares = [(str(folder), target, slice(part, None, cores)) for part in range(cores)]
+    running = [context.Process(target=compile_share, args=share, daemon=True) for share in shares]
     for process in running:
         process.start()
     for process in running:
@@ -163,12 +152,12 @@ def pack(folder: Path, archive: Path, target: GPUTarget) -> dict:
     compiled = {path.parent for path in folder.glob("*/*.json")}  # others have failed
     keys = sorted(key for key in folder.glob("*/key") if key.parent in compiled)
     about = facts(target) | {"kernels": len(keys)}
+    (folder / "about.json").write_text(json.dumps(about))
+    files = [path for key in keys for path in sorted(key.parent.iterdir()) if not path.name.startswith("__grp__")]
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        _add(tar, "about.json", json.dumps(about).encode())
-        for key in keys:
-            for path in sorted(key.parent.iterdir()):
-                if path.suffix in (".cubin", ".hsaco", ".json", "") and not path.name.startswith("__grp__"):
-                    _add(tar, f"{key.parent.name}/{path.name}", path.read_bytes())
+        for path in [folder / "about.json", *files]:
+            if path.suffix in (".cubin", ".hsaco", ".json", ""):
+                tar.add(path, path.relative_to(folder))
     return about | {"kilobytes": round(archive.stat().st_size / 1e3)}
 
 
@@ -199,27 +188,20 @@ def sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
 def verify(folder: Path, target: GPUTarget) -> bool:
     """Whether launches with tensors that have memory find every kernel in the folder, in this fresh process."""
     triton.knobs.cache.dir = str(folder)
     found: dict[bool, list[str]] = {True: [], False: []}
     triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: found[cache_hit].append(src.name)
     with compiling(target):
-        for case in gpu_steps.CASES:
-            if case.T <= 512:
-                launch(case, torch.device("cpu"))
+        for case in [case for case in gpu_steps.CASES if case.T <= 512]:
+            launch(case, torch.device("cpu"))
     print(json.dumps({"found": len(found[True]), "missed": found[False]}))
     return bool(found[True]) and not found[False]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=("build", "unpack", "verify"))
     parser.add_argument("--arch", type=int, default=90, help="build: of a CUDA chip")
     parser.add_argument("--stand-in", action="store_true", help="unpack: there is no GPU to compile for")
@@ -232,11 +214,8 @@ def main() -> int:
             return 1
         print(json.dumps(pack(CACHE, ARCHIVE, target)))
         return 0
-    about = unpack(ARCHIVE, CACHE) if ARCHIVE.exists() else {}
-    found = (
-        {"unpacked": about, "sources_here": sources()} if about else {"missing": f"{ARCHIVE.name}: `make gpu-cache`"}
-    )
-    print(json.dumps(found), flush=True)
+    about = unpack(ARCHIVE, CACHE) if ARCHIVE.exists() else {"missing": f"{ARCHIVE.name}: `make gpu-cache`"}
+    print(json.dumps({"unpacked": about, "sources_here": sources()}), flush=True)
     if not options.stand_in:
         here = triton.runtime.driver.active.get_current_target()
         if not facts(here).items() <= about.items():  # else what is not there compiles when it is launched

@@ -11,7 +11,6 @@ correctness failed. `--stand-in` runs the same steps on a CPU, at tiny sizes: it
 mean nothing.
 """
 
-import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -30,7 +29,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import write_json
+from tables import parser_of, write_json
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -45,6 +44,7 @@ NEXT = {  # what is to be done after a stage
 }
 REST = math.inf  # the budget of a step that takes what is left
 LEFT = "{seconds left}"  # in a command: until when it must have ended by itself
+AGAIN_SECONDS = 60  # of stage b, for what stage a found wrong
 END_SECONDS = 8  # of these, for what a command has begun
 TESTS = "not sanitizer and not two_to_the_31"  # of those marked gpu, in stage a: the sanitizer is a step of its own
 BAR_CASES, MORE_CASES = "0-6", "7,9,11-17"  # of experts.py: the bar; Qwen3-30B, Zipf routing, 512 and 2048 tokens
@@ -71,11 +71,10 @@ class Result(NamedTuple):
     judges: bool
 
 
-def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> list[Step]:
-    """Return the steps of a stage, in their order."""
-    python = (sys.executable, "-u")
-    own, cpu = (*python, str(HERE / "gpu_steps.py")), ("--stand-in",) if stand_in else ()
-    tune = (*python, "-m", "tiedmoe_kernels.tune", *cpu)
+def tables(stage: str, scratch: Path, found: dict, stand_in: bool) -> list[Step]:
+    """Return the steps of a stage, in their order; `found` is what stage a found, for stage b, or nothing."""
+    python, cpu = (sys.executable, "-u"), ("--stand-in",) if stand_in else ()
+    own, tune = (*python, str(HERE / "gpu_steps.py")), (*python, "-m", "tiedmoe_kernels.tune", *cpu)
     cache = Step("cache", 20, (*python, str(HERE / "gpu_cache.py"), "unpack", *cpu))
     if stage == "a":
         tests, sanitizer = scratch / "a_tests.xml", scratch / "a_sanitizer.xml"
@@ -97,16 +96,28 @@ def tables(stage: str, scratch: Path, previous: Path | None, stand_in: bool) -> 
 
     if stage == "c":
         return [cache, bench("hub", REST, BAR_CASES, "sonicmoe,deepgemm")]
-    again, tuned = scratch / "b_again.xml", scratch / "b_tuned.json"
-    options = ("--previous", str(previous), "--report", str(again)) if previous else ()
+    tuned = scratch / "b_tuned.json"
     tune += ("--seconds", LEFT, "--output" if stand_in else "--copy", str(tuned))
     return [
         cache,
-        Step("again", 60, (*own, "again", *options, *cpu), True, (again,)),
+        *(again(tables("a", scratch, {}, stand_in), found) if found else ()),
         Step("tune", 130, tune, keeps=(tuned,)),
         bench("bar", 130, BAR_CASES, "grouped_mm,batched_mm,liger"),
         bench("more", REST, MORE_CASES, "grouped_mm,liger"),
     ]
+
+
+def again(steps: Iterable[Step], found: dict) -> list[Step]:
+    """Return the steps that judge and that stage a found wrong or did not end; of tests the failed ones."""
+    done = [step["name"] for step in found["steps"] if step["state"] in ("passed", "skipped")]
+    todo = [step for step in steps if step.judges and step.name not in done]
+    failures = {row["step"]: tuple(row["failures"]) for row in found["rows"] if row.get("failures")}
+    for number, step in enumerate(todo):
+        command = step.command
+        if step.name in failures:
+            command = (*(word for word in command if not word.startswith("tests/")), *failures[step.name])
+        todo[number] = step._replace(seconds=AGAIN_SECONDS / len(todo), command=command, keeps=())
+    return todo
 
 
 def pytest(report: Path, selected: str, stand_in: bool, workers: int = 8) -> tuple[str, ...]:
@@ -127,9 +138,6 @@ def gpu_tests() -> list[str]:
     """Name the files that hold tests marked gpu: others may need packages that a GPU machine lacks."""
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
     return [str(path.relative_to(ROOT)) for path in files]
-
-
-# --- running the steps -----------------------------------------------------------------------------------------------
 
 
 def check(
@@ -163,9 +171,8 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
     command = [word.replace(LEFT, f"{max(1.0, budget - END_SECONDS):.0f}") for word in step.command]
     with tempfile.TemporaryFile() as printed:
         env = {**(environment or os.environ), "COLUMNS": "300"}  # or pytest cuts why a test failed
-        process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
-        )
+        options = {"cwd": ROOT, "env": env, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, **options)
         try:
             state = "failed" if process.wait(budget) else "passed"
         except subprocess.TimeoutExpired:
@@ -192,11 +199,8 @@ def rows_in(text: str) -> list[dict]:
     """Return the lines of what a step printed that are JSON objects."""
     rows = []
     for line in text.splitlines():
-        if line.startswith("{"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # cut by the end of the budget, or no row
+        with contextlib.suppress(json.JSONDecodeError):  # cut by the end of the budget, or no row
+            rows += [json.loads(line)] if line.startswith("{") else []
     return rows
 
 
@@ -241,20 +245,13 @@ def summary(found: list[Result], stage: str) -> str:
     for result in found:
         last = next((json.dumps(row) for row in reversed(result.rows) if result.state != "passed"), "")
         lines.append(f"{result.name:10} {result.state:12} {result.seconds:6.1f} s  {last[:200]}".rstrip())
-    judged = [r for r in found if r.judges]
-    wrong = [r.name for r in judged if r.state == "failed"]
-    unknown = [f"{r.name} ({r.state})" for r in judged if r.state in ("out of time", "skipped")]
-    others = [f"{r.name} ({r.state})" for r in found if not r.judges and r.state != "passed"]
-    right = any(r.state == "passed" for r in judged)
-    lines.append(
-        "wrong: " + ", ".join(wrong) if wrong else "nothing was found wrong" if right else "nothing was judged"
-    )
-    lines += [f"not known: {', '.join(unknown)}"] * bool(unknown)
-    lines += [f"not measured, or in part: {', '.join(others)}"] * bool(others)
+    wrong = ", ".join(r.name for r in found if r.judges and r.state == "failed")
+    unknown = ", ".join(f"{r.name} ({r.state})" for r in found if r.judges and r.state in ("out of time", "skipped"))
+    others = ", ".join(f"{r.name} ({r.state})" for r in found if not r.judges and r.state != "passed")
+    right = any(r.judges and r.state == "passed" for r in found)
+    lines.append(f"wrong: {wrong}" if wrong else "nothing was found wrong" if right else "nothing was judged")
+    lines += [f"not known: {unknown}"] * bool(unknown) + [f"not measured, or in part: {others}"] * bool(others)
     return "\n".join(lines) + "\n"
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def environment_of(site: Path, stand_in: bool) -> dict[str, str]:
@@ -269,23 +266,24 @@ def environment_of(site: Path, stand_in: bool) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--stage", choices=SECONDS, required=True)
     parser.add_argument("--results", type=Path, required=True, help="a folder, made if it is not there")
     parser.add_argument("--previous", type=Path, help="stage b: the results of stage a, whose failures run again")
     parser.add_argument("--seconds", type=float, help=f"of the whole stage, shared out alike; default {SECONDS}")
     parser.add_argument("--stand-in", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args(arguments)
-    if options.previous and not (options.previous / "a.json").exists():
-        parser.error(f"--previous {options.previous} holds no a.json; name the folder that stage a wrote")
+    seconds, found = options.seconds or SECONDS[options.stage], {}
+    if options.previous:
+        if not (options.previous / "a.json").exists():
+            parser.error(f"--previous {options.previous} holds no a.json; name the folder that stage a wrote")
+        found = json.loads((options.previous / "a.json").read_text())
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        scratch = Path(folder)
-        steps = tables(options.stage, scratch, options.previous, options.stand_in)
-        seconds = options.seconds or SECONDS[options.stage]
+        steps = tables(options.stage, Path(folder), found, options.stand_in)
         steps = [step._replace(seconds=step.seconds * seconds / SECONDS[options.stage]) for step in steps]
-        environment = environment_of(scratch / "site", options.stand_in)
-        found = check(steps, seconds, options.results, options.stage, environment)
-    return int(any(result.judges and result.state == "failed" for result in found))
+        environment = environment_of(Path(folder, "site"), options.stand_in)
+        results = check(steps, seconds, options.results, options.stage, environment)
+    return int(any(result.judges and result.state == "failed" for result in results))
 
 
 if __name__ == "__main__":

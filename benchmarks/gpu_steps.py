@@ -2,10 +2,8 @@
 
 python benchmarks/gpu_steps.py machine
 python benchmarks/gpu_steps.py float64
-python benchmarks/gpu_steps.py again --previous DIR --report FILE
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -16,10 +14,10 @@ from pathlib import Path
 
 import timing
 import torch
-from gpu_check import ROOT, TESTS, pytest
 from measure import TOLERANCE, errors_of, expected_outcome, make_problem
 from peers import PEERS
 from shapes import OLMOE, TINY, Case
+from tables import parser_of
 
 from tiedmoe_kernels.tune import counted
 
@@ -30,7 +28,6 @@ CASES = (
     Case("step", OLMOE, 512, g=4),
 )
 TINY_CASES = (Case("decode", TINY, 1), Case("step", TINY, 5), Case("step", TINY, 5, g=4))
-SELECTED = {"tests": TESTS, "sanitizer": "sanitizer"}
 
 
 def float64(device: torch.device) -> bool:
@@ -63,31 +60,9 @@ def machine(device: torch.device) -> None:
     print(json.dumps(found), flush=True)
 
 
-def again(previous: Path | None, report: Path | None, device: torch.device) -> bool:
-    """Run what stage a found wrong or did not end; whether it is right now."""
-    if previous is None or report is None:
-        print(json.dumps({"nothing": "no results of stage a are named: --previous DIR"}))
-        return True
-    found = json.loads((previous / "a.json").read_text())
-    done = [step["name"] for step in found["steps"] if step["state"] in ("passed", "skipped")]
-    todo = [name for name in ("float64", *SELECTED) if name not in done]
-    print(json.dumps({"again": todo}), flush=True)
-    right = "float64" not in todo or float64(device)
-    failures = [name for row in found["rows"] for name in row.get("failures", ())]
-    selected = " or ".join(f"({each})" for name, each in SELECTED.items() if name in todo)
-    if selected:
-        command = pytest(report, selected, device.type == "cpu")
-        if failures:  # by name, and not all the others once more
-            command = (*(word for word in command if not word.startswith("tests/")), *failures)
-        right &= subprocess.run(command, cwd=ROOT).returncode == 0
-    return right
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("machine", "float64", "again"))
-    parser.add_argument("--previous", type=Path, help="the results of stage a")
-    parser.add_argument("--report", type=Path, help="where pytest writes its report")
+    parser = parser_of(__doc__)
+    parser.add_argument("step", choices=("machine", "float64"))
     parser.add_argument("--stand-in", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args()
     device = torch.device("cpu" if options.stand_in else "cuda")
@@ -97,8 +72,7 @@ def main() -> int:
         machine(device)
         return 0
     with counted():
-        right = float64(device) if options.step == "float64" else again(options.previous, options.report, device)
-    return int(not right)
+        return int(not float64(device))
 
 
 if __name__ == "__main__":

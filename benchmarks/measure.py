@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import timing
 import torch
 import torch.nn.functional as F
-from peers import PEERS, TIEDMOE, Layer, Peer, reason_to_leave_out
+from peers import TIEDMOE, Layer, Peer, reason_to_leave_out
 from shapes import TINY, Case, route
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,9 +30,7 @@ Pool = tuple[nn.Parameter, nn.Parameter]
 
 
 class Inputs(NamedTuple):
-    """What g layers are given: tokens for the first, routing for each."""
-
-    x: Tensor  # [T, H]
+    x: Tensor  # [T, H], tokens for the first of g layers
     index: list[Tensor]  # g of [T, K] int64
     weights: list[Tensor]  # g of [T, K]
 
@@ -55,26 +53,23 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     pools = [make_pool(case, device) for _ in range(num_pools(case, device))]
+    like, is_step = {"dtype": case.dtype, "device": device}, case.kind == "step"
 
     def inputs() -> Inputs:
-        x = torch.randn(case.T, case.shape.H, dtype=case.dtype, device=device)
+        x = torch.randn(case.T, case.shape.H, **like).requires_grad_(is_step)
         routed = [route(case.T, case.shape, case.routing, generator) for _ in range(case.g)]
-        index = [index.to(device) for index, _ in routed]
-        weights = [weights.to(device, case.dtype) for _, weights in routed]
-        for tensor in (x, *weights) if case.kind == "step" else ():
-            tensor.requires_grad_()
-        return Inputs(x, index, weights)
+        weights = [weights.to(**like).requires_grad_(is_step) for _, weights in routed]
+        return Inputs(x, [index.to(device) for index, _ in routed], weights)
 
     sets = [inputs() for _ in range(8 if case.kind == "decode" and device.type == "cuda" else 3)]
-    return Problem(case, device, pools, sets, torch.randn(case.T, case.shape.H, dtype=case.dtype, device=device))
+    return Problem(case, device, pools, sets, torch.randn(case.T, case.shape.H, **like))
 
 
 def make_pool(case: Case, device: torch.device) -> Pool:
     """Draw weights that keep sizes near 1 through the layers; for a step with gradients to be added to."""
-    E, H, I = case.shape.E, case.shape.H, case.shape.I
-    gate_up = torch.empty(E, 2 * I, H, dtype=case.dtype, device=device).normal_(std=H**-0.5)
-    down = torch.empty(E, H, I, dtype=case.dtype, device=device).normal_(std=I**-0.5)
-    weights = nn.Parameter(gate_up), nn.Parameter(down)
+    _, E, H, I, _ = case.shape
+    gate_up, down = (torch.empty(E, *size, dtype=case.dtype, device=device) for size in ((2 * I, H), (H, I)))
+    weights = nn.Parameter(gate_up.normal_(std=H**-0.5)), nn.Parameter(down.normal_(std=I**-0.5))
     for weight in weights if case.kind == "step" else ():
         weight.grad = torch.zeros_like(weight)
     return weights
@@ -90,24 +85,14 @@ def num_pools(case: Case, device: torch.device) -> int:
     return min(8, 1 + cache // active)
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
-
-
-def group_forward(layer: Layer, x: Tensor, index: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Run the layers of a tied group, each with its own routing, on a residual stream."""
-    for index_TK, weights_TK in zip(index, weights, strict=True):
-        x = x + layer(x, index_TK, weights_TK)
-    return x
-
-
-def training_step(peer: Peer, layer: Layer, problem: Problem, number: int) -> None:
-    """Run a tied group forward and backward, the pool's gradients added to what is there."""
-    inputs = problem.sets[number % len(problem.sets)]
+def group_step(peer: Peer, layer: Layer, inputs: Inputs, grad_output: Tensor) -> Tensor:
+    """Run the layers of a tied group on a residual stream and their backward; gradients are added to those there."""
+    y = inputs.x
     with peer.scope():
-        y = group_forward(layer, *inputs)
-    y.backward(problem.grad_output)
-    for tensor in (inputs.x, *inputs.weights):
-        tensor.grad = None  # the stream's own gradients are not accumulated
+        for index, weights in zip(inputs.index, inputs.weights, strict=True):
+            y = y + layer(y, index, weights)
+    y.backward(grad_output)
+    return y.detach()
 
 
 class Prepared(NamedTuple):
@@ -117,21 +102,22 @@ class Prepared(NamedTuple):
 
 
 def prepare(peer: Peer, problem: Problem) -> Prepared:
-    layers = [peer.build(*pool) for pool in problem.pools]
-    if problem.case.kind == "step":
-        return Prepared(lambda number: training_step(peer, layers[0], problem, number), layers[0])
-    calls = max(len(problem.sets), len(layers)) if problem.case.kind == "decode" else 1
+    layers, sets = [peer.build(*pool) for pool in problem.pools], problem.sets
+    calls = max(len(sets), len(layers)) if problem.case.kind == "decode" else 1
+
+    def step(number: int) -> None:
+        inputs = sets[number % len(sets)]
+        group_step(peer, layers[0], inputs, problem.grad_output)
+        for tensor in (inputs.x, *inputs.weights):
+            tensor.grad = None  # the stream's own gradients are not accumulated
 
     @torch.no_grad()
     def forward(number: int) -> None:
         for turn in range(number, number + calls):
-            x, index, weights = problem.sets[turn % len(problem.sets)]
+            x, index, weights = sets[turn % len(sets)]
             layers[turn % len(layers)](x, index[0], weights[0])
 
-    return Prepared(forward, layers[0], calls)
-
-
-# --- is it right -----------------------------------------------------------------------------------------------------
+    return Prepared(step if problem.case.kind == "step" else forward, layers[0], calls)
 
 
 def float64_layer(gate_up: Tensor, down: Tensor) -> Layer:
@@ -158,22 +144,18 @@ def float64_layer(gate_up: Tensor, down: Tensor) -> Layer:
 
 def outcome(peer: Peer, problem: Problem, pool: Pool, dtype: torch.dtype) -> list[Tensor]:
     """Return what must be right: the output and a step's gradients, the pool's as added to a `.grad` that is there."""
-    is_step = problem.case.kind == "step"
+    is_step, layer = problem.case.kind == "step", peer.build(*pool)
     x, index, weights = problem.sets[0]
     index = [each[:CHECKED_TOKENS] for each in index]
     x, *weights = (t.detach()[:CHECKED_TOKENS].to(dtype).requires_grad_(is_step) for t in (x, *weights))
-    layer = peer.build(*pool)
     if not is_step:
         with torch.no_grad():
             return [layer(x, index[0], weights[0])]
     for weight in pool:
         weight.grad = None if weight.grad is None else weight.grad.fill_(ALREADY)
     already = 0.0 if pool[0].grad is None else ALREADY
-    with peer.scope():
-        y = group_forward(layer, x, index, weights)
-    y.backward(problem.grad_output[:CHECKED_TOKENS].to(dtype))
-    routing = torch.stack([each.grad for each in weights])
-    return [y.detach(), x.grad, routing, *(weight.grad - already for weight in pool)]
+    y = group_step(peer, layer, Inputs(x, index, weights), problem.grad_output[:CHECKED_TOKENS].to(dtype))
+    return [y, x.grad, torch.stack([each.grad for each in weights]), *(weight.grad - already for weight in pool)]
 
 
 def expected_outcome(problem: Problem) -> list[Tensor]:
@@ -192,34 +174,28 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return (torch.dist(found.float(), expected) / expected.norm()).item()
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
 def saved_bytes(layer: Layer, problem: Problem) -> int:
     """Count bytes that one layer's forward keeps for its backward, without the pool and the routing of its caller.
 
     Counted twice where the device allows it, and the larger taken: storages that autograd was given to keep, and
     memory still allocated after the forward less the output, plus the input, which is kept too.
     """
-    inputs = problem.sets[0]
-    given = {tensor.untyped_storage().data_ptr() for tensor in (*problem.pools[0], *inputs.index, *inputs.weights)}
+    x, index, weights = problem.sets[0]
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*problem.pools[0], *index, *weights)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    on_gpu = problem.device.type == "cuda"
     timing.synchronize(problem.device)
-    before = torch.cuda.memory_allocated() if on_gpu else 0
+    before = torch.cuda.memory_allocated()  # 0 without a GPU
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(inputs.x, inputs.index[0], inputs.weights[0])
-    if not on_gpu:
-        return sum(kept.values())
+        y = layer(x, index[0], weights[0])
     still_there = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
-    return max(sum(kept.values()), still_there + inputs.x.untyped_storage().nbytes())
+    own = sum(size for storage, size in kept.items() if storage not in given)
+    return max(own, still_there + x.untyped_storage().nbytes())
 
 
 def allocated_growth(call: Callable[[int], Any]) -> int:
@@ -232,16 +208,12 @@ def allocated_growth(call: Callable[[int], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def resident_growth_of(case: Case, name: str) -> int:
+def resident_growth_of(case: Case, peer: Peer) -> int:
     """Measure, best in a process of its own, resident memory of one call above pool, gradients and inputs."""
-    peer = next(peer for peer in PEERS if peer.name == name)
     small = dataclasses.replace(case, shape=TINY, T=2)
     prepare(peer, make_problem(small, CPU)).call(0)  # libraries load at a first call
     call = prepare(peer, make_problem(case, CPU)).call
     return timing.resident_growth(lambda: call(0))
-
-
-# --- one row ---------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -279,9 +251,8 @@ class Bench:
         prepared = self.prepare(peer)
         errors = self.errors(peer, prepared)
         wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE[self.case.dtype]]
-        row: dict = {"status": "measured", "largest_error": max(errors.values())}
-        if wrong:
-            row = {"status": "wrong", "reason": "relative error of " + ", ".join(wrong)}
+        row = {"status": "measured", "largest_error": max(errors.values())}
+        row = {"status": "wrong", "reason": "relative error of " + ", ".join(wrong)} if wrong else row
         row |= self.memory(peer, prepared)
         if peer.name == TIEDMOE and not wrong:
             self.ours = prepared
@@ -304,14 +275,13 @@ class Bench:
         each = [seconds / prepared.calls for seconds in times[peer.name]]
         row |= {"ms": timing.spread([seconds * 1e3 for seconds in each]), **self.rate(statistics.median(each))}
         if self.ours:
-            row["time_over_tiedmoe"] = timing.paired_ratio(
-                each, [seconds / self.ours.calls for seconds in times[TIEDMOE]]
-            )
+            ours = [seconds / self.ours.calls for seconds in times[TIEDMOE]]
+            row["time_over_tiedmoe"] = timing.paired_ratio(each, ours)
         return row
 
     def _rounds(self, calls: dict[str, Callable[[int], Any]], in_graph: set[str]) -> dict[str, list[float]]:
         if self.device.type == "cpu":
-            timed = {name: timing.by_wall_clock(call) for name, call in calls.items()}
+            timed = {name: timing.by_clock(call) for name, call in calls.items()}
         else:
             timed = {name: timing.on_device(call, name in in_graph) for name, call in calls.items()}
         return timing.interleave(timed, **self.limits)
@@ -345,10 +315,10 @@ class Bench:
         if self.device.type == "cuda":
             return found | {"peak_bytes": allocated_growth(prepared.call)}
         prepared.call(0)
-        return found | self.resident(resident_growth_of, self.case, peer.name)
+        return found | self.resident(resident_growth_of, peer)
 
-    def resident(self, work: Callable[..., int], *arguments: Any) -> dict[str, int]:
-        return {"peak_bytes": timing.in_own_process(work, *arguments)} if self.own_process else {}
+    def resident(self, work: Callable[[Any, Peer], int], peer: Peer) -> dict[str, int]:
+        return {"peak_bytes": timing.in_own_process(work, self.case, peer)} if self.own_process else {}
 
     def rate(self, seconds: float) -> dict:
         """Return the rate of the work that the layer cannot do without, and its share of the machine's own."""

@@ -36,10 +36,15 @@ def make_model(group_size: int, implementation: str, case: ModelCase) -> nn.Modu
 
     from transformers_tiedmoe import TiedMoeConfig
 
-    shape = case.shape
-    sizes = {"hidden_size": shape.H, "intermediate_size": shape.I, "num_experts": shape.E, "eos_token_id": None}
-    sizes |= {"num_experts_per_tok": shape.K, "num_hidden_layers": case.layers, "vocab_size": VOCABULARY}
-    sizes |= {"num_attention_heads": max(1, shape.H // 128)}
+    _, E, H, I, K = case.shape
+    sizes = {
+        "hidden_size": H,
+        "intermediate_size": I,
+        "num_experts": E,
+        "num_experts_per_tok": K,
+        "eos_token_id": None,
+    }
+    sizes |= {"num_hidden_layers": case.layers, "vocab_size": VOCABULARY, "num_attention_heads": max(1, H // 128)}
     tied = {"family": "olmoe", "group_size": group_size, "skip_first": 0, "skip_last": 0}
     config = OlmoeConfig(**sizes) if group_size == 1 else TiedMoeConfig(**tied, **sizes)
     torch.manual_seed(0)
@@ -78,17 +83,10 @@ def train(model: nn.Module) -> Call:
 CALLS = {"generate": generate, "train": train}
 
 
-def resident_growth_of_model(case: ModelCase, name: str) -> int:
-    """Measure model, gradients, optimizer and activations above what a tiny one leaves behind."""
-    peer = next(peer for peer in MODELS if peer.name == name)
+def resident_growth_of(case: ModelCase, peer: Peer) -> int:
+    """Measure model, gradients, optimizer and activations of two calls above what a tiny one leaves behind."""
     CALLS[case.kind](peer.build(case._replace(shape=TINY, layers=4)))(0)
-
-    def work() -> None:
-        call = CALLS[case.kind](peer.build(case))
-        for number in range(2):
-            call(number)
-
-    return resident_growth(work)
+    return resident_growth(lambda: list(map(CALLS[case.kind](peer.build(case)), range(2))))
 
 
 class ModelBench(Bench):
@@ -116,7 +114,7 @@ class ModelBench(Bench):
 
     def memory(self, peer: Peer, prepared: Prepared) -> dict[str, int]:
         prepared.call(0)  # as a warm-up
-        return self.resident(resident_growth_of_model, self.case, peer.name)
+        return self.resident(resident_growth_of, peer)
 
     def rate(self, seconds: float) -> dict:
         return {}

@@ -14,6 +14,8 @@ import torch
 from shapes import Case
 from torch import Tensor, nn
 
+from tiedmoe_kernels import deferred_weight_gradients, experts_forward
+
 # x [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -31,15 +33,7 @@ class Peer:
 
 
 def tiedmoe_layer(gate_up: nn.Parameter, down: nn.Parameter, recompute: bool = False) -> Layer:
-    from tiedmoe_kernels import experts_forward
-
     return lambda x, index, weights: experts_forward(x, index, weights, gate_up, down, recompute=recompute)
-
-
-def tiedmoe_scope() -> contextlib.AbstractContextManager:
-    from tiedmoe_kernels import deferred_weight_gradients
-
-    return deferred_weight_gradients()
 
 
 def transformers_layer(implementation: str, gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
@@ -87,10 +81,9 @@ TIEDMOE = "tiedmoe"
 RECOMPUTE = "tiedmoe recompute"
 TRANSFORMERS = ("grouped_mm", "batched_mm", "eager")
 PEERS = (
-    Peer(TIEDMOE, tiedmoe_layer, scope=tiedmoe_scope),
-    Peer(RECOMPUTE, functools.partial(tiedmoe_layer, recompute=True), scope=tiedmoe_scope),
-    Peer("grouped_mm", functools.partial(transformers_layer, "grouped_mm")),
-    Peer("batched_mm", functools.partial(transformers_layer, "batched_mm")),
+    Peer(TIEDMOE, tiedmoe_layer, scope=deferred_weight_gradients),
+    Peer(RECOMPUTE, functools.partial(tiedmoe_layer, recompute=True), scope=deferred_weight_gradients),
+    *(Peer(name, functools.partial(transformers_layer, name)) for name in ("grouped_mm", "batched_mm")),
     Peer("eager", functools.partial(transformers_layer, "eager"), capturable=False),
     Peer("liger", liger_layer, capturable=False, slow_to_prepare=True),
     # These two load a kernel from the Hub.

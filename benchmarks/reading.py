@@ -9,7 +9,6 @@ before. Then, which crafted headers each reader opens.
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch
 import xxhash
 from huggingface_hub import get_local_safetensors_metadata, save_torch_state_dict
 from safetensors import safe_open
+from timing import in_own_process, resident_bytes
 
 from tiedmoe_conversion.checkpoint.reader import open_source
 
@@ -54,16 +54,15 @@ NAMES, EXPERTS = [f"t{i}" for i in range(20_000)], (64, 1024, 1024)
 TASKS = {"open": [], "every tensor": [[n] for n in NAMES], "experts": [["experts", i, i + 1] for i in range(64)]}
 
 
-def measure(folder: str, reader: str, task: str) -> None:
-    """Print a task's seconds, in which opening counts for "open" alone, and the bytes by which the memory grew."""
-    memory, start = Path("/proc/self/status"), time.process_time()
-    before = memory.read_text().partition("VmHWM:")[2].split()[0]
+def measure(folder: str, reader: str, task: str) -> tuple[float, float]:
+    """Return a task's seconds, in which opening counts for "open" alone, and the MB by which the memory grew."""
+    before, start = resident_bytes("VmHWM"), time.process_time()
     opened = READERS[reader](folder)
     start = start if task == "open" else time.process_time()
     for rows in TASKS[task]:
         xxhash.xxh3_64(opened.read(*rows).view(torch.uint8).numpy())
-    seconds, after = time.process_time() - start, memory.read_text().partition("VmHWM:")[2].split()[0]
-    print(json.dumps([seconds, (int(after) - int(before)) * 1024 / 1e6]))
+    seconds = time.process_time() - start
+    return seconds, (resident_bytes("VmHWM") - before) / 1e6
 
 
 def main(folder: str) -> None:
@@ -72,8 +71,7 @@ def main(folder: str) -> None:
     save_torch_state_dict(tensors | {"experts": torch.ones(EXPERTS)}, folder, max_shard_size="500MB")
     found = {(r, t): [] for t in TASKS for r in READERS if t == "open" or r != "huggingface_hub"}
     for run in [*found] * 5:
-        output = subprocess.run([sys.executable, __file__, folder, *run], check=True, capture_output=True).stdout
-        found[run].append(json.loads(output))
+        found[run].append(in_own_process(measure, folder, *run))
     for (reader, task), results in found.items():
         print(f"{task:14} {reader:16}", "{:7.3f} s {:7.1f} MB".format(*map(statistics.median, zip(*results))))
     for name, reader in [(name, reader) for name in CRAFTED for reader in READERS]:
@@ -85,4 +83,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1])
+    main(sys.argv[1])

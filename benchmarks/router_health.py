@@ -5,45 +5,34 @@
 Every step is recorded here; `tiedmoe heal` records those that are logged, by default a fiftieth of all.
 """
 
-import argparse
 import json
-import statistics
 import tempfile
 import time
 
 import torch
-from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from tables import parser_of
+from timing import interleave, paired_ratio, spread
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from tiedmoe_demo import DemoConfig
-from tiedmoe_demo.train_source import source_config
+from tiedmoe_demo.train_source import source_config, train_tokenizer
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.training.router_health import RouterHealth
 
-
-class Vocabulary:
-    """What the source's config takes from the demo's tokenizer."""
-
-    pad_token_id = bos_token_id = eos_token_id = 0
-
-    def __len__(self) -> int:
-        return DemoConfig().vocab_size
+SETTINGS = DemoConfig()
 
 
-def train(config: TiedMoeConfig, steps: int, has_health: bool) -> float:
+def train(config: TiedMoeConfig, blocks, steps: int, has_health: bool) -> float:
     """Train a new model for some steps; return their CPU time in seconds."""
     torch.manual_seed(0)
-    settings = DemoConfig()
-    ids = torch.randint(1, settings.vocab_size, (settings.batch_size * steps, settings.block_size)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=settings.batch_size, logging_steps=1, use_cpu=True,
+            folder, max_steps=steps, per_device_train_batch_size=SETTINGS.batch_size, logging_steps=1, use_cpu=True,
             report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
-        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        trainer = Trainer(TiedMoeForCausalLM(config), arguments, train_dataset=data)
-        trainer.callback_handler.callbacks = [each for each in trainer.callback_handler.callbacks
-                                              if type(each).__name__ != "PrinterCallback"]  # fmt: skip
+        trainer = Trainer(TiedMoeForCausalLM(config), arguments, default_data_collator, blocks)
+        trainer.remove_callback(PrinterCallback)
         if has_health:
             RouterHealth().attach(trainer)
         start = time.process_time()
@@ -53,23 +42,19 @@ def train(config: TiedMoeConfig, steps: int, has_health: bool) -> float:
 
 def main() -> None:
     """Print the overhead of a recorded step, over the pairs."""
-    parser = argparse.ArgumentParser()
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args()
-    family = source_config(DemoConfig(), Vocabulary())
-    config = TiedMoeConfig.from_family(family, group_size=4, skip_first=2, skip_last=2)
-    train(config, 3, True)  # imports, first calls
-    overheads, seconds = [], []
-    for pair in range(given.pairs):
-        order = (False, True) if pair % 2 else (True, False)
-        times = {has_health: train(config, given.steps, has_health) for has_health in order}
-        overheads.append(times[True] / times[False] - 1)
-        seconds.append(times[False] / given.steps)
+    tokenizer = train_tokenizer(SETTINGS.text, SETTINGS.vocab_size)
+    blocks, _ = load_blocks(SETTINGS.text, tokenizer, SETTINGS.block_size)
+    config = TiedMoeConfig.from_family(source_config(SETTINGS, tokenizer), group_size=4, skip_first=2, skip_last=2)
+    train(config, blocks, 3, True)  # imports, first calls
+    trained = {has_health: lambda _, has=has_health: train(config, blocks, given.steps, has) for has_health in (0, 1)}
+    times = interleave(trained, seconds=0, least=given.pairs, most=given.pairs)
     print(json.dumps({
-        "cpu_seconds_of_a_step": round(statistics.median(seconds), 4),
-        "overhead_of_a_recorded_step": round(statistics.median(overheads), 4),
-        "pairs": [round(each, 4) for each in overheads],
+        "cpu_seconds_of_a_step": round(spread(times[0])["median"] / given.steps, 4),
+        "time_over_that_without": paired_ratio(times[1], times[0]),
     }))  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How the benchmarks write what they found: JSON with one row a line, Markdown tables, means with their deviation."""
 
+import argparse
 import json
 import statistics
 import sys
@@ -8,20 +9,33 @@ from pathlib import Path
 from typing import Any
 
 
+def parser_of(docstring: str) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring, as it stands there."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def show(done: int, total: int, what: str) -> None:
     """Print how far a training is, five times in all."""
     if done == total or done % max(1, total // 5) == 0:
         print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)
 
 
+def write_results(prefix: Path, result: dict, text: str, figure: Any = None, quiet: bool = False) -> None:
+    """Write PREFIX.json, PREFIX.md and, of a matplotlib `figure`, PREFIX.png; print the text unless `quiet`."""
+    write_json(prefix.with_suffix(".json"), result)
+    prefix.with_suffix(".md").write_text(text)
+    if figure is not None:
+        figure.savefig(prefix.with_suffix(".png"))
+    if not quiet:
+        print(text)
+
+
 def write_json(path: Path, result: dict | list) -> None:
     """Write JSON with each entry of `result`, and each row of an entry that is a list of rows, on its own line."""
+    text = _rows(result)
+    if isinstance(result, dict):
+        text = "{\n" + ",\n".join(f"{json.dumps(name)}: {_rows(value)}" for name, value in result.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(result, list):
-        text = _rows(result)
-    else:
-        entries = (f"{json.dumps(name)}: {_rows(value)}" for name, value in result.items())
-        text = "{\n" + ",\n".join(entries) + "\n}"
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text + "\n")
     draft.replace(path)  # whole, or as it was

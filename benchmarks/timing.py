@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 Call = Callable[[int], object]  # the number of the round chooses the inputs
@@ -26,9 +27,8 @@ PACKAGES += ("pytest", "pytest-xdist", "pytest-timeout")
 
 def spread(values: list[float]) -> dict:
     """Return median, 20th and 80th percentile, and how many values there are."""
-    wanted = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    found = torch.tensor(values, dtype=torch.float64).quantile(wanted).tolist()
-    return dict(zip(("median", "p20", "p80"), found)) | {"n": len(values)}
+    median, low, high = numpy.quantile(values, (0.5, 0.2, 0.8)).tolist()
+    return {"median": median, "p20": low, "p80": high, "n": len(values)}
 
 
 def paired_ratio(values: list[float], base: list[float]) -> dict:
@@ -36,13 +36,13 @@ def paired_ratio(values: list[float], base: list[float]) -> dict:
     return spread([value / reference for value, reference in zip(values, base)])
 
 
-def by_wall_clock(call: Call) -> Timed:
+def by_clock(call: Call, clock: Callable[[], float] = time.perf_counter) -> Timed:
     """Time one call by the host's clock: `torch.utils.benchmark` would make two more before each."""
 
     def timed(number: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         call(number)
-        return time.perf_counter() - start
+        return clock() - start
 
     return timed
 
@@ -74,9 +74,6 @@ def interleave(calls: dict[str, Timed], *, seconds: float, least: int, most: int
     return times
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
 def in_own_process(work: Callable, *arguments: Any) -> Any:
     """Return what `work` returns in a fresh process, with as many threads as this one's torch has."""
     spawned, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
@@ -97,21 +94,15 @@ def resident_growth(call: Callable[[], object]) -> int:
     return max(0, resident_bytes("VmHWM") - before)
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
 def machine_rates(device: torch.device, size: int = 8192, copy_bytes: int = 2 << 30) -> dict:
     """Measure a `size`^3 bf16 matrix product in TFLOP/s and a copy in TB/s (bytes read and written)."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    calls = {"matmul": lambda _: a @ b, "copy": lambda _: target.copy_(source)}
-    timed = {n: by_wall_clock(c) if device.type == "cpu" else on_device(c, False) for n, c in calls.items()}
-    least = {name: min(each) for name, each in interleave(timed, seconds=0, least=5, most=5).items()}
-    return {
-        "matmul_tflops": 2 * size**3 / least["matmul"] / 1e12,
-        "copy_tb_per_s": 2 * copy_bytes / least["copy"] / 1e12,
-    }
+    calls = (lambda _: a @ b), (lambda _: target.copy_(source))
+    timed = [by_clock(call) if device.type == "cpu" else on_device(call, False) for call in calls]
+    product, copy = (min(call(number) for number in range(5)) for call in timed)
+    return {"matmul_tflops": 2 * size**3 / product / 1e12, "copy_tb_per_s": 2 * copy_bytes / copy / 1e12}
 
 
 def versions() -> dict[str, str]:

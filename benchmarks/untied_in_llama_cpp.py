@@ -6,7 +6,6 @@ Where llama-cpp-python is installed (`pip install llama-cpp-python`), it then ru
 with the tied model's in transformers. Exit status 1 where a family is not converted or its logits differ.
 """
 
-import argparse
 import importlib.util
 import json
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tables import write_json
+from tables import parser_of, write_json
 from timing import versions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -114,7 +113,7 @@ def installed() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("llama_cpp", type=Path, help="checkout of llama.cpp")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

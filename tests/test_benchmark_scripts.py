@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -42,17 +41,7 @@ def test_means_and_tables():
 def softmoe(tmp_path_factory):
     """A quick study of some rows at one seed: its folder, and what it wrote."""
     folder = tmp_path_factory.mktemp("softmoe")
-    arguments = [
-        "--output",
-        str(folder),
-        "--results",
-        str(folder / "study"),
-        "--quick",
-        "--seeds",
-        "0",
-        "--rounds",
-        "2",
-    ]
+    arguments = ["--output", str(folder), "--results", str(folder / "study"), "--quick", "--seeds", "0"]
     softmoe_study.main([*arguments, "--only", "top-k, (untied|healed), 4|learned, (tied|healed), 3"])
     return folder, arguments, json.loads((folder / "study.json").read_text())
 
@@ -87,7 +76,7 @@ def test_softmoe_study_does_not_run_a_row_again(softmoe, monkeypatch):
 def test_softmoe_study_compares_like_with_like():
     """A tied row has its family's sizes and half of the pools; a soft one is steered to what its top-k uses."""
     sizes = softmoe_study.SIZES
-    rows = {row.name: row.config(sizes, 1024) for row in softmoe_study.ROWS}
+    rows = {row.name: row.config(sizes) for row in softmoe_study.ROWS}
     assert rows["top-k, tied, 2"].groups == [[0, 1], [2, 3], [4, 5]]
     assert rows["top-k, untied, 2"].groups == []
     assert rows["soft, even, untied, 3"].softmoe["target_active"] == 3 * sizes["num_hidden_layers"]
@@ -117,14 +106,10 @@ def test_conversion_scale_converts_and_copies_in_pairs(tmp_path, monkeypatch):
 
 
 def test_reading_reads_what_it_wrote_and_says_who_opens_what(tmp_path, monkeypatch, capsys):
-    def run(command, **options):
-        reading.measure(*command[2:])
-        return SimpleNamespace(stdout=capsys.readouterr().out)
-
     monkeypatch.setattr(reading, "NAMES", ["t0", "t1"])
     monkeypatch.setattr(reading, "EXPERTS", (64, 2, 3))
     monkeypatch.setitem(reading.TASKS, "every tensor", [["t0"], ["t1"]])
-    monkeypatch.setattr(reading.subprocess, "run", run)
+    monkeypatch.setattr(reading, "in_own_process", lambda work, *arguments: work(*arguments))
     reading.main(str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.endswith(" MB")]) == 7

@@ -175,7 +175,7 @@ def test_interleave_rotates_the_order_and_ends_in_time():
 
 def test_wall_clock_times_the_call_it_is_given():
     called = []
-    assert 0.01 < timing.by_wall_clock(lambda number: called.append(number) or time.sleep(0.011))(7) < 1
+    assert 0.01 < timing.by_clock(lambda number: called.append(number) or time.sleep(0.011))(7) < 1
     assert called == [7]
 
 
@@ -363,7 +363,7 @@ def test_a_gradient_that_is_not_added_is_wrong():
     def forget():
         for weight in pool:
             weight.grad.zero_()
-        return peers.tiedmoe_scope()
+        return peers.deferred_weight_gradients()
 
     forgetful = Peer("forgetful", peers.tiedmoe_layer, scope=forget)
     errors = measure.errors_of(forgetful, problem, expected)

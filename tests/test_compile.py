@@ -118,7 +118,7 @@ for other in ({"offset": 1}, {"T": 1}, {"dtype": torch.float32}):
 assert decode(offset=1)[1] == 3  # x is not aligned: looked up every time
 assert decode() == (first, 0)
 
-sys.argv[1:] = ["--rounds", "1"]
+sys.argv[1:] = ["--tokens", "1"]
 decode_host.main()
 """
 

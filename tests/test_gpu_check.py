@@ -164,16 +164,31 @@ def test_files_are_few_and_small(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", gpu_check.SECONDS)
 @pytest.mark.parametrize("stand_in", [False, True])
 def test_the_tables_fit_their_stage(stage, stand_in, tmp_path):
-    table = gpu_check.tables(stage, tmp_path, tmp_path, stand_in)
+    failed = {"steps": [{"name": name, "state": "failed"} for name in ("float64", "tests")], "rows": []}
+    table = gpu_check.tables(stage, tmp_path, failed, stand_in)
     assert 2 + sum(len(step.keeps) for step in table) <= gpu_check.MAX_FILES
     assert table[-1].seconds == gpu_check.REST
     assert sum(step.seconds for step in table[:-1]) < gpu_check.SECONDS[stage]
-    assert [step.name for step in table] == [step.name for step in gpu_check.tables(stage, tmp_path, None, False)]
+    assert [step.name for step in table] == [step.name for step in gpu_check.tables(stage, tmp_path, failed, False)]
     names = [path.name for step in table for path in step.keeps]
     assert len(set(names)) == len(names)
     for step in table:
         script = next((word for word in step.command if word.endswith(".py") and "benchmarks" in word), None)
         assert script is None or Path(script).exists()
+
+
+def test_stage_b_repeats_what_stage_a_found_wrong_or_did_not_end(tmp_path):
+    failure = "tests/test_x.py::test_y"
+    states = {"machine": "failed", "float64": "passed", "tests": "failed", "sanitizer": "out of time"}
+    steps = [{"name": name, "state": state} for name, state in states.items()]
+    found = {"steps": steps, "rows": [{"step": "tests", "failures": {failure: "why"}}]}
+    first = {step.name: step for step in gpu_check.tables("a", tmp_path, {}, False)}
+    second = {step.name: step for step in gpu_check.tables("b", tmp_path, found, False)}
+    assert list(second) == ["cache", "tests", "sanitizer", "tune", "bar", "more"]
+    assert [word for word in second["tests"].command if word.startswith("tests/")] == [failure]
+    assert second["sanitizer"].command == first["sanitizer"].command
+    assert second["tests"].judges
+    assert second["tests"].seconds == second["sanitizer"].seconds == gpu_check.AGAIN_SECONDS / 2
 
 
 def test_plugins_of_pytest_are_asked_for_where_they_are(tmp_path, monkeypatch):

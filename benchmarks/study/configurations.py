@@ -15,21 +15,15 @@ from typing import Any
 class Row:
     """One configuration.
 
-    Attributes:
-        series: what it is called in table and plot; rows of one series differ in size only.
-        size: how its bytes come about, such as "g=4, 2.5E"; unique within a series.
-        recipe: fields of `ConversionRecipe`.
-        num_seeds: how many seeds it is run with, at most the study's.
-        heal: fields of `TiedMoeTrainingArguments` if the row is healed differently.
-        kind: "convert"; or a control: "source" as it is, "scratch" (tied, trained from random weights), "prune" (fewer
-            experts in every layer, chosen by `recipe["keep"]`).
+    `kind` is "convert", or a control: "source" as it is, "scratch" (tied, trained from random weights), "prune" (fewer
+    experts in every layer, chosen by `recipe["keep"]`).
     """
 
-    series: str
-    size: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    num_seeds: int = 3
-    heal: Mapping[str, Any] = field(default_factory=dict)
+    series: str  # what it is called in table and plot; rows of one series differ in size only
+    size: str  # how its bytes come about, such as "g=4, 2.5E"; unique within a series
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of `ConversionRecipe`
+    num_seeds: int = 3  # at most the study's
+    heal: Mapping[str, Any] = field(default_factory=dict)  # of `TiedMoeTrainingArguments`, where it differs
     kind: str = "convert"
 
     @property

@@ -8,45 +8,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import source_config, train_on_text
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
-from transformers_tiedmoe.workdir import Work, open_work, was_renamed
 
 
 def train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
-    """Train a tied model from random weights, exactly as `train_source` trains the source, and save it into `folder`.
+    """Train a tied model from random weights, exactly as `train_source` trains the source, unless `folder` is there.
 
-    Args:
-        config: its `source_steps`, sizes and tying fields count.
-        source: where the tokenizer is.
-        folder: complete or not there.
+    `source_steps`, sizes and tying fields of `config` count; the tokenizer is the `source`'s.
     """
-    if folder.exists() and not was_renamed(folder):
+    if folder.exists():
         return
-    with open_work(folder, {"settings": config.settings()}) as work:
-        if work.report is None:
-            _train_tied(config, source, work)
-            work.complete({})
-
-
-def _train_tied(config: DemoConfig, source: Path, work: Work) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     set_seed(config.seed)
     tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
     model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
-    train_on_text(model, tokenizer, config, work.scratch, lambda done, total, what: None)
-    with work.draft() as draft:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
+    draft = folder.with_name(f".{folder.name}.draft")
+    train_on_text(model, tokenizer, config, draft, lambda done, total, what: None)
+    for each in (model, tokenizer):
+        each.save_pretrained(draft)
+    draft.rename(folder)
 
 
 def prune(source: Path, folder: Path, share: float, keep: str = "magnitude", seed: int = 0) -> None:
     """Save the source with `share` of the experts of every layer, and those rows of its router, into `folder`.
 
     It is saved as a tied model without a group, the family's own but for a balance loss in every layer: what all the
-    study's models are healed with.
-
-    Args:
-        keep: "random", or "magnitude": those of the largest product of the Frobenius norm of the expert's weights and
-            the norm of its row of the router.
+    study's models are healed with. `keep` is "random", or "magnitude": those of the largest product of the Frobenius
+    norm of the expert's weights and the norm of its row of the router.
     """
     model = AutoModelForCausalLM.from_pretrained(source)
     num_kept = round(share * model.config.num_experts)
@@ -63,8 +50,5 @@ def prune(source: Path, folder: Path, share: float, keep: str = "magnitude", see
     model.config.num_experts = num_kept
     pruned = TiedMoeForCausalLM(TiedMoeConfig.from_family(model.config, groups=[]))
     pruned.load_state_dict(state)
-    with open_work(folder, {"settings": {"source": str(source), "share": share, "keep": keep, "seed": seed}}) as work:
-        with work.draft() as draft:
-            pruned.save_pretrained(draft)
-            AutoTokenizer.from_pretrained(source).save_pretrained(draft)
-        work.complete({})
+    for each in (pruned, AutoTokenizer.from_pretrained(source)):
+        each.save_pretrained(folder)

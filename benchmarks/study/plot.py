@@ -1,6 +1,5 @@
 """The study's picture: loss against expert bytes before and after healing, and against the healing."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,8 +12,8 @@ LINEAR_BELOW = 0.01  # nats; a logarithmic scale above
 TICKS = (-0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
-def save_plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw `summary`, of `summarize`, into the PNG file `path`."""
+def figure_of(summary: dict[str, Any]) -> Figure:
+    """Draw `summary`, of `summarize`."""
     figure = Figure(figsize=(15, 6.2), layout="constrained", dpi=130)
     before, after, healing = figure.subplots(1, 3)
     after.sharex(before)
@@ -32,17 +31,10 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
     for name in series:
         own = sorted((row for row in rows if row["series"] == name), key=lambda row: row["expert_share"])
         relatives = [each for each in series if _family(each) == _family(name)]
-        colour = COLOURS[families.index(_family(name)) % len(COLOURS)]
-        marker = MARKERS[relatives.index(name) % len(MARKERS)]
-        line = {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--")
-        style = {
-            "color": colour,
-            "marker": marker,
-            "linestyle": line,
-            "linewidth": 1.2,
-            "markersize": 6,
-            "alpha": 0.85,
-        }
+        style = {"linewidth": 1.2, "markersize": 6, "alpha": 0.85}
+        style["color"] = COLOURS[families.index(_family(name)) % len(COLOURS)]
+        style["marker"] = MARKERS[relatives.index(name) % len(MARKERS)]
+        style["linestyle"] = {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--")
         _draw_sizes(before, own, "0.0", style | {"label": name})
         _draw_sizes(after, own, "1.0", style | {"label": name})
         _draw_healing(healing, own, summary, style)
@@ -54,9 +46,7 @@ def save_plot(summary: dict[str, Any], path: Path) -> None:
     handles = {label: handle for axes in (before, after) for handle, label in zip(*axes.get_legend_handles_labels())}
     ordered = [name for name in series if name in handles]
     figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=6, fontsize=9)
-    draft = path.with_name(f".{path.name}.draft")
-    figure.savefig(draft, format="png")
-    draft.replace(path)
+    return figure
 
 
 def _family(series: str) -> str:

@@ -4,11 +4,11 @@ What a measurement found is in `runs/NAME.json`, and it is not made again while 
 checkpoint is deleted once all of them are there.
 """
 
+import functools
 import json
+import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.config import VALIDATION_FRACTION
 from tiedmoe_demo.figures import expert_parameters
-from tiedmoe_demo.train_source import train_source
-from transformers_tiedmoe.files import read_json
+from transformers_tiedmoe.files import atomic_write_json, read_json
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import heal
-from transformers_tiedmoe.workdir import Folder, discard_work
+from transformers_tiedmoe.workdir import discard_work
 
 from .configurations import Row
 from .controls import prune, train_tied
@@ -41,25 +40,14 @@ DEMO_SETTINGS = (
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study works, and what decides its figures.
+    """Where the study works, and what decides its figures."""
 
-    Args:
-        demo: source, text and output folder.
-        work: that folder, as it is open in this process.
-        heal_share: of the source's training steps, the healing budget.
-        shares: of that budget, healings each with a schedule of its own.
-        heal_learning_rate: peak learning rate of every healing and of the source's own extra steps.
-        calibration_tokens: for the methods that need text.
-        num_seeds: of what is cheap.
-    """
-
-    demo: DemoConfig
-    work: Folder | None = None
-    heal_share: float = 0.05
-    shares: tuple[float, ...] = (0.05, 0.25, 1.0)
-    heal_learning_rate: float = 5e-4
-    calibration_tokens: int = 32768
-    num_seeds: int = 3
+    demo: DemoConfig  # source, text and output folder
+    heal_share: float = 0.05  # of the source's training steps, the healing budget
+    shares: tuple[float, ...] = (0.05, 0.25, 1.0)  # of that budget, healings each with a schedule of its own
+    heal_learning_rate: float = 5e-4  # peak of every healing and of the source's own extra steps
+    calibration_tokens: int = 32768  # for the methods that need text
+    num_seeds: int = 3  # of what is cheap
 
     @property
     def heal_steps(self) -> int:
@@ -73,7 +61,7 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """Return what the figures depend on beside the rows, JSON-able."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("demo", "work")}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "demo"}
         demo = {name: getattr(self.demo, name) for name in DEMO_SETTINGS}
         return own | {"shares": list(self.shares), "source": demo}
 
@@ -95,8 +83,7 @@ class Study:
         """Return what was measured of a row as it is now, by seed and share."""
         made_by = json.loads(json.dumps([dict(row.recipe), dict(row.heal)]))
         keys = [(seed, share) for seed in self.seeds(row) for share in self.shares_of(row, seed)]
-        paths = {key: self.demo.path(self._result_name(row, *key)) for key in keys}
-        found = {key: read_json(path) for key, path in paths.items() if path.is_file()}
+        found = {key: read_json(path) for key in keys if (path := self._result(row, *key)).is_file()}
         return {key: each for key, each in found.items() if [each.get("recipe"), each.get("heal", {})] == made_by}
 
     def missing(self, row: Row, seed: int) -> list[float]:
@@ -104,56 +91,35 @@ class Study:
         found = self.results(row)
         return [share for share in self.shares_of(row, seed) if (seed, share) not in found]
 
-    def train_source(self, progress: Callable[[int, int, str], None]) -> dict:
-        """Train the source, or find it; returns its training's report."""
-        return train_source(self.demo, self.source, progress)
-
-    def run(self, row: Row, seed: int) -> None:
+    def run(self, job: tuple[Row, int]) -> str:
         """Make a row's checkpoint anew, measure what is missing, and delete it unless it took long to train."""
-        name = f"checkpoints/{row.name}.seed{seed}"
-        folder, is_trained = self.demo.path(name), row.kind == "scratch"
-        if not is_trained:
-            self._delete(name)
+        row, seed = job
+        folder = self.demo.path("checkpoints", f"{row.name}.seed{seed}")
+        if row.kind != "scratch":
+            _delete(folder)
         start = time.perf_counter()
         sizes = self._make(row, seed, folder)
         if row.kind in ("convert", "prune"):
             sizes["conversion_seconds"] = round(time.perf_counter() - start, 2)
+        made_by = {"name": row.name, "seed": seed, "recipe": dict(row.recipe), "heal": dict(row.heal)}
         for share in self.missing(row, seed):
             measured = self._heal(row, seed, share, folder) if share else sizes | self._measure(folder, sizes)
-            result = {
-                "name": row.name,
-                "seed": seed,
-                "share": share,
-                "recipe": dict(row.recipe),
-                "heal": dict(row.heal),
-            }
-            self._folder.write_json(self._result_name(row, seed, share), result | measured)
-        if not is_trained:
-            self._delete(name)
+            path = self._result(row, seed, share)
+            path.parent.mkdir(exist_ok=True)
+            atomic_write_json(path, made_by | {"share": share} | measured)
+        if row.kind != "scratch":
+            _delete(folder)
+        return f"{row.name}, seed {seed}: {time.perf_counter() - start:.0f} s"
 
-    @cached_property
-    def _validation(self) -> datasets.Dataset:
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
-        return load_blocks(self.demo.text, tokenizer, self.demo.block_size, VALIDATION_FRACTION)[1]
-
-    def _result_name(self, row: Row, seed: int, share: float) -> str:
-        return f"runs/{row.name}.seed{seed}." + (f"heal{share:g}.json" if share else "before.json")
-
-    @property
-    def _folder(self) -> Folder:
-        assert self.work is not None, "a run needs the open folder of the study"
-        return self.work
-
-    def _delete(self, name: str) -> None:
-        """Delete a checkpoint, finished or not."""
-        self._folder.delete(name)
-        discard_work(self.demo.path(name))
+    def _result(self, row: Row, seed: int, share: float) -> Path:
+        return self.demo.path("runs", f"{row.name}.seed{seed}." + (f"heal{share:g}.json" if share else "before.json"))
 
     def _measure(self, folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         expert_bytes = sizes.get("expert_bytes", BYTES_PER_PARAMETER * expert_parameters(model))
-        held_out = perplexity(model, self._validation, self.demo.batch_size)
-        return {"parameters": model.num_parameters(), "expert_bytes": expert_bytes, **held_out}
+        held_out = _held_out(self.demo.text, self.source, self.demo.block_size)
+        measured = perplexity(model, held_out, self.demo.batch_size)
+        return {"parameters": model.num_parameters(), "expert_bytes": expert_bytes, **measured}
 
     def _make(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         """Make a row's checkpoint; returns its `expert_bytes` where a plan has counted them."""
@@ -175,36 +141,30 @@ class Study:
 
     def recipe(self, row: Row, folder: Path, seed: int) -> ConversionRecipe:
         """Return the conversion of a row."""
-        return ConversionRecipe(
-            source=str(self.source),
-            output=str(folder),
-            calibration=self.demo.text,
-            calibration_tokens=self.calibration_tokens,
-            calibration_block_size=self.demo.block_size,
-            measure=False,
-            seed=seed,
-            **row.recipe,
-        )
+        text = {"calibration": self.demo.text, "calibration_tokens": self.calibration_tokens}
+        text["calibration_block_size"] = self.demo.block_size
+        return ConversionRecipe(str(self.source), str(folder), **text, measure=False, seed=seed, **row.recipe)
 
     def _heal(self, row: Row, seed: int, share: float, folder: Path) -> dict[str, Any]:
-        name = f"healing/{row.name}.seed{seed}"
+        healed, steps = self.demo.path("healing", f"{row.name}.seed{seed}"), self.steps(share)
         config = TiedMoeTrainingArguments(
-            model=str(folder),
-            data=self.demo.text,
-            output_dir=str(self.demo.path(name)),
-            overwrite=True,
-            teacher=None if row.kind == "source" else str(self.source),
-            max_steps=self.steps(share),
-            learning_rate=self.heal_learning_rate,
-            per_device_train_batch_size=self.demo.batch_size,
-            block_size=self.demo.block_size,
-            validation_fraction=VALIDATION_FRACTION,
-            save_steps=self.steps(share),
+            model=str(folder), data=self.demo.text, output_dir=str(healed), overwrite=True,
+            teacher=None if row.kind == "source" else str(self.source), max_steps=steps, save_steps=steps,
+            learning_rate=self.heal_learning_rate, per_device_train_batch_size=self.demo.batch_size,
+            block_size=self.demo.block_size, validation_fraction=VALIDATION_FRACTION, seed=seed, **row.heal,
             allow_worse=True,  # as the source gets by more of a text that it knows
-            seed=seed,
-            **row.heal,
-        )
+        )  # fmt: skip
         report = heal(config, lambda done, total, what: None)
-        self._folder.own(name)
-        self._folder.delete(name)
+        _delete(healed)
         return {**report["after"], "steps": report["steps"], "heal_seconds": report["seconds"]}
+
+
+@functools.cache
+def _held_out(text: str, source: Path, block_size: int) -> datasets.Dataset:
+    return load_blocks(text, AutoTokenizer.from_pretrained(source), block_size, VALIDATION_FRACTION)[1]
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, finished or not."""
+    shutil.rmtree(folder, ignore_errors=True)
+    discard_work(folder)

@@ -62,16 +62,15 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dict[str, Any]:
-    source_bytes = control[0, BEFORE]["expert_bytes"]
     first = next(result for result in found.values() if "expert_bytes" in result)
     if row.kind == "scratch":  # its tokens are the source's and the healing's
         found = {(seed, 1.0): result for (seed, _), result in found.items()}
     healed = {seed: result["perplexity"] for (seed, share), result in found.items() if share == 1.0}
     fields = {"name": row.name, "series": row.series, "size": row.size, "kind": row.kind}
     fields |= {"recipe": dict(row.recipe), "heal": dict(row.heal), "num_seeds": len(healed)}
-    fields |= {"parameters": first["parameters"], "expert_bytes": first["expert_bytes"]}
+    fields |= {name: first[name] for name in ("parameters", "expert_bytes")}
     return fields | {
-        "expert_share": first["expert_bytes"] / source_bytes,
+        "expert_share": first["expert_bytes"] / control[0, BEFORE]["expert_bytes"],
         "loss": {str(share): mean_of(_values(found, share, "loss")) for share in (BEFORE, *shares)},
         "loss_above_control": {str(share): _loss_above(found, control, share) for share in (BEFORE, *shares)},
         "percent_above_control": _above(healed, {seed: control.get((seed, 1.0)) for seed in healed}),
@@ -81,10 +80,10 @@ def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dic
     }
 
 
-def _loss_above(found: dict, control: dict, share: float) -> dict[str, Any] | None:
+def _loss_above(found: Found, control: Found, share: float) -> dict[str, Any] | None:
     """Subtract the control's loss, of the same seed after the same healing: nats."""
-    losses = {seed: result["loss"] for (seed, each), result in found.items() if each == share}
-    return mean_of([loss - control[seed, share]["loss"] for seed, loss in losses.items() if (seed, share) in control])
+    both = [key for key in found if key[1] == share and key in control]
+    return mean_of([found[key]["loss"] - control[key]["loss"] for key in both])
 
 
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
@@ -107,12 +106,10 @@ def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, An
 
 
 def _goal_line(goal: dict[str, Any]) -> str:
-    size = f"- {goal['expert_share']:.0%} of the expert bytes"
-    aim = f"{size}, within {goal['percent']:g} % of the control's perplexity: "
+    aim = "- {expert_share:.0%} of the expert bytes, within {percent:g} % of the control's perplexity: ".format(**goal)
     if goal["best"] is None:
         return aim + "not measured"
-    found = plus_minus(goal["found"], 2, " %", "+")
-    above_source = plus_minus(goal["above_source"], 2, " %", "+")
+    found, above_source = (plus_minus(goal[name], 2, " %", "+") for name in ("found", "above_source"))
     verdict = "met" if goal["is_met"] else "missed"
     return aim + f"{verdict}, {found} (`{goal['best']}`; {above_source} above the untouched source)"
 

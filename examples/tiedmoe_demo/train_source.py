@@ -1,7 +1,7 @@
 """The demo's source: a tokenizer and a small OLMoE trained on the text, saved as any OLMoE checkpoint is."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -80,6 +81,7 @@ def train_on_text(
     config: DemoConfig,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """`config.source_steps` steps of AdamW on the text but its held-out part; `folder` is for what Trainer writes."""
     train, _ = load_blocks(config.text, tokenizer, config.block_size, VALIDATION_FRACTION)
@@ -104,7 +106,8 @@ def train_on_text(
         train_dataset=train,
         data_collator=default_data_collator,  # blocks need no padding
         callbacks=[
-            ProgressReport(lambda done, total, what: progress(done, total, what.replace("healing", "training")))
+            ProgressReport(lambda done, total, what: progress(done, total, what.replace("healing", "training"))),
+            *callbacks,
         ],
     )
     trainer.remove_callback(PrinterCallback)
