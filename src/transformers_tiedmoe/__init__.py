@@ -12,6 +12,7 @@ from .modeling_tiedmoe import (
     TiedMoeForTokenClassification,
     TiedMoeModel,
 )
+from .offload import keep_pools_loaded
 from .pools import tie_groups
 from .version import __version__
 
@@ -26,5 +27,6 @@ __all__ = [
     "TiedMoeForTokenClassification",
     "TiedMoeModel",
     "__version__",
+    "keep_pools_loaded",
     "tie_groups",
 ]

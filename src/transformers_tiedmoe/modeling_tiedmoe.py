@@ -45,6 +45,7 @@ from .families import (
 )
 from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
+from .offload import is_offloaded, keep_pools_loaded
 from .parallel import ParallelPools
 from .pools import default_slot_map
 from .residual import Residual, experts_with_residual
@@ -261,7 +262,10 @@ class TiedMoePreTrainedModel(ParallelPools):
         """Load as transformers does; `TiedMoeForCausalLM.from_pretrained` picks the family from the config."""
         if cls._family_class is not None:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded)._check_loaded()
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model._check_loaded()
+            if is_offloaded(model):
+                keep_pools_loaded(model)
             return loaded
         if not isinstance(config, TiedMoeConfig):
             hub = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
