@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 def test_fsdp2_and_ddp_have_the_gradients_of_one_process():
     """Pools and layers are FSDP2 units of their own; a pool's gradient is that of all layers that read it.
 
+    Each pool is gathered once in forward and once in backward, and reduced once: counted there, too.
+
     One process runs transformers' own experts; the two run them, or ours, which compute it once per pool.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "fsdp2_worker.py"]

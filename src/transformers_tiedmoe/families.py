@@ -212,33 +212,3 @@ def restore_module(base: Any, family_class: Any) -> Any:
     """Make an empty pool or router of the family's class, which pickle then fills."""
     made = module_class(base, family_class)
     return made.__new__(made)
-
-
-# Guards
-
-
-def refuse_reentrant_fsdp2(forward: Callable) -> Callable:
-    """Wrap a base model's `forward` to refuse reentrant gradient checkpointing under FSDP2.
-
-    There each layer has a backward pass of its own, and FSDP2 loses most of a pool's gradient.
-    """
-
-    @functools.wraps(forward)
-    def checked(self, *args, **kwargs):
-        if self.training and any(map(_is_fsdp2_unit, self.expert_pools)):
-            for module in self.modules():
-                checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
-                    if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-                        raise TiedMoeError(
-                            "reentrant gradient checkpointing under FSDP2 gives pools a wrong gradient; call "
-                            'gradient_checkpointing_enable({"use_reentrant": False})'
-                        )
-                    break  # one function for all layers
-        return forward(self, *args, **kwargs)
-
-    return checked
-
-
-def _is_fsdp2_unit(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it takes over a second

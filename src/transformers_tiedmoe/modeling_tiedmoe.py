@@ -38,11 +38,11 @@ from .families import (
     family_skeleton,
     model_class,
     other_num_experts,
-    refuse_reentrant_fsdp2,
     register_head,
     restore_model,
     restore_module,
 )
+from .fsdp import gather_once_per_group
 from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
 from .offload import is_offloaded, keep_pools_loaded
@@ -346,7 +346,7 @@ class TiedMoeModel(TiedMoePreTrainedModel):
 
     @classmethod
     def _family_methods(cls, parent: type[PreTrainedModel]) -> dict[str, Any]:
-        return {"forward": refuse_reentrant_fsdp2(defer_weight_gradients(parent.forward))}
+        return {"forward": gather_once_per_group(defer_weight_gradients(parent.forward))}
 
     def _tie(self) -> None:
         config, paths = self.config, expert_layers(self)
