@@ -24,6 +24,7 @@ from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.lora import add_lora
 from transformers_tiedmoe.training.outcome import Diverged, Worse
 from transformers_tiedmoe.training.parameter_groups import BUDGET_LR, pool_parameter_groups
+from transformers_tiedmoe.training.teachers import LiveTeacher
 from transformers_tiedmoe.training.trainer import HealTrainer
 from transformers_tiedmoe.workdir import open_work
 
@@ -499,7 +500,7 @@ def test_padding_changes_neither_divergence_nor_held_out_loss(tmp_path):
     fields = {**TINY, "initializer_range": 0.2}
     model = TiedMoeForCausalLM(TiedMoeConfig(family="olmoe", skip_first=1, skip_last=1, **fields)).eval()
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
-    trainer = HealTrainer(model=model, teacher=model, teacher_weight=1.0, args=args)
+    trainer = HealTrainer(model=model, teacher=LiveTeacher(model), teacher_weight=1.0, args=args)
     ids, zeros = torch.randint(1, 320, (1, 10)), torch.zeros(1, 6, dtype=torch.int64)
     plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     mask = torch.cat([zeros, torch.ones_like(ids)], 1)

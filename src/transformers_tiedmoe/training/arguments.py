@@ -24,6 +24,7 @@ from .parameter_groups import BUDGET_LR, LR_DIVISORS
 
 OTHER_NAMES = {"output": "output_dir", "batch_size": "per_device_train_batch_size", "warmup_fraction": "warmup_steps"}
 PATHS = ("model", "teacher", "data", "output_dir")
+TEACHER_DTYPES = ("auto", "bfloat16", "float16", "float32")
 # What may differ in a run that continues a killed one, because it does not change what is computed.
 FREE = (
     *(
@@ -87,6 +88,17 @@ class TiedMoeTrainingArguments(TrainingArguments):
         0.5,
         "Share of the distillation loss, with a teacher; the loss on the text has the rest. Use 1 if the source was "
         "trained on that text: there is nothing more to learn from it.",
+    )
+    teacher_device: str | None = _ours(
+        None,
+        "Where the teacher lies: cpu, cuda:1, auto (over all devices, and on the disk if they are full) or a device "
+        "map as JSON; by default where the model is trained.",
+    )
+    teacher_dtype: str = _ours("auto", "Of the teacher: bfloat16, float16, float32 or auto, as its files say.")
+    fused_loss: bool | None = _ours(
+        None,
+        "Compute logits and loss a chunk of tokens at a time, so that a batch's logits never exist; by default if a "
+        "batch has more tokens than a chunk.",
     )
     temperature: float = _ours(1.0, "Softens both distributions in the distillation loss.")
     lr_divisor: str = _ours("sqrt", "Divides a pool's learning rate: sqrt (of its number of layers) or none.")
@@ -225,6 +237,13 @@ class TiedMoeTrainingArguments(TrainingArguments):
             raise TiedMoeError(f"optimizer={self.optimizer!r} is unknown; give muon, or leave it out and set optim")
         if self.optimizer and self.lora:
             raise TiedMoeError("optimizer='muon' trains whole matrices, and lora low-rank factors; give one of them")
+        if self.teacher_dtype not in TEACHER_DTYPES:
+            raise TiedMoeError(
+                f"teacher_dtype={self.teacher_dtype!r} is unknown; choose one of {', '.join(TEACHER_DTYPES)}"
+            )
+        for name in ("teacher_device", "teacher_dtype"):
+            if not self.teacher and getattr(self, name) != getattr(type(self), name):
+                raise TiedMoeError(f"{name}={getattr(self, name)} without a teacher; give a teacher, or leave it out")
         if self.lr_divisor not in LR_DIVISORS:
             raise TiedMoeError(f"lr_divisor={self.lr_divisor!r} is unknown; choose one of {', '.join(LR_DIVISORS)}")
 
@@ -309,7 +328,7 @@ def _parser() -> _Parser:
         action.default = argparse.SUPPRESS
         action.required = False
     for action in parser._actions:
-        if action.dest in ("bf16", "dataloader_pin_memory"):  # true or false, or, without a value, true
+        if action.dest in ("bf16", "dataloader_pin_memory", "fused_loss"):  # true or false, or, without a value, true
             action.nargs, action.const = "?", True
     parser.add_argument("--no_bf16", "--no-bf16", dest="bf16", action="store_false", default=argparse.SUPPRESS)
     model = next(action for action in parser._actions if action.dest == "model")

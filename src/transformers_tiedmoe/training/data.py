@@ -7,8 +7,9 @@ otherwise leak into the validation set.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ from ..errors import TiedMoeError
 from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
 
 TOKENIZED_AT_ONCE = 1 << 20  # characters
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def load_blocks(
@@ -128,6 +130,11 @@ def _pack(data: str | Path, tokenizer, block_size: int, text_column: str) -> tup
     used = len(tokens) // block_size * block_size
     blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[:used]), block_size).cast(pa.list_(pa.int32()))
     return datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks})), len(tokens)
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that decide the logits; without mask and positions a padded batch would give others."""
+    return {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
 
 
 def sequence_losses(

@@ -41,12 +41,14 @@ from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
 from .data import check_tokens, load_blocks, perplexity, tokens_digest
+from .fused_loss import fuse
 from .lora import add_lora
 from .mixed_dtypes import read_rounded, replaced
 from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_worse, worse_in_words
 from .pretrained import check_saved, load_config, load_model, open_tokenizer
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
+from .teachers import open_teacher
 from .trainer import HealTrainer
 
 REPORT = "heal.json"
@@ -163,7 +165,8 @@ class _Run:
                 shutil.rmtree(self.checkpoints / name)
         self.is_soft = getattr(self.config, "routing", "") == "softmoe"
         self._tell("loading the model")
-        self.teacher = self._load_teacher()
+        offload = work.scratch / f"teacher-{args.process_index}"
+        self.teacher = open_teacher(args, config, tokenizer, self.train, offload) if args.teacher else None
         self.model = self._load_model()
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
@@ -270,6 +273,7 @@ class _Run:
             **({"active_experts": used} if self.is_soft else {}),
             "num_processes": args.world_size,
             "device": str(args.device),
+            "fused_loss": self.trainer.fused is not None,
             "config": args.identity,
             "versions": _versions(),
         }
@@ -277,27 +281,6 @@ class _Run:
     def _tell(self, what: str, done: int | None = None) -> None:
         if self.progress:
             self.progress(step_of(self.checkpoint) if done is None else done, self.args.max_steps, what)
-
-    def _load_teacher(self) -> PreTrainedModel | None:
-        """Load the frozen teacher. Logits are compared: a number must mean the same token to both models."""
-        args = self.args
-        if args.teacher is None:
-            return None
-        config = load_config(args.teacher, args.trust_remote_code)
-        sizes = [each.get_text_config().vocab_size for each in (config, self.config)]
-        if sizes[0] != sizes[1]:
-            raise TiedMoeError(
-                f"teacher {args.teacher} has a vocabulary of {sizes[0]} tokens, but {args.model} one of {sizes[1]}; "
-                "give the source that the model was converted from"
-            )
-        tokenizer = open_tokenizer(args.teacher, args.trust_remote_code)
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise TiedMoeError(
-                f"the tokenizers of teacher {args.teacher} and of {args.model} number their tokens differently; "
-                "give the source that the model was converted from"
-            )
-        teacher = load_model(args.teacher, args.trust_remote_code)
-        return teacher.eval().requires_grad_(False).to(args.device)
 
     def _load_model(self) -> PreTrainedModel:
         """Load the model ready to train."""
@@ -347,11 +330,14 @@ class _Run:
             budget_lr=args.budget_lr,
             teacher=self.teacher,
             teacher_weight=args.teacher_weight,
-            temperature=args.temperature,
         )
+        bare = self.model.get_base_model() if args.lora else self.model
+        batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
+        trainer.fused, why_not = fuse(bare, self.train, batch_tokens, args.fused_loss)
+        self.warnings += [why_not] if why_not else []
         if self.progress:
             trainer.remove_callback(PrinterCallback)
-        if layer_experts(self.model.get_base_model() if args.lora else self.model):
+        if layer_experts(bare):
             self.health.attach(trainer)
         return trainer
 

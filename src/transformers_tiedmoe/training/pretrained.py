@@ -39,15 +39,14 @@ def load_model(path: str, trust_remote_code: bool = False, **options: Any) -> Pr
     Args:
         path: folder or hub id.
         trust_remote_code: whether code that the checkpoint names may run.
-        options: of `from_pretrained`, such as `device_map`.
+        options: of `from_pretrained`, such as `device_map`; `dtype` is what the files say.
 
     Raises:
         TiedMoeError: weights are missing or of another shape.
     """
+    options = {"dtype": "auto", "output_loading_info": True, **options}
     with reading(f"the model {path}"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, **options
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     lacking = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if lacking:
         raise TiedMoeError(

@@ -1,21 +1,18 @@
 """What healing changes in transformers' Trainer: optimizer groups, distillation, evaluation, divergence."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from transformers import Trainer
 
-from .data import sequence_losses
-from .distillation import distillation_loss
+from .data import model_inputs, sequence_losses
+from .distillation import Teacher, summed
+from .fused_loss import FusedLoss
 from .muon import Muon, muon_parameter_groups
 from .outcome import Diverged
 from .parameter_groups import BUDGET_LR, pool_parameter_groups
 from .soft_routing import routing_logs
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class HealTrainer(Trainer):
@@ -23,9 +20,9 @@ class HealTrainer(Trainer):
 
     Args:
         lr_divisor, budget_lr: see `pool_parameter_groups`.
-        teacher: a frozen causal language model on the device of the training, or None.
+        teacher: what to learn from besides the text, or None.
         teacher_weight: w in `(1 - w) * (the model's own loss) + w * KL(teacher || model)`.
-        temperature: of the divergence.
+        fused: the model's `FusedLoss`; the logits of a whole batch exist without it.
     """
 
     def __init__(
@@ -33,9 +30,9 @@ class HealTrainer(Trainer):
         *args,
         lr_divisor="none",
         budget_lr=BUDGET_LR,
-        teacher=None,
+        teacher: Teacher | None = None,
         teacher_weight=0.5,
-        temperature=1.0,
+        fused: FusedLoss | None = None,
         **kwargs,
     ):
         super().__init__(*args, compute_metrics=_token_weighted_loss, **kwargs)
@@ -44,7 +41,7 @@ class HealTrainer(Trainer):
         self.uses_muon = getattr(self.args, "optimizer", None) == "muon"
         self.teacher = teacher
         self.teacher_weight = teacher_weight
-        self.temperature = temperature
+        self.fused = fused
         self._is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     optimizer: torch.optim.Optimizer | None
@@ -92,20 +89,35 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mix the model's own loss, auxiliary losses included, with the divergence from the teacher."""
-        if self.teacher is None:
+        if self.teacher is None and self.fused is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
-        with torch.no_grad():
-            teacher_logits = self.teacher(**_model_inputs(inputs), use_cache=False).logits
-        labels = inputs["labels"][:, 1:]
-        divergence = distillation_loss(outputs.logits[:, :-1], teacher_logits[:, :-1], labels, self.temperature)
-        # Normalised as Trainer normalises the model's own loss: over all processes' tokens and accumulation steps.
-        if num_items_in_batch is None:
-            divergence = divergence / (labels != -100).sum()
+        targets = self.teacher.targets(inputs) if self.teacher else ()
+        kept: list = []
+
+        def forward(given):
+            loss, outputs = super(HealTrainer, self).compute_loss(model, dict(given), True, num_items_in_batch)
+            kept.append(outputs)
+            return loss
+
+        if self.fused is not None:
+            on_text, divergence, auxiliary = self.fused.training_loss(forward, inputs, self.teacher, targets)
+            loss = on_text + auxiliary
         else:
-            divergence = divergence / num_items_in_batch * self.accelerator.num_processes
-        loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence
-        return (loss, outputs) if return_outputs else loss
+            loss = forward(inputs)
+            divergence = self._divergence(kept[0].logits, targets, inputs["labels"], num_items_in_batch)
+        if self.teacher is not None:
+            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * divergence
+        return (loss, kept[0]) if return_outputs else loss
+
+    def _divergence(self, logits, targets, labels, num_items_in_batch) -> torch.Tensor:
+        """Return the divergence from the teacher, from a batch's logits, normalised as the model's own loss is."""
+        assert self.teacher is not None
+        labels, before = labels[:, 1:], tuple(target[:, :-1] for target in targets)
+        divergence = summed(self.teacher.divergence, logits[:, :-1], before, labels)
+        if num_items_in_batch is None:
+            return divergence / (labels != -100).sum()
+        # By Trainer: over all processes' tokens and accumulation steps.
+        return divergence / num_items_in_batch * self.accelerator.num_processes
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return per sequence the summed cross-entropy and the number of tokens: their mean over tokens is exact.
@@ -113,14 +125,13 @@ class HealTrainer(Trainer):
         Trainer's own mean would include the balance loss and count the sequences that fill up the last batch twice.
         """
         inputs = self._prepare_inputs(inputs)
+        given = {"labels": inputs["labels"], **model_inputs(inputs)}
         with torch.no_grad():
-            sums, counts = sequence_losses(model, labels=inputs["labels"], **_model_inputs(inputs))
+            if self.fused is None:
+                sums, counts = sequence_losses(model, **given)
+            else:
+                sums, counts = self.fused.sequence_losses(lambda each: model(**each, use_cache=False).loss, given)
         return None, sums, counts
-
-
-def _model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that decide the logits; without mask and positions a padded batch would give others."""
-    return {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
 
 
 def _token_weighted_loss(prediction) -> dict:

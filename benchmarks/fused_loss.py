@@ -1,0 +1,92 @@
+"""Peak memory and time of the loss from a teacher, from whole logits and fused with the head.
+
+    python benchmarks/fused_loss.py --vocab 50000 --tokens 2048
+
+The model is one small layer: what is measured is the head and the loss, forward and backward, beyond the weights.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from transformers_tiedmoe.training.distillation import distillation_loss
+from transformers_tiedmoe.training.fused_loss import FusedLoss
+from transformers_tiedmoe.training.teachers import LiveTeacher
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Return the most bytes that torch held at once on the CPU in `step`, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def steps(vocab_size: int, tokens: int, hidden_size: int, chunk_size: int | None) -> dict[str, Callable[[], object]]:
+    """Return by name a forward and backward with a teacher, of the same two models and text; each gives its loss."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=32, num_hidden_layers=1, num_experts=2,
+        num_experts_per_tok=1, num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    model, source = OlmoeForCausalLM(config), OlmoeForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(0, vocab_size, (4, tokens // 4))
+    inputs = {"input_ids": ids, "labels": ids}
+    items = (ids[:, 1:] != -100).sum()
+
+    def from_whole_logits():
+        outputs = model(**inputs)
+        divergence = distillation_loss(outputs.logits[:, :-1], source(ids).logits[:, :-1], ids[:, 1:])
+        return _backward(model, outputs.loss + divergence / items)
+
+    teacher = LiveTeacher(source, has_head=True)
+
+    def fused_with_the_head():
+        fused = FusedLoss(model, chunk_size)
+        try:
+            targets = teacher.targets(inputs)
+            found = fused.training_loss(lambda given: model(**given).loss, inputs, teacher, targets)
+            return _backward(model, torch.stack(found).sum())
+        finally:
+            fused.remove()
+
+    return {"from whole logits": from_whole_logits, "fused with the head": fused_with_the_head}
+
+
+def _backward(model: torch.nn.Module, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=50_000)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--chunk", type=int, help="tokens at a time")
+    given = parser.parse_args()
+    found = {}
+    for name, step in steps(given.vocab, given.tokens, given.hidden, given.chunk).items():
+        step()
+        start = time.perf_counter()
+        found[name] = step()
+        seconds = time.perf_counter() - start
+        print(f"{name}: peak {peak_bytes(step) / 2**20:.0f} MiB, {seconds:.1f} s, loss {found[name][0]:.7f}")
+    (one, ones), (other, others) = found.values()
+    apart = max(
+        float((ones[name] - others[name]).abs().max() / ones[name].abs().max().clamp(min=1e-30)) for name in ones
+    )
+    print(f"apart: loss {abs(one - other):.1e}, gradients {apart:.1e} of the greatest in a tensor")
+
+
+if __name__ == "__main__":
+    main()
