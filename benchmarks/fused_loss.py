@@ -15,7 +15,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.fused_loss import FusedLoss
-from transformers_tiedmoe.training.teachers import LiveTeacher
+from transformers_tiedmoe.training.live_teacher import LiveTeacher
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

@@ -17,7 +17,7 @@ from transformers_tiedmoe.training.data import sequence_losses
 from transformers_tiedmoe.training.distillation import distillation_loss, divergence, top_k_divergence, top_k_of
 from transformers_tiedmoe.training.fused_loss import FusedLoss, fuse, head_logits, why_no_head, why_not_fused
 from transformers_tiedmoe.training.heal import HealConfig, heal
-from transformers_tiedmoe.training.teachers import LiveTeacher
+from transformers_tiedmoe.training.live_teacher import LiveTeacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -21,10 +21,10 @@ from transformers_tiedmoe.hub import read_manifest
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.heal import HealConfig, heal
+from transformers_tiedmoe.training.live_teacher import LiveTeacher
 from transformers_tiedmoe.training.lora import add_lora
 from transformers_tiedmoe.training.outcome import Diverged, Worse
 from transformers_tiedmoe.training.parameter_groups import BUDGET_LR, pool_parameter_groups
-from transformers_tiedmoe.training.teachers import LiveTeacher
 from transformers_tiedmoe.training.trainer import HealTrainer
 from transformers_tiedmoe.workdir import open_work
 

@@ -23,7 +23,7 @@ from ..yaml_input import read_yaml
 from .parameter_groups import BUDGET_LR, LR_DIVISORS
 
 OTHER_NAMES = {"output": "output_dir", "batch_size": "per_device_train_batch_size", "warmup_fraction": "warmup_steps"}
-PATHS = ("model", "teacher", "data", "output_dir")
+PATHS = ("model", "teacher", "teacher_cache", "data", "output_dir")
 TEACHER_DTYPES = ("auto", "bfloat16", "float16", "float32")
 # What may differ in a run that continues a killed one, because it does not change what is computed.
 FREE = (
@@ -95,6 +95,12 @@ class TiedMoeTrainingArguments(TrainingArguments):
         "map as JSON; by default where the model is trained.",
     )
     teacher_dtype: str = _ours("auto", "Of the teacher: bfloat16, float16, float32 or auto, as its files say.")
+    teacher_cache: str | None = _ours(
+        None,
+        "Folder for the teacher's most probable tokens, computed once over the training text; training then needs no "
+        "teacher in memory. A complete one is used again, an unfinished one continued.",
+    )
+    teacher_top_k: int = _ours(64, "With teacher_cache: tokens kept of each prediction; the others are one event.")
     fused_loss: bool | None = _ours(
         None,
         "Compute logits and loss a chunk of tokens at a time, so that a batch's logits never exist; by default if a "
@@ -214,6 +220,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "lora_rank",
+            "teacher_top_k",
             "save_steps",
         ):
             value = getattr(self, name)
@@ -241,7 +248,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             raise TiedMoeError(
                 f"teacher_dtype={self.teacher_dtype!r} is unknown; choose one of {', '.join(TEACHER_DTYPES)}"
             )
-        for name in ("teacher_device", "teacher_dtype"):
+        for name in ("teacher_device", "teacher_dtype", "teacher_cache"):
             if not self.teacher and getattr(self, name) != getattr(type(self), name):
                 raise TiedMoeError(f"{name}={getattr(self, name)} without a teacher; give a teacher, or leave it out")
         if self.lr_divisor not in LR_DIVISORS:

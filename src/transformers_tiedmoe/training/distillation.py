@@ -1,6 +1,5 @@
 """The Kullback-Leibler divergence from a teacher's next-token distribution, a bounded number of tokens at a time."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +14,8 @@ CHUNK_SIZE = 1024
 class Teacher(Protocol):
     """What the student learns from: something per token, and a divergence from it."""
 
-    def targets(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Return what it says of a batch, without gradient, tensors `[B, T, ...]`."""
+    def targets(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Return what it says of a batch, without gradient, tensors `[B, T, ...]`; it may take them out of it."""
 
     def divergence(self, logits: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
         """Return the divergence of the student's `logits [N, V]` from `targets [N, ...]` per token, fp32 `[N]`."""

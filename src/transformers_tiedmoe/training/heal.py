@@ -48,6 +48,7 @@ from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_wors
 from .pretrained import check_saved, load_config, load_model, open_tokenizer
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
+from .teacher_cache import CachedTeacher
 from .teachers import open_teacher
 from .trainer import HealTrainer
 
@@ -314,10 +315,11 @@ class _Run:
         # Not trainer.evaluate() before trainer.train(): accelerate then takes the model for prepared, and several
         # processes train without exchanging gradients (transformers 5.23 with accelerate 1.15).
         args.disable_tqdm = args.disable_tqdm or self.progress is not None
+        args.remove_unused_columns = False  # blocks have none, and those of a cached teacher are not the model's
         trainer = HealTrainer(
             model=self.model,
             args=args,
-            train_dataset=self.train,
+            train_dataset=self.teacher if isinstance(self.teacher, CachedTeacher) else self.train,
             eval_dataset=self.validation,
             data_collator=default_data_collator,  # blocks need no padding, nor a tokenizer that can pad
             processing_class=self.tokenizer,

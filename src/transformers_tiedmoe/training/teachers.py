@@ -1,7 +1,6 @@
-"""The teacher of a healing: the source itself, wherever it lies and however it is loaded."""
+"""Open the teacher of a healing: the source, wherever it lies, or what it said of the text before."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import TiedMoeError
+from ..files import check_apart
+from ..hub import fingerprint
 from .arguments import TiedMoeTrainingArguments
-from .data import model_inputs
-from .distillation import Teacher, divergence
-from .fused_loss import SAMPLE, head_logits, why_no_head
+from .distillation import Teacher
+from .fused_loss import SAMPLE, why_no_head
+from .live_teacher import LiveTeacher
 from .pretrained import load_config, load_model, open_tokenizer
+from .teacher_cache import CachedTeacher, make_cache
 
 PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -22,7 +24,7 @@ PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 def open_teacher(
     args: TiedMoeTrainingArguments, config: PreTrainedConfig, tokenizer: Any, train: datasets.Dataset, offload: Path
 ) -> Teacher:
-    """Load the frozen teacher that the arguments name.
+    """Load the frozen teacher that the arguments name, or open its cache, which is filled first where it is not.
 
     Args:
         args: of the healing.
@@ -46,9 +48,21 @@ def open_teacher(
             f"the tokenizers of teacher {args.teacher} and of {args.model} number their tokens differently; "
             "give the source that the model was converted from"
         )
-    model = _load(args, offload)
-    has_head = why_no_head(model, torch.tensor(train[0]["input_ids"])[None, :SAMPLE]) is None
-    return LiveTeacher(model, args.temperature, has_head)
+
+    def load() -> LiveTeacher:
+        model = _load(args, offload)
+        has_head = why_no_head(model, torch.tensor(train[0]["input_ids"])[None, :SAMPLE]) is None
+        return LiveTeacher(model, args.temperature, has_head)
+
+    if not args.teacher_cache:
+        return load()
+    inputs: dict[str, str | Path | None] = {name: getattr(args, name) for name in ("model", "data", "teacher")}
+    check_apart(args.teacher_cache, inputs | {"output": Path(str(args.output_dir))}, name="teacher_cache")
+    if args.teacher_top_k > sizes[0]:
+        raise TiedMoeError(f"teacher_top_k={args.teacher_top_k}, but {args.teacher} knows {sizes[0]} tokens; lower it")
+    identity = {**fingerprint(args.teacher, own), "dtype": args.teacher_dtype}
+    make_cache(args.teacher_cache, train, identity, load, args.teacher_top_k, args.temperature)
+    return CachedTeacher(train, args.teacher_cache, args.temperature)
 
 
 def _load(args: TiedMoeTrainingArguments, offload: Path) -> PreTrainedModel:
@@ -68,30 +82,3 @@ def _load(args: TiedMoeTrainingArguments, offload: Path) -> PreTrainedModel:
         options["dtype"] = getattr(torch, args.teacher_dtype)
     model = load_model(str(args.teacher), args.trust_remote_code, **options).eval().requires_grad_(False)
     return model if placed else model.to(where)
-
-
-class LiveTeacher:
-    """A frozen causal LM that reads every batch.
-
-    Args:
-        model: in eval mode; on any device, or on several.
-        temperature: of the divergence.
-        has_head: whether `head_logits` gives its logits: they then exist for a chunk of tokens at a time.
-    """
-
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, has_head: bool = False):
-        self.model, self.temperature, self.has_head = model, temperature, has_head
-
-    @torch.no_grad()
-    def targets(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Return its last hidden states, or its logits without `has_head`, `[B, T, ...]`, on its own device."""
-        given = {name: tensor.to(self.model.device) for name, tensor in model_inputs(inputs).items()}
-        if self.has_head:
-            return (self.model.base_model(**given, use_cache=False).last_hidden_state,)
-        return (self.model(**given, use_cache=False).logits,)
-
-    def divergence(self, logits: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
-        """Return KL(teacher || student) per token, `[N]`."""
-        with torch.no_grad():
-            teacher_logits = head_logits(self.model, *targets) if self.has_head else targets[0]
-        return divergence(logits, teacher_logits.to(logits.device), self.temperature)
