@@ -3,31 +3,35 @@
     python benchmarks/compile_table.py --output benchmarks/results/compile.json   # the triton that is installed
     python benchmarks/compile_table.py --table A.json B.json --output benchmarks/results/compile.md
 
-The launches are the backend's own, made with tensors on the meta device under a driver that names another chip, so a
-kernel is compiled from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel,
-counts registers and stack (a stack above 0 bytes is spilled registers) and prints the machine code; for AMD registers
-and stack are in the assembly's notes.
+The launches are the backend's own, on the meta device under a driver that names another chip, so a kernel is compiled
+from the same arguments, alignments and tile sizes as on a GPU. `cuobjdump`, in triton's wheel, counts registers and
+stack (above 0 bytes: spilled registers) and prints the machine code; AMD's assembly tells them.
 """
 
+import contextlib
 import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-from ahead import TARGETS, compiling
 from tables import parser_of, table, write_json
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
-from tiedmoe_kernels import triton_backend, tune, tuning
+from tiedmoe_kernels import backends, triton_backend, tune, tuning
 from tiedmoe_kernels.low_rank import Residual
 from tiedmoe_kernels.spec import Segment, Spec
 
+TARGETS = {f"sm_{chip}": GPUTarget("cuda", chip, 32) for chip in (80, 86, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Shared memory of one block, bytes: CUDA C++ programming guide, "compute capabilities"; LDS of a CDNA3 compute unit.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 SHARED_LIMIT = {name: kib * 1024 for name, kib in SHARED_KIB.items()}
@@ -91,6 +95,48 @@ CASES = (
 )
 
 
+class Driver:
+    """What `JITFunction` asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return hash(self.target)  # what is compiled is kept by device: every target is one of its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target: GPUTarget, found: Callable[[str, dict, Any], object] | None = None) -> Iterator[None]:
+    """Compile every launch for the target instead; tensors of any device reach the kernels.
+
+    `found` is told a launch's kernel by its name, the options it was launched with, and what triton made of it.
+    """
+
+    def compile_instead(self, grid):
+        def launch(*arguments, **options) -> None:  # None: there is no kernel to keep and launch again
+            kernel = self.warmup(*arguments, grid=grid, **options)
+            if found:
+                found(self.fn.__name__.removesuffix("_kernel"), options, kernel)
+
+        return launch
+
+    triton.runtime.driver.set_active(Driver(target))
+    tuning.choose.cache_clear()
+    with (
+        mock.patch.object(JITFunction, "__getitem__", compile_instead),
+        mock.patch.object(backends, "backend_of", return_value=triton_backend),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know meta
+    ):
+        yield
+    tuning.choose.cache_clear()
+
+
 def launches(case: Case) -> None:
     """Make every launch of the case, on the meta device."""
     (E, H, I, K, spec, has_bias), dtype, tokens = case.shape, case.dtype, case.tokens
@@ -101,9 +147,8 @@ def launches(case: Case) -> None:
 
     x, index, weights = empty(tokens, H), empty(tokens, K, dtype=torch.int64), empty(tokens, K)
     pool = (*stored((H, 2 * I), (I, H)), *((empty(E, 2 * I), empty(E, H)) if has_bias else (None, None)))
-    r, residual = case.rank, None
-    if r:
-        residual = Residual(*stored((H, r), (r, 2 * I), (I, r), (r, H)))
+    r = case.rank
+    residual = Residual(*stored((H, r), (r, 2 * I), (I, r), (r, H))) if r else None
     if not case.num_segments:
         triton_backend.forward(x, index, weights, *pool, None, spec, False, residual)
         return
@@ -112,8 +157,7 @@ def launches(case: Case) -> None:
         x, x, weights, *pool, pre, order, offsets, spec, True, True, residual, residual is not None
     )
     segment = Segment(x, x, grad_pre, hidden, order, offsets, weights)
-    # A group's gradient is compiled as it is added to one that is there, in both dtypes; a single layer's as it is
-    # written.
+    # A group's gradient is added to one that is there, in both dtypes; a single layer's is written.
     needs = (True, True, has_bias, has_bias)
     for out_dtype in {dtype, torch.float32} if case.num_segments > 1 else {dtype}:
         into = [None if t is None or case.num_segments == 1 else t.to(out_dtype) for t in pool]
@@ -123,8 +167,7 @@ def launches(case: Case) -> None:
 def main_loop(sass: str) -> int:
     """Count the instructions of an iteration of the main loop: the longest with products and no such loop inside.
 
-    0 without one. Waits on a barrier are loops, too, out of line behind the kernel's end: what jumps back over an EXIT
-    is none of these.
+    0 without one. What jumps back over an EXIT waits on a barrier, out of line behind the kernel's end.
     """
     code = {int(at, 16): text for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)}
     loops: list[tuple[int, int]] = []
@@ -146,16 +189,12 @@ def resources(kernel) -> dict[str, int | None]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            text, sass = (
-                subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-                for flag in ("-res-usage", "-sass")
-            )
+            text, sass = (subprocess.check_output([tool, f, file.name], text=True) for f in ("-res-usage", "-sass"))
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
         loop = main_loop(sass)
     else:
-        text = kernel.asm["amdgcn"]
-        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)[1]
-        stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]
+        wanted = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        registers, stack = (re.search(each, kernel.asm["amdgcn"])[1] for each in wanted)
     return {"loop": loop, "registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
 
 
@@ -196,13 +235,14 @@ def faults(row: dict) -> list[str]:
 def unused_entries(found: list[dict]) -> list[dict]:
     """Return the entries of `configs/default.json`, for these rows' architectures, that no row was compiled with."""
     columns = ("architecture", "kernel", "dtype", *(f for f in tuning.Config._fields if f != "group_m"))
-    used, unused = {tuple(row[column] for column in columns) for row in found}, []
-    for architecture in {row["architecture"] for row in found}:
-        for entry in json.loads((tuning.CONFIGS / "default.json").read_text())["architectures"][architecture]:
-            dtype = {2: "bfloat16", 4: "float32"}[entry["element_size"]]
-            if (architecture, entry["kernel"], dtype, *(entry.get(f, False) for f in columns[3:])) not in used:
-                unused.append({"architecture": architecture, **entry})
-    return unused
+    used = {tuple(row[column] for column in columns) for row in found}
+    shipped = json.loads((tuning.CONFIGS / "default.json").read_text())["architectures"]
+    entries = [
+        {"architecture": each, **entry} for each in {row["architecture"] for row in found} for entry in shipped[each]
+    ]
+    for entry in entries:
+        entry["dtype"] = {2: "bfloat16", 4: "float32"}[entry["element_size"]]
+    return [entry for entry in entries if tuple(entry.get(column, False) for column in columns) not in used]
 
 
 def markdown(found: list[dict]) -> str:

@@ -1,10 +1,9 @@
 """A conversion against `cp`, at any size: `python benchmarks/conversion_scale.py FOLDER --gigabytes 20`.
 
-Writes a Mixtral-shaped source (Mixtral 8x7B's experts, one tensor per expert, many shards, random bits) into FOLDER,
-which needs room for it twice. Then, for each method, in pairs: `cp` of its files plus fsync, and a conversion in a
-process of its own, whose greatest resident memory the kernel tells. Both the seconds and their ratio depend on what
-else the disk does: read the pairs. The limits are those of the project: twice the seconds of `cp`, and 1.5 times one
-group's experts plus 1 GB of memory.
+Writes a source of Mixtral 8x7B's shape, one tensor per expert, into FOLDER, which needs room for it twice. Then, for
+each method, in pairs, as all depends on what else the disk does: `cp` of its files plus fsync, and a conversion in a
+process of its own. The limits are those of the project: twice the seconds of `cp`, and 1.5 times one group's experts
+plus 1 GB of memory.
 """
 
 import itertools
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tables import parser_of, table, write_results
+from tables import RESULTS, parser_of, table, write_results
 from timing import in_own_process, machine, resident_bytes, versions
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
@@ -28,7 +27,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from transformers_tiedmoe.files import flush
 
-RESULTS = Path(__file__).parent / "results" / "conversion_scale.json"
 METHODS = ("union", "select", "average")
 GROUP_SIZE = 2
 EXPERTS, HIDDEN, WIDTH, VOCAB = 8, 4096, 14336, 32000
@@ -82,14 +80,12 @@ def convert(recipe: dict) -> dict:
     return found | {"planned_bytes": report["peak_memory_bytes"], "bytes_after": report["bytes_after"]}
 
 
-def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) -> dict:
-    source = folder / "source"
+def run(folder: Path, gigabytes: float, pairs: int, methods: list[str]) -> dict:
+    source, group_bytes, rows = folder / "source", GROUP_SIZE * 2 * 3 * EXPERTS * HIDDEN * WIDTH, []
     num_layers = write_source(source, gigabytes)
-    num_bytes = sum(path.stat().st_size for path in source.iterdir())
-    group_bytes = GROUP_SIZE * 2 * 3 * EXPERTS * HIDDEN * WIDTH
+    sizes = {path.name: path.stat().st_size for path in source.iterdir()}
     tying = {"group_size": GROUP_SIZE, "skip_first": 0, "skip_last": num_layers % GROUP_SIZE}
     recipe = {"source": str(source), "output": str(folder / "out"), **tying}
-    rows = []
     for pair, method in itertools.product(range(pairs), methods):
         os.sync()
         copied = copy_seconds(source, folder / "copy")
@@ -99,9 +95,9 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: tuple[str, ...]) ->
         row = {"method": method, "pair": pair, "cp_seconds": copied, "ratio": converted["convert_seconds"] / copied}
         rows.append(row | converted | {"limit_bytes": int(1.5 * group_bytes + 1e9)})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    shards = len(list(source.glob("*.safetensors")))
     shutil.rmtree(source)
-    about = {"bytes": num_bytes, "layers": num_layers, "shards": shards, "group_bytes": group_bytes}
+    about = {"bytes": sum(sizes.values()), "layers": num_layers, "group_bytes": group_bytes}
+    about["shards"] = sum(name.endswith(".safetensors") for name in sizes)
     return {"machine": machine(torch.device("cpu")), "versions": versions(), "source": about, "rows": rows}
 
 
@@ -135,9 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--note", default="", help="what else there is to say, such as what else ran on the machine")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "conversion_scale")
     options = parser.parse_args(arguments)
-    result = run(options.folder, options.gigabytes, options.pairs, tuple(options.methods.split(",")))
+    result = run(options.folder, options.gigabytes, options.pairs, options.methods.split(","))
     result["note"] = options.note
     write_results(options.output, result, markdown(result))
 

@@ -9,23 +9,20 @@ that are there are not run again.
     python benchmarks/conversion_study.py --output quick --quick --results quick/study    # the whole path in a minute
 """
 
-import time
 from pathlib import Path
 
 import torch
 from study.configurations import QUICK, ROWS
-from study.jobs import one_thread, quick_text, run_all
-from study.plot import figure_of
+from study.jobs import one_thread, quick_text, run_all, study_parser
 from study.runs import Study
-from study.summary import markdown, summarize
-from tables import parser_of, show, write_results
+from study.summary import figure_of, markdown, summarize
+from tables import show, write_results
 from timing import machine, versions
 
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import train_source
 from transformers_tiedmoe.workdir import open_folder
 
-RESULTS = Path(__file__).parent / "results" / "conversion_study"
 SOURCE = {"source_steps": 4200, "source_learning_rate": 6e-3, "balance_by_layer": True, "seed": 0}
 TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "batch_size": 8}
 TINY |= {"block_size": 16, "source_steps": 20, "source_learning_rate": 6e-3, "balance_by_layer": True}
@@ -33,13 +30,7 @@ TINY_STUDY = {"heal_share": 0.2, "shares": (0.25, 1.0), "calibration_tokens": 25
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("study"), help="working folder; what is there is reused")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file name without .json, .md, .png")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="runs are given up then; 0 only reports")
-    parser.add_argument("--quick", action="store_true", help="a tiny source and few steps: whether it all works")
-    options = parser.parse_args(arguments)
+    options = study_parser(__doc__, "study", "conversion_study").parse_args(arguments)
     one_thread()
     study, rows = Study(DemoConfig(output=str(options.output), **SOURCE)), ROWS
     if options.quick:
@@ -52,11 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         training = train_source(study.demo, study.source, show)  # or finds it
         jobs = [(row, seed) for row in rows for seed in study.seeds(row) if study.missing(row, seed)]
         jobs.sort(key=lambda job: job[1])  # every row at a first seed before any at a second
-        deadline = time.time() + 60 * options.minutes
-        for number, what in enumerate(run_all(study.run, jobs, options.workers) if options.minutes else ()):
-            print(f"{number + 1}/{len(jobs)} {what}", flush=True)
-            if time.time() > deadline:
-                break
+        run_all(study.run, jobs, options.workers, options.minutes)
         summary = summarize(study, training, [(row, study.results(row)) for row in rows]) | {
             "command": "make study-conversion" + (" ARGS=--quick" if options.quick else ""),
             "versions": versions(),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import triton
-from ahead import TARGETS, Driver
+from compile_table import TARGETS, Driver
 from shapes import OLMOE
 from tables import parser_of
 from torch.utils.benchmark import Timer

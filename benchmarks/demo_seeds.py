@@ -9,11 +9,10 @@ from pathlib import Path
 
 import datasets
 import transformers
-from tables import mean_of, parser_of, plus_minus, show, table, write_results
+from tables import RESULTS, mean_of, parser_of, plus_minus, show, table, write_results
 
 from tiedmoe_demo import DemoConfig, run_demo
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("source", "tied", "healed", "control")
 FIGURES = ("parameters", "expert_parameters", "checkpoint_bytes", "peak_training_memory_bytes", "perplexity")
 

@@ -30,10 +30,9 @@ from measure import Bench
 from models import MODELS, ModelBench, ModelCase
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
-from tables import parser_of, table, write_results
+from tables import RESULTS, parser_of, table, write_results
 from timing import machine, machine_rates, versions
 
-RESULTS = Path(__file__).parent / "results"
 OTHERS = [shape for shape in SHAPES if shape != OLMOE]
 GPU_CASES = [
     *(Case("forward", OLMOE, 8192), Case("step", OLMOE, 8192, 4)),
@@ -105,9 +104,8 @@ def run_plan(
 
     One that would not end within `seconds`, judged by what such a case took for such a peer, is not begun.
     """
-    start, is_broken = now(), False
+    start, is_broken, left_out = now(), False, []
     took: dict[tuple[str, str], list[float]] = {}
-    left_out = []
     for task in tasks:
         begun, before = now(), took.setdefault((task.case.kind, task.peer.name), [])
         if is_broken or begun - start + statistics.median(before or [10.0]) > seconds:
@@ -129,10 +127,8 @@ def bar(rows: list[dict]) -> list[str]:
             passes = found[figure] >= needed if sign == ">=" else found[figure] <= needed
             verdict = f"{found[figure]:.4g}, {'pass' if passes else 'fail'}"
         lines.append(f"- case {number}, {sign} {needed} {unit}: {verdict}")
-    found = [row for row in rows if row["peer"] in TRANSFORMERS and row["status"] == "measured"]
-    ratios = [
-        (row["time_over_tiedmoe"]["median"], row["key"], row["peer"]) for row in found if "time_over_tiedmoe" in row
-    ]
+    theirs = [row for row in rows if row["peer"] in TRANSFORMERS and row["status"] == "measured"]
+    ratios = [(over["median"], row["key"], row["peer"]) for row in theirs if (over := row.get("time_over_tiedmoe"))]
     verdict = "not measured"
     if ratios:
         least, key, peer = min(ratios)
@@ -167,21 +163,19 @@ def markdown(run: dict) -> str:
             reasons.setdefault(f"{row['peer']}, {row['status']}: {reason}", []).append(str(row["case"]))
     about = ", ".join(f"{name} {value}" for name, value in where.items())
     rates = ", ".join(f"{name} {rate:.4g}" for name, rate in run.get("rates", {}).items())
-    lines = [
-        f"# Experts on {where.get('device', 'a CPU')}",
-        "",
+    about = (
         f"{run['date']}, `{run['command']}`. {about}; {run['threads']} threads, load before the run {run['load']}: "
-        f"above 0.5, other work disturbed it. {rates}",
-        "",
+    )
+    about += f"above 0.5, other work disturbed it. {rates}"
+    how = (
         "Times are medians of rounds (20th to 80th percentile), `over ours` the median ratio inside a round: above 1 "
-        "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes.",
-        "",
-        *(["The bar, set for an H100:", "", *bar(rows), ""] if "device" in where else []),
-        *table(columns, [cells(row) for row in rows if "ms" in row], left=3),
-        "",
-        *(f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items()),
-        *(f"- left out: {key}" for key in run["left_out"]),
-    ]
+    )
+    how += "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes."
+    lines = [f"# Experts on {where.get('device', 'a CPU')}", "", about, "", how, ""]
+    lines += ["The bar, set for an H100:", "", *bar(rows), ""] if "device" in where else []
+    lines += [*table(columns, [cells(row) for row in rows if "ms" in row], left=3), ""]
+    lines += [f"- {reason} (case {', '.join(numbers)})" for reason, numbers in reasons.items()]
+    lines += [f"- left out: {key}" for key in run["left_out"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -212,13 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
     run = {
         "date": datetime.date.today().isoformat(),
         "command": command.replace(str(output), output.name),  # no path of the machine
-        "machine": machine(device),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        **{"machine": machine(device), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)},
         "versions": versions(),
         "rates": machine_rates(device, *(() if is_gpu else (256, 1 << 22) if options.tiny else (1024, 1 << 28))),
-        "rows": [],
-        "left_out": [],
+        **{"rows": [], "left_out": []},
     }
     limits = {} if is_gpu else {"seconds": 0.05, "most": 4} if options.tiny else {"seconds": 6.0, "most": 40}
     bench: Bench | None = None

@@ -30,7 +30,7 @@ import gpu_steps
 import pytest
 import torch
 import triton
-from ahead import compiling
+from compile_table import compiling
 from experts import GPU_CASES, parse_cases
 from gpu_check import BAR_CASES, CACHE, MORE_CASES, ROOT, TESTS, gpu_tests
 from measure import make_problem, outcome, prepare
@@ -64,9 +64,9 @@ def jobs(tma: bool) -> list[Callable[[], object]]:
     for tokens in tune.DEFAULTS_AT:
         is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
         found += [partial(try_once, name, tokens) for name in (("decode",) if is_decode else ("rows", "weight_grad"))]
-    for kernel, max_rows, tokens in tune.PROBLEMS:
-        tried = tune.candidates(tune.Problem(kernel, max_rows, tokens), tma)
-        found += [partial(try_once, kernel, tokens, config) for config in tried]
+    for problem in tune.PROBLEMS:
+        tried = tune.candidates(problem, tma)
+        found += [partial(try_once, problem.kernel, problem.tokens, config) for config in tried]
     return found
 
 
@@ -191,13 +191,10 @@ def sources() -> str:
 def verify(folder: Path, target: GPUTarget) -> bool:
     """Whether launches with tensors that have memory find every kernel in the folder, in this fresh process."""
     triton.knobs.cache.dir = str(folder)
-    found: dict[bool, list[str]] = {True: [], False: []}
-    triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: found[cache_hit].append(src.name)
-    with compiling(target):
+    with compiling(target), tune.counted() as (hits, misses):
         for case in [case for case in gpu_steps.CASES if case.T <= 512]:
             launch(case, torch.device("cpu"))
-    print(json.dumps({"found": len(found[True]), "missed": found[False]}))
-    return bool(found[True]) and not found[False]
+    return bool(hits) and not misses
 
 
 def main() -> int:

@@ -6,9 +6,8 @@
 
 Every step is a process of its own with a budget of seconds. One that fails or runs out of it does not stop the next,
 and what is known is written after each: `a.json` (a row a line), `a.txt` (what the steps printed), and the files that
-steps leave. At most 8 files of 16 MiB each, in one folder. The exit status is 1 only where a step that judges
-correctness failed. `--stand-in` runs the same steps on a CPU, at tiny sizes: it tries this script, and its figures
-mean nothing.
+steps leave, 8 files of 16 MiB each at most. The exit status is 1 only where a step that judges correctness failed.
+`--stand-in` runs the same steps on a CPU, at tiny sizes: it tries this script, and its figures mean nothing.
 """
 
 import contextlib
@@ -156,7 +155,17 @@ def check(
         if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
             result = result._replace(state="skipped")
         found.append(result._replace(rows=rows))
-        write(found, results, stage, time.monotonic() - start, [later.name for later in steps[len(found) :]])
+        written = {
+            "stage": stage,
+            "date": datetime.date.today().isoformat(),
+            "seconds": round(time.monotonic() - start),
+            "to_come": [later.name for later in steps[len(found) :]],
+            "steps": [{"name": r.name, "state": r.state, "seconds": round(r.seconds, 1)} for r in found],
+            "rows": [{"step": r.name} | row for r in found for row in r.rows],
+        }
+        write_json(results / f"{stage}.json", written)
+        printed = [f"===== {r.name}: {r.state}, {r.seconds:.1f} s\n{r.printed}\n" for r in found]
+        (results / f"{stage}.txt").write_text("".join(printed) + summary(found, stage))
     print(f"{summary(found, stage)}{results}/{stage}.txt has all that was printed.")
     print(NEXT[stage].format(results=results))
     return found
@@ -182,7 +191,10 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
         process.wait()
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - PRINTED_BYTES))
         text = printed.read().decode(errors="replace")
-    rows = rows_in(text)
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # cut by the end of the budget, or no row
+            rows += [json.loads(line)] if line.startswith("{") else []
     if state == "failed":
         rows.append({"exit_status": process.returncode, "last_line": text.strip().rpartition("\n")[2][-300:]})
     if new := compiled() - before:
@@ -193,15 +205,6 @@ def run(step: Step, budget: float, environment: dict[str, str] | None) -> Result
 def compiled() -> int:
     """Kernels in triton's cache."""
     return sum(1 for _ in CACHE.glob("*/*.cubin")) + sum(1 for _ in CACHE.glob("*/*.hsaco"))
-
-
-def rows_in(text: str) -> list[dict]:
-    """Return the lines of what a step printed that are JSON objects."""
-    rows = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut by the end of the budget, or no row
-            rows += [json.loads(line)] if line.startswith("{") else []
-    return rows
 
 
 def kept(paths: Iterable[Path], results: Path) -> list[dict]:
@@ -227,16 +230,6 @@ def tests_in(text: str) -> list[dict]:
     failures |= {name: reason for name, reason in why.items() if name not in found}  # what could not be imported
     counts = {word: list(found.values()).count(word.upper()) for word in ("passed", "skipped")}
     return [{**counts, "failed": len(failures), "failures": failures}] if found or why else []
-
-
-def write(found: list[Result], results: Path, stage: str, seconds: float, to_come: list[str]) -> None:
-    """`<stage>.json`, a row a line, and `<stage>.txt`."""
-    steps = [{"name": r.name, "state": r.state, "seconds": round(r.seconds, 1)} for r in found]
-    rows = [{"step": result.name} | row for result in found for row in result.rows]
-    head = {"stage": stage, "date": datetime.date.today().isoformat(), "seconds": round(seconds), "to_come": to_come}
-    write_json(results / f"{stage}.json", head | {"steps": steps, "rows": rows})
-    printed = [f"===== {r.name}: {r.state}, {r.seconds:.1f} s\n{r.printed}\n" for r in found]
-    (results / f"{stage}.txt").write_text("".join(printed) + summary(found, stage))
 
 
 def summary(found: list[Result], stage: str) -> str:

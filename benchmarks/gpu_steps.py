@@ -32,31 +32,28 @@ TINY_CASES = (Case("decode", TINY, 1), Case("step", TINY, 5), Case("step", TINY,
 
 def float64(device: torch.device) -> bool:
     """Print every case's relative errors against float64; whether all are within the tolerance."""
-    right = True
+    rows = []
     for case in TINY_CASES if device.type == "cpu" else CASES:
         problem = make_problem(case, device)
-        if case.g == 1:  # its gradient is written; a group's is added to what is there
-            for weight in problem.pools[0]:
-                weight.grad = None
+        for weight in problem.pools[0] if case.g == 1 else ():
+            weight.grad = None  # the gradient is written; a group's is added to what is there
         errors = errors_of(PEERS[0], problem, expected_outcome(problem))
         is_right = all(error <= TOLERANCE[case.dtype] for error in errors.values())
-        right &= is_right
-        row = {"case": case.key, "right": is_right, "errors": {k: float(f"{v:.2e}") for k, v in errors.items()}}
-        print(json.dumps(row), flush=True)
-    return right
+        rows.append({"case": case.key, "right": is_right, "errors": {k: float(f"{v:.2e}") for k, v in errors.items()}})
+        print(json.dumps(rows[-1]), flush=True)
+    return all(row["right"] for row in rows)
 
 
 def machine(device: torch.device) -> None:
     """Print what the machine has of what the checks need."""
     found = timing.machine(device) | timing.versions()
     compiler = shutil.which(os.environ.get("CC", "gcc"))
-    printed = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True) if compiler else None
-    found["gcc"] = printed and printed.stdout.strip()
-    found["python_h"] = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    printed = subprocess.run([compiler or "true", "-dumpfullversion"], capture_output=True, text=True)
+    found["gcc"] = printed.stdout.strip()
+    found["python_h"] = Path(sysconfig.get_path("include"), "Python.h").exists()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     found["compute_sanitizer"] = Path(sanitizer).exists()
-    if device.type == "cuda":
-        found["free_gib"] = round(torch.cuda.mem_get_info()[0] / 2**30, 1)
+    found["free_gib"] = round(torch.cuda.mem_get_info()[0] / 2**30, 1) if device.type == "cuda" else None
     print(json.dumps(found), flush=True)
 
 

@@ -42,11 +42,6 @@ class Problem(NamedTuple):
     sets: list[Inputs]
     grad_output: Tensor  # [T, H]
 
-    @property
-    def active_experts(self) -> float:
-        """Experts with at least one token, the mean over the input sets."""
-        return statistics.mean(inputs.index[0].unique().numel() for inputs in self.sets)
-
 
 def make_problem(case: Case, device: torch.device) -> Problem:
     """Draw pools, tokens and routing, always the same. Nothing is zero: zeros run faster."""
@@ -219,10 +214,8 @@ def resident_growth_of(case: Case, peer: Peer) -> int:
 class Bench:
     """A case, and a row for each peer that is asked for: ours first, then the others have a ratio to it.
 
-    Args:
-        rates: the machine's, of `machine_rates`.
-        own_process: measure the peak of resident memory on a CPU, which takes a process of its own.
-        limits: `seconds`, `least` and `most` of `interleave`.
+    `rates` are the machine's, `own_process` also measures the peak of resident memory on a CPU, `limits` are those of
+    `interleave`.
     """
 
     def __init__(self, case, device: torch.device, rates: dict, own_process: bool = False, **limits):
@@ -261,10 +254,8 @@ class Bench:
     def _time(self, peer: Peer, prepared: Prepared) -> dict:
         calls = {peer.name: prepared.call} | ({TIEDMOE: self.ours.call} if self.ours else {})
         in_graph = set(calls) if self.case.kind == "decode" and self.device.type == "cuda" else set()
-        row = {}
-        if not peer.capturable and peer.name in in_graph:
-            in_graph.remove(peer.name)
-            row["no_graph"] = "it waits for the device"
+        row = {"no_graph": "it waits for the device"} if in_graph and not peer.capturable else {}
+        in_graph -= {peer.name} if row else set()
         try:
             times = self._rounds(calls, in_graph)
         except RuntimeError as error:
@@ -280,19 +271,16 @@ class Bench:
         return row
 
     def _rounds(self, calls: dict[str, Callable[[int], Any]], in_graph: set[str]) -> dict[str, list[float]]:
-        if self.device.type == "cpu":
-            timed = {name: timing.by_clock(call) for name, call in calls.items()}
-        else:
-            timed = {name: timing.on_device(call, name in in_graph) for name, call in calls.items()}
+        on_cpu = self.device.type == "cpu"
+        timed = {n: timing.by_clock(c) if on_cpu else timing.on_device(c, n in in_graph) for n, c in calls.items()}
         return timing.interleave(timed, **self.limits)
 
     # What a case of a layer is; `models.py` has that of a whole model.
 
     def reason(self, peer: Peer) -> str | None:
         """Return why a peer does not take part, or None."""
-        memory = CPU_BYTES
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else CPU_BYTES
         return reason_to_leave_out(peer, self.case, memory, self.rates["copy_tb_per_s"])
 
     @functools.cached_property
@@ -325,12 +313,12 @@ class Bench:
         if self.case.kind != "decode":
             tflops = self.case.flops / seconds / 1e12
             return {"tflops": tflops, "of_machine": tflops / self.rates["matmul_tflops"]}
-        tb_per_s = self.case.decode_bytes(self.problem.active_experts) / seconds / 1e12
+        active = statistics.mean(inputs.index[0].unique().numel() for inputs in self.problem.sets)
+        tb_per_s = self.case.decode_bytes(active) / seconds / 1e12
         return {"tb_per_s": tb_per_s, "of_machine": tb_per_s / self.rates["copy_tb_per_s"]}
 
 
 def one_line(error: BaseException) -> str:
     """Return the first line that says something, short enough for a table, without a path of the machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else type(error).__name__
+    said = str(error).strip().partition("\n")[0].strip() or type(error).__name__
     return re.sub(r" ?\(?(?<!\w)/[\w./+-]+\)?", "", said)[:200].replace("|", "/")

@@ -7,6 +7,7 @@ before. Then, which crafted headers each reader opens.
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -44,9 +45,8 @@ class Safetensors:
             self.tensors |= {name: (file, each.get_dtype(), each.get_shape()) for name, each in slices.items()}
 
     def read(self, name: str, *rows: int) -> torch.Tensor:
-        """Return a tensor, or its rows from the first to the last (not included)."""
         file = self.tensors[name][0]
-        return file.get_slice(name)[rows[0] : rows[1]] if rows else file.get_tensor(name)
+        return file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
 
 
 READERS = {"ours": open_source, "safe_open": Safetensors, "huggingface_hub": get_local_safetensors_metadata}
@@ -74,8 +74,8 @@ def main(folder: str) -> None:
         found[run].append(in_own_process(measure, folder, *run))
     for (reader, task), results in found.items():
         print(f"{task:14} {reader:16}", "{:7.3f} s {:7.1f} MB".format(*map(statistics.median, zip(*results))))
-    for name, reader in [(name, reader) for name in CRAFTED for reader in READERS]:
-        text = header if isinstance(header := CRAFTED[name], bytes) else json.dumps(header).encode()
+    for (name, header), reader in itertools.product(CRAFTED.items(), READERS):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
         with tempfile.TemporaryDirectory() as place, contextlib.suppress(Exception):
             Path(place, "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
             READERS[reader](place)

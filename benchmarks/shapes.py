@@ -69,8 +69,8 @@ class Case:
 
     def weight_copies_bytes(self) -> int:
         """Count bytes of `batched_mm`'s weight copies, one per slot; a backward keeps them and makes gradients."""
-        copies = self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
-        return copies * (self.g + 1) if self.kind == "step" else copies
+        copies = self.g + 1 if self.kind == "step" else 1
+        return copies * self.T * self.shape.K * self.shape.expert_numbers * self.dtype.itemsize
 
 
 def route(T: int, shape: Shape, routing: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -23,9 +22,9 @@ from statistics import mean
 import datasets
 import torch
 from matplotlib.figure import Figure
-from study.jobs import quick_text, run_all
-from tables import mean_of, parser_of, plus_minus, table, write_results
-from timing import by_clock, interleave, machine, paired_ratio, versions
+from study.jobs import quick_text, run_all, study_parser
+from tables import mean_of, plus_minus, table, write_results
+from timing import Timed, by_clock, interleave, machine, paired_ratio, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, set_seed
 
 from tiedmoe_conversion import ConversionRecipe, convert
@@ -38,7 +37,6 @@ from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import heal
 from transformers_tiedmoe.training.soft_routing import AnnealRouting
 
-RESULTS = Path(__file__).parent / "results" / "softmoe_study"
 SIZES = {
     "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2, "num_experts": 32,
     "vocab_size": 1024, "max_position_embeddings": 128, "initializer_range": 0.06, "tie_word_embeddings": True,
@@ -188,7 +186,7 @@ class Study:
         """Time a training step's forward and backward of the trained rows in turn, in seconds of the process."""
         batch = torch.tensor(blocks(self.text, self.tokenizer)[0][:BATCH]["input_ids"])
 
-        def step(path: Path):
+        def step(path: Path) -> Timed:
             model = TiedMoeForCausalLM.from_pretrained(path).train()
             return by_clock(lambda number: model(input_ids=batch, labels=batch).loss.backward(), time.process_time)
 
@@ -201,37 +199,28 @@ class Study:
 
 def summarize(study: Study, runs: list[dict], times: dict[str, list[float]]) -> dict:
     """Return what each row used, lost and took over its seeds, JSON-able, and all runs."""
-    by_row = {row: [run for run in runs if run["row"] == row.name] for row in ROWS}
+    by_row = {row.name: [run for run in runs if run["row"] == row.name] for row in ROWS}
     settings = {"steps": study.steps, "batch": BATCH, "block": BLOCK, "learning_rate": LEARNING_RATE}
     return {
         "command": "make study-softmoe", "versions": versions(), "machine": machine(torch.device("cpu")),
         "settings": {**study.sizes, **settings, "alpha": ALPHA, "mass": MASS},
-        "rows": [row_of(row, own, runs, times) for row, own in by_row.items() if own], "runs": runs,
+        "rows": [row_of(name, by_row, times) for name, own in by_row.items() if own], "runs": runs,
     }  # fmt: skip
 
 
-def row_of(row: Row, own: list[dict], runs: list[dict], times: dict[str, list[float]]) -> dict:
-    """Return the means of a row's own runs; by layer, those of the soft mass and of the experts used."""
-
-    def by_layer(figure: str) -> Iterable[tuple]:
-        return zip(*([layer[figure] for layer in run["by_layer"]] for run in own))
-
-    is_timed = {row.name, BASE.name} <= times.keys()
+def row_of(name: str, by_row: dict[str, list[dict]], times: dict[str, list[float]]) -> dict:
+    """Return the means of a row's runs: nats above top-k's of 4, seed by seed; by layer, mass and experts used."""
+    own, beside = by_row[name], f"top-k, {name.split(', ')[-2]}, 4"
+    losses = {run["seed"]: run["loss"] for run in by_row[beside]}
+    above = [run["loss"] - losses[run["seed"]] for run in own if run["seed"] in losses]
+    layers = list(zip(*(run["by_layer"] for run in own)))
+    is_timed = {name, BASE.name} <= times.keys()
     return {
-        "row": row.name, "seeds": len(own), "active": mean_of([run["active"] for run in own]),
-        "loss": mean_of([run["loss"] for run in own]), "over_top_k": over(row, own, runs),
-        "step_over_top_k_4": paired_ratio(times[row.name], times[BASE.name]) if is_timed else None,
-        "by_layer": {figure: [mean(values) for values in by_layer(figure)] for figure in ("k", "mean")},
+        "row": name, "seeds": len(own), "active": mean_of([run["active"] for run in own]),
+        "loss": mean_of([run["loss"] for run in own]), "over_top_k": None if name == beside else mean_of(above),
+        "step_over_top_k_4": paired_ratio(times[name], times[BASE.name]) if is_timed else None,
+        "by_layer": {figure: [mean(run[figure] for run in layer) for layer in layers] for figure in ("k", "mean")},
     }  # fmt: skip
-
-
-def over(row: Row, own: list[dict], runs: list[dict]) -> dict | None:
-    """Subtract, seed by seed, the loss of the top-k row beside which a soft row stands: nats; None of top-k."""
-    base = f"top-k, {row.name.split(', ')[-2]}, 4"
-    losses = {run["seed"]: run["loss"] for run in runs if run["row"] == base}
-    if row.name == base:
-        return None
-    return mean_of([run["loss"] - losses[run["seed"]] for run in own if run["seed"] in losses])
 
 
 def markdown(summary: dict) -> str:
@@ -260,13 +249,11 @@ def figure_of(summary: dict) -> Figure:
         for number, kind in enumerate(("top-k", "soft, even", "soft, learned")):
             own = [row for name, row in rows.items() if name.rpartition(", ")[0] == f"{kind}, {where}"]
             own.sort(key=lambda row: row["active"]["mean"])
-            points = [
-                (row["active"]["mean"] + 0.04 * number, row["loss"]["mean"], row["loss"]["standard_deviation"] or 0)
-                for row in own
-            ]
+            points = [(row["active"]["mean"] + 0.04 * number, *row["loss"].values()) for row in own]
             if points:
+                active, losses, deviations, _ = zip(*points)
                 style = {"color": COLOURS[number], "marker": "osD"[number], "capsize": 2, "label": kind}
-                axes.errorbar(*zip(*points), **style)
+                axes.errorbar(active, losses, [each or 0 for each in deviations], **style)
         axes.set(xlabel="experts that a token uses in a layer, mean", title=where)
         axes.legend(fontsize=9)
     untied.set_ylabel("held-out loss, nats per token")
@@ -285,23 +272,17 @@ def figure_of(summary: dict) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("study-softmoe"), help="what is there is reused")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file name without .json, .md, .png")
+    parser = study_parser(__doc__, "study-softmoe", "softmoe_study")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
-    parser.add_argument("--quick", action="store_true", help="tiny models and few steps: whether it all works")
     options = parser.parse_args(arguments)
     study = Study(options.output, options.quick)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     jobs = [(row, seed) for seed in seeds for row in ROWS if re.search(options.only, row.name)]
-    if not options.report:
-        for heals in (False, True):  # those that heal need the trained source
-            todo = [job for job in jobs if job[0].heals == heals and not study.path(*job).exists()]
-            for what in run_all(study.run, todo, options.workers):
-                print(what, flush=True)
+    stages = ([job for job in jobs if job[0].heals == heals and not study.path(*job).exists()] for heals in (0, 1))
+    if all(
+        run_all(study.run, stage, options.workers, options.minutes) for stage in stages
+    ):  # healing needs the source
         study.time_steps()
     runs = [json.loads(path.read_text()) for job in jobs if (path := study.path(*job)).exists()]
     times = study.output / TIMES

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def parser_of(docstring: str) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a script's docstring, as it stands there."""

@@ -83,7 +83,7 @@ def in_own_process(work: Callable, *arguments: Any) -> Any:
 
 def resident_bytes(name: str) -> int:
     """Return "VmRSS", what this process holds of the memory, or "VmHWM", the most it has held."""
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
 
 def resident_growth(call: Callable[[], object]) -> int:
@@ -123,13 +123,9 @@ def machine(device: torch.device) -> dict:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     described: dict = {"processor": processors[0] if processors else platform.machine(), "cores": os.cpu_count()}
     described["memory_gib"] = round(memory_bytes / 2**30, 1)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        described |= {
-            "device": properties.name,
-            "device_memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": round(properties.L2_cache_size / 2**20),
-            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
-        }
-    return described
+    if device.type != "cuda":
+        return described
+    gpu = torch.cuda.get_device_properties(device)
+    described |= {"device": gpu.name, "device_memory_gib": round(gpu.total_memory / 2**30, 1)}
+    described |= {"multiprocessors": gpu.multi_processor_count, "l2_mib": round(gpu.L2_cache_size / 2**20)}
+    return described | {"capability": f"{gpu.major}.{gpu.minor}"}

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
+import llama_cpp_check
 import reading
 import softmoe_study
-import untied_in_llama_cpp
 from tables import mean_of, plus_minus, table, write_json
 
 
@@ -69,7 +69,7 @@ def test_softmoe_study_says_what_each_row_used(softmoe):
 def test_softmoe_study_does_not_run_a_row_again(softmoe, monkeypatch):
     folder, arguments, summary = softmoe
     monkeypatch.setattr(softmoe_study.Study, "pretrain", lambda *_: pytest.fail("trained again"))
-    softmoe_study.main([*arguments, "--report"])
+    softmoe_study.main([*arguments, "--minutes", "0"])
     assert json.loads((folder / "study.json").read_text())["rows"] == summary["rows"]
 
 
@@ -121,7 +121,7 @@ def test_reading_reads_what_it_wrote_and_says_who_opens_what(tmp_path, monkeypat
     assert load_file(tmp_path / "model.safetensors")["t1"].shape == (256, 181)
 
 
-def test_untied_in_llama_cpp_converts_with_the_checkouts_own_script(tmp_path, monkeypatch):
+def test_llama_cpp_check_converts_with_the_checkouts_own_script(tmp_path, monkeypatch):
     """A stand-in for llama.cpp's converter, which says what it was given; nothing is run without llama-cpp-python."""
     checkout = tmp_path / "llama.cpp"
     (checkout / "conversion").mkdir(parents=True)
@@ -132,17 +132,17 @@ def test_untied_in_llama_cpp_converts_with_the_checkouts_own_script(tmp_path, mo
         "assert len(list(Path(sys.argv[1]).glob('*.safetensors'))) > 0\n"
         "assert sys.argv[2:5] == ['--outtype', 'f32', '--outfile']\nPath(sys.argv[5]).write_text('gguf')\n"
     )
-    monkeypatch.setattr(untied_in_llama_cpp, "FAMILIES", {"olmoe": untied_in_llama_cpp.FAMILIES["olmoe"]})
-    monkeypatch.setattr(untied_in_llama_cpp, "installed", lambda: False)
+    monkeypatch.setattr(llama_cpp_check, "FAMILIES", {"olmoe": llama_cpp_check.FAMILIES["olmoe"]})
+    monkeypatch.setattr(llama_cpp_check, "installed", lambda: False)
     output = tmp_path / "untied.json"
     with pytest.raises(SystemExit) as ended:
-        untied_in_llama_cpp.main([str(checkout), "--output", str(output)])
+        llama_cpp_check.main([str(checkout), "--output", str(output)])
     assert not ended.value.code
     assert json.loads(output.read_text())["families"] == [{"family": "olmoe", "converted": True}]
     (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown architecture')\n")
     with pytest.raises(SystemExit) as ended:
-        untied_in_llama_cpp.main([str(checkout), "--output", str(output)])
+        llama_cpp_check.main([str(checkout), "--output", str(output)])
     assert ended.value.code
     assert json.loads(output.read_text())["families"][0]["untied"] == "unknown architecture"
     with pytest.raises(SystemExit):
-        untied_in_llama_cpp.main([str(tmp_path)])
+        llama_cpp_check.main([str(tmp_path)])

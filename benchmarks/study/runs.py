@@ -14,12 +14,14 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.config import VALIDATION_FRACTION
 from tiedmoe_demo.figures import expert_parameters
+from tiedmoe_demo.train_source import source_config, train_on_text
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.files import atomic_write_json, read_json
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks, perplexity
@@ -27,7 +29,6 @@ from transformers_tiedmoe.training.heal import heal
 from transformers_tiedmoe.workdir import discard_work
 
 from .configurations import Row
-from .controls import prune, train_tied
 
 BEFORE = 0.0  # the share of the healing budget before any
 BYTES_PER_PARAMETER = 4
@@ -126,11 +127,11 @@ class Study:
         if row.kind == "scratch":
             steps = self.demo.source_steps + self.heal_steps
             settings = DemoConfig(**{**self.demo.settings(), "source_steps": steps, "seed": seed})
-            train_tied(settings, self.source, folder)
+            _train_tied(settings, self.source, folder)
         elif row.kind == "source":
-            prune(self.source, folder, share=1.0)
+            _prune(self.source, folder, share=1.0)
         elif row.kind == "prune":
-            prune(self.source, folder, seed=seed, **row.recipe)
+            _prune(self.source, folder, seed=seed, **row.recipe)
         elif row.kind == "convert":
             plan = make_plan(self.recipe(row, folder, seed))
             execute(plan)
@@ -168,3 +169,47 @@ def _delete(folder: Path) -> None:
     """Delete a checkpoint, finished or not."""
     shutil.rmtree(folder, ignore_errors=True)
     discard_work(folder)
+
+
+def _train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
+    """Train a tied model from random weights, exactly as `train_source` trains the source, unless `folder` is there.
+
+    `source_steps`, sizes and tying fields of `config` count; the tokenizer is the `source`'s.
+    """
+    if folder.exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    set_seed(config.seed)
+    tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
+    model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
+    draft = folder.with_name(f".{folder.name}.draft")
+    train_on_text(model, tokenizer, config, draft, lambda done, total, what: None)
+    for each in (model, tokenizer):
+        each.save_pretrained(draft)
+    draft.rename(folder)
+
+
+def _prune(source: Path, folder: Path, share: float, keep: str = "magnitude", seed: int = 0) -> None:
+    """Save the source with `share` of the experts of every layer, and those rows of its router, into `folder`.
+
+    It is saved as a tied model without a group, the family's own but for a balance loss in every layer: what all the
+    study's models are healed with. `keep` is "random", or "magnitude": those of the largest product of the Frobenius
+    norm of the expert's weights and the norm of its row of the router.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    num_kept = round(share * model.config.num_experts)
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    for index in range(model.config.num_hidden_layers):
+        layer = f"model.layers.{index}.mlp."
+        parts = [layer + part for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")]
+        router, gate_up, down = (state[part].flatten(1) for part in parts)
+        magnitude = router.norm(dim=1) * torch.cat([gate_up, down], 1).norm(dim=1)
+        scores = {"magnitude": magnitude, "random": torch.rand(len(router), generator=generator)}[keep]
+        chosen = scores.topk(num_kept).indices.sort().values
+        state.update({part: state[part][chosen] for part in parts})
+    model.config.num_experts = num_kept
+    pruned = TiedMoeForCausalLM(TiedMoeConfig.from_family(model.config, groups=[]))
+    pruned.load_state_dict(state)
+    for each in (pruned, AutoTokenizer.from_pretrained(source)):
+        each.save_pretrained(folder)

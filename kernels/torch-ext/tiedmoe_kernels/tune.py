@@ -303,8 +303,8 @@ def time_defaults(device: str, shape: Shape, tokens: Iterable[int], timer: Calla
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[None]:
-    """Print how many kernels triton found compiled in its cache, and which it had to compile."""
+def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Count kernels that triton finds compiled in its cache, and those it has to compile; print them at the end."""
     hits: Counter[str] = Counter()
     misses: Counter[str] = Counter()
 
@@ -313,7 +313,7 @@ def counted() -> Iterator[None]:
 
     triton.knobs.compilation.listener = listen
     try:
-        yield
+        yield hits, misses
     finally:
         triton.knobs.compilation.listener = None
         print(json.dumps({"cache_hits": hits.total(), "cache_misses": misses.total(), "missed": dict(misses)}))

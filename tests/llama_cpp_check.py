@@ -1,9 +1,9 @@
-"""What llama.cpp makes of untied checkpoints: `python benchmarks/untied_in_llama_cpp.py LLAMA_CPP`.
+"""What llama.cpp makes of untied checkpoints: `python tests/llama_cpp_check.py LLAMA_CPP`.
 
 LLAMA_CPP is a checkout of llama.cpp (llama-cpp-python's source holds one under vendor/). For each family a small
-random source is tied by `average` and untied again, and the result goes through llama.cpp's own convert_hf_to_gguf.py.
-Where llama-cpp-python is installed (`pip install llama-cpp-python`), it then runs there, and its logits are compared
-with the tied model's in transformers. Exit status 1 where a family is not converted or its logits differ.
+random source is tied by `average`, untied, and converted by llama.cpp's own convert_hf_to_gguf.py. Where
+llama-cpp-python is installed its logits there are compared with the tied model's in transformers. Exit status 1 where
+a family is not converted or its logits differ.
 """
 
 import importlib.util
@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tables import parser_of, write_json
-from timing import versions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import transformers_tiedmoe  # noqa: F401  the Auto classes learn of tied models
@@ -23,12 +21,15 @@ from tiedmoe_conversion import ConversionRecipe, convert, untie
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import train_tokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from tables import RESULTS, parser_of, write_json
+from timing import versions
+
 TEXT = "It is a truth universally acknowledged, that a single man"
 TOLERANCE = 1e-4  # of a logit of size 1 to 10 in float32; the source's experts are 0.1 and more away
-RESULTS = Path(__file__).parent / "results" / "untied_in_llama_cpp.json"
 COMMON = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 2}
-COMMON |= {"num_experts_per_tok": 2, "initializer_range": 0.1}
-COMMON |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+COMMON |= {"num_experts_per_tok": 2, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DEEPSEEK = {"intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1}
 DEEPSEEK |= {"first_k_dense_replace": 1, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
 DEEPSEEK |= {"v_head_dim": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
@@ -115,7 +116,7 @@ def installed() -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("llama_cpp", type=Path, help="checkout of llama.cpp")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "untied_in_llama_cpp.json")
     options = parser.parse_args(arguments)
     if not (options.llama_cpp / "convert_hf_to_gguf.py").is_file():
         parser.error(f"{options.llama_cpp} holds no convert_hf_to_gguf.py; give a checkout of llama.cpp")
