@@ -249,11 +249,11 @@ def figure_of(summary: dict) -> Figure:
         for number, kind in enumerate(("top-k", "soft, even", "soft, learned")):
             own = [row for name, row in rows.items() if name.rpartition(", ")[0] == f"{kind}, {where}"]
             own.sort(key=lambda row: row["active"]["mean"])
-            points = [(row["active"]["mean"] + 0.04 * number, *row["loss"].values()) for row in own]
-            if points:
-                active, losses, deviations, _ = zip(*points)
+            if own:
+                active = [row["active"]["mean"] + 0.04 * number for row in own]
+                deviations = [row["loss"]["standard_deviation"] or 0 for row in own]
                 style = {"color": COLOURS[number], "marker": "osD"[number], "capsize": 2, "label": kind}
-                axes.errorbar(active, losses, [each or 0 for each in deviations], **style)
+                axes.errorbar(active, [row["loss"]["mean"] for row in own], deviations, **style)
         axes.set(xlabel="experts that a token uses in a layer, mean", title=where)
         axes.legend(fontsize=9)
     untied.set_ylabel("held-out loss, nats per token")
@@ -279,10 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(options.output, options.quick)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     jobs = [(row, seed) for seed in seeds for row in ROWS if re.search(options.only, row.name)]
+    # What heals needs the trained source.
     stages = ([job for job in jobs if job[0].heals == heals and not study.path(*job).exists()] for heals in (0, 1))
-    if all(
-        run_all(study.run, stage, options.workers, options.minutes) for stage in stages
-    ):  # healing needs the source
+    if all(run_all(study.run, stage, options.workers, options.minutes) for stage in stages):
         study.time_steps()
     runs = [json.loads(path.read_text()) for job in jobs if (path := study.path(*job)).exists()]
     times = study.output / TIMES
