@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -95,20 +96,11 @@ CASES = (
 )
 
 
-class Driver:
-    """What `JITFunction` asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return hash(self.target)  # what is compiled is kept by device: every target is one of its own
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def driver_of(target: GPUTarget) -> SimpleNamespace:
+    """Return what `JITFunction` asks of a driver before it compiles; kernels are kept by device, one a target."""
+    return SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: hash(target), get_current_stream=lambda device: 0
+    )
 
 
 @contextlib.contextmanager
@@ -126,7 +118,7 @@ def compiling(target: GPUTarget, found: Callable[[str, dict, Any], object] | Non
 
         return launch
 
-    triton.runtime.driver.set_active(Driver(target))
+    triton.runtime.driver.set_active(driver_of(target))
     tuning.choose.cache_clear()
     with (
         mock.patch.object(JITFunction, "__getitem__", compile_instead),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import triton
-from compile_table import TARGETS, Driver
+from compile_table import TARGETS, driver_of
 from shapes import OLMOE
 from tables import parser_of
 from torch.utils.benchmark import Timer
@@ -29,7 +29,7 @@ def stand_in_for_a_gpu(launched: Callable[..., None]) -> None:
         kernel._run = lambda *args: launched(kernel, *args)
 
     CompiledKernel._init_handles = handles
-    triton.runtime.driver.set_active(Driver(TARGETS["sm_90"]))
+    triton.runtime.driver.set_active(driver_of(TARGETS["sm_90"]))
     backends.backend_of = lambda device_type: triton_backend
 
 

@@ -12,9 +12,6 @@ from peers import TIEDMOE, Peer
 from shapes import QUARTER, TINY, Shape
 from timing import Call, resident_growth
 from torch import nn
-from transformers import AutoModelForCausalLM, OlmoeConfig
-
-from transformers_tiedmoe import TiedMoeConfig
 
 NEW_TOKENS, STEP_TOKENS, VOCABULARY = 64, 512, 4096
 
@@ -35,6 +32,10 @@ class ModelCase(NamedTuple):
 
 def make_model(group_size: int, implementation: str, case: ModelCase) -> nn.Module:
     """Return a causal language model of OLMoE's family with random weights, the same ones for the same tying."""
+    from transformers import AutoModelForCausalLM, OlmoeConfig  # here: gpu_cache.py reads the cases alone, in a hurry
+
+    from transformers_tiedmoe import TiedMoeConfig
+
     _, E, H, I, K = case.shape
     sizes = {"hidden_size": H, "intermediate_size": I, "num_experts": E, "num_experts_per_tok": K}
     sizes |= {"num_hidden_layers": case.layers, "num_attention_heads": max(1, H // 128)}
