@@ -13,6 +13,7 @@ import conversion_scale
 import llama_cpp_check
 import reading
 import softmoe_study
+from study.jobs import run_all
 from tables import mean_of, plus_minus, table, write_json
 
 
@@ -35,6 +36,21 @@ def test_means_and_tables():
     assert plus_minus(mean_of([4.0]), 1) == "4.0"
     assert plus_minus(mean_of([]), 1) == ""
     assert table(["", "ms"], [["a", 1]]) == ["|  | ms |", "| --- | ---: |", "| a | 1 |"]
+
+
+def test_run_all_gives_up_what_is_not_done_in_time(capsys):
+    assert run_all(str.upper, ["a", "b"], workers=1, minutes=1)
+    assert capsys.readouterr().out == "1/2 A\n2/2 B\n"
+    assert not run_all(str.upper, ["a", "b"], workers=1, minutes=1e-9)
+    assert capsys.readouterr().out == "1/2 A\n"
+    assert not run_all(str.upper, ["a"], workers=1, minutes=0)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_all_runs_every_job_once_in_processes_of_their_own(capsys):
+    assert run_all(str.upper, list("abc"), workers=2, minutes=1)
+    assert sorted(line[-1] for line in capsys.readouterr().out.splitlines()) == list("ABC")
 
 
 @pytest.fixture(scope="module")
