@@ -116,33 +116,6 @@ def test_heal_of_a_family_model_is_plain_fine_tuning(source, data, output):
     assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "olmoe"
 
 
-@pytest.mark.parametrize("fixture", ["tied", "source"])
-def test_heal_killed_and_started_again_ends_where_an_unbroken_run_does(fixture, data, tmp_path, request, output):
-    """The untied source too: Trainer's own resuming would skip its experts, which the file names one by one."""
-    model = request.getfixturevalue(fixture)
-    options = QUICK | {"save_steps": 2}
-    unbroken = heal(HealConfig(model, data, str(tmp_path / "unbroken"), **options))
-
-    class Killed(Exception):
-        pass
-
-    def kill(done, total, what):
-        if done == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        heal(HealConfig(model, data, output, **options), kill)
-    assert not Path(output, "config.json").exists(), "it must not look complete"
-    (checkpoints(output) / "checkpoint-5").mkdir()  # what a kill in the middle of saving leaves
-    resumed = heal(HealConfig(model, data, output, **options))
-    assert resumed["resumed_from_step"] == 4
-    assert resumed["steps"] == 6
-    assert resumed["before"] == unbroken["before"]
-    expected, found = weights(tmp_path / "unbroken"), weights(output)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
-
-
 @pytest.mark.slow
 def test_heal_process_killed_by_the_system_is_continued_by_the_same_command(tied, data, output):
     code = "from transformers_tiedmoe.cli import main; main()"
@@ -233,24 +206,6 @@ def test_heal_is_not_continued_with_another(what, source, data, tmp_path, output
     with pytest.raises(TiedMoeError, match=f"differs in its {differs}.*repeat the old command to go on, or"):
         heal(HealConfig(tied, str(text), output, **options))
     assert (checkpoints(output) / "checkpoint-2" / "complete.json").is_file()
-
-
-def test_heal_killed_after_its_last_checkpoint_trains_no_step_more(tied, data, tmp_path, output):
-    options = QUICK | {"save_steps": 2}
-    unbroken = heal(HealConfig(tied, data, str(tmp_path / "unbroken"), **options))
-
-    def kill(done, total, what):
-        if done == total and what == "evaluating":
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        heal(HealConfig(tied, data, output, **options), kill)
-    report = heal(HealConfig(tied, data, output, **options))
-    assert report["resumed_from_step"] == 6
-    for name in ("steps", "tokens", "history", "before", "after"):
-        assert report[name] == unbroken[name], name
-    expected, found = weights(tmp_path / "unbroken"), weights(output)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_heal_killed_between_the_rename_and_its_end_ends_well(tied, data, output, monkeypatch):
@@ -635,22 +590,6 @@ def test_heal_with_lora_saves_the_merged_model_and_the_adapter(tied, data, outpu
     ids = torch.arange(12).view(1, -1)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_heal_with_lora_is_resumed(tied, data, tmp_path, output):
-    options = QUICK | {"lora": True, "lora_rank": 2, "save_steps": 2}
-    heal(HealConfig(tied, data, str(tmp_path / "unbroken"), **options))
-
-    def kill(done, total, what):
-        if done == 3:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        heal(HealConfig(tied, data, output, **options), kill)
-    assert heal(HealConfig(tied, data, output, **options))["resumed_from_step"] == 2
-    expected, found = weights(tmp_path / "unbroken"), weights(output)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
 
 
 def test_heal_with_gradient_checkpointing_learns_the_same(tied, data, tmp_path):

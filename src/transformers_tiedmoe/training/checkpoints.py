@@ -18,6 +18,10 @@ RECORD = "complete.json"
 class RecordCheckpoints(TrainerCallback):
     """Write into every checkpoint the size and hash of its files, once all processes have written theirs."""
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log where a checkpoint is saved: what Trainer gathers between two logs, such as the loss, is in none."""
+        control.should_log |= control.should_save
+
     def on_save(self, args, state, control, **kwargs):
         """Record the checkpoint of this step."""
         PartialState().wait_for_everyone()

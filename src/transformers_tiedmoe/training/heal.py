@@ -350,6 +350,8 @@ class _Run:
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
+        if self.health in self.trainer.callback_handler.callbacks:
+            self.health.restore(self.trainer.state)
         if self.annealing:
             self.annealing.restore(self.model, self.trainer.state)
         self.model.to(self.args.device)

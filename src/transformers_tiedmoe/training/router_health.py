@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from accelerate.utils import reduce
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -28,7 +29,7 @@ WHAT_TO_DO = (
 )
 
 
-class RouterHealth(TrainerCallback):
+class RouterHealth(TrainerCallback, ExportableState):
     """Put into each log, by layer, how evenly its router loads the experts; warn of collapsed layers, dead experts.
 
     `RouterHealth().attach(trainer)`; `tiedmoe heal` does it by itself. Whatever `report_to` names, such as
@@ -53,6 +54,20 @@ class RouterHealth(TrainerCallback):
         self._since: dict[int, torch.Tensor] = {}  # by layer, choices that were not looked through for dead experts
         self._told: set[Any] = set()
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it: a run that was killed warns as it would have."""
+        since = {layer: counts.tolist() for layer, counts in self._since.items()}
+        told = [list(each) if isinstance(each, tuple) else each for each in self._told]
+        kept = {"since": since, "told": told, "warnings": self.warnings}
+        return {"args": {"warns_of_dead": self.warns_of_dead}, "attributes": kept}
+
+    def restore(self, state: TrainerState) -> None:
+        """Take up what was seen by the step of a checkpoint, given its state."""
+        kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self._since = {int(layer): torch.tensor(counts) for layer, counts in kept["since"].items()}
+        self._told = {tuple(each) if isinstance(each, list) else each for each in kept["told"]}
+        self.warnings = list(kept["warnings"])
+
     def attach(self, trainer: Trainer) -> Self:
         """Add it to a trainer before the callbacks that report: a log is shown to them in order."""
         trainer.add_callback(self)
@@ -61,7 +76,10 @@ class RouterHealth(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Find the layers."""
+        """Find the layers; after a kill, take up what was seen."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # a checkpoint from before it
+        if state.global_step:
+            self.restore(state)
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.has_experts = bool(layer_experts(self.model))
         if not self.has_experts:

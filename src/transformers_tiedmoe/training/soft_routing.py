@@ -29,8 +29,8 @@ class AnnealRouting(TrainerCallback, ExportableState):
     """Move `alpha` and `budget` to their targets, and `threshold` towards `target_active`; log, warn of dead experts.
 
     `Trainer(model, ..., callbacks=[AnnealRouting()])`; `tiedmoe heal` adds it by itself. What is set depends on the
-    step alone, but for the threshold, which is in the checkpoints' trainer_state.json. A run that was killed goes on
-    as it would have if it saves every so many looks.
+    step alone, but for the threshold: it and what was counted for it are in the checkpoints' trainer_state.json, so
+    that a run that was killed goes on as it would have.
 
     Args:
         model: to check at once that it is routed softly; Trainer hands its own over when training begins.
@@ -56,22 +56,26 @@ class AnnealRouting(TrainerCallback, ExportableState):
             _options_of(model)
         self.start, self.share, self.interval = None if start is None else dict(start), share, interval
         self.threshold: float | None = None
+        self.kept: list[list[float]] | None = None  # `pending` of all processes at the last checkpoint
         self.dead: set[tuple[int, int]] = set()  # layer and expert that a warning has named
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
         arguments = {"start": self.start, "share": self.share, "interval": self.interval}
-        return {"args": arguments, "attributes": {"threshold": self.threshold}}
+        return {"args": arguments, "attributes": {"threshold": self.threshold, "kept": self.kept}}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Take the model's options; after a kill those of the first run, and the threshold that was reached."""
         self.soft = soft = _options_of(model)
         if state.global_step and (kept := state.stateful_callbacks.get(type(self).__name__)):
             self.start, self.threshold = kept["args"]["start"], kept["attributes"]["threshold"]
+            self.kept = kept["attributes"]["kept"]
             soft["threshold"] = self.threshold or soft["threshold"]
         self.start = dict(soft if self.start is None else self.start)
         active_experts(model, reset=True)
         self.seen = self.pending = torch.zeros(len(soft_routers(model)), 2, dtype=torch.float64)
+        if self.kept is not None and state.is_world_process_zero:
+            self.pending = torch.tensor(self.kept, dtype=torch.float64)
         _warn_of_decay(model, optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -90,16 +94,17 @@ class AnnealRouting(TrainerCallback, ExportableState):
                 self.soft[name] = self.start[name] + done * (target - self.start[name])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Move the threshold."""
-        if self.soft["target_active"] is None or state.global_step % self.interval:
+        """Move the threshold; before a checkpoint, note what was counted for the next move."""
+        if self.soft["target_active"] is None:
             return
-        self._look(model)
-        experts, tokens = self.pending.unbind(-1)
-        self.pending = torch.zeros_like(self.pending)
-        here = float((experts / tokens.clamp(min=1)).sum())
-        if (used := float(reduce(torch.tensor(here, device=args.device), "mean"))) > 0:
-            threshold = self.soft["threshold"] * (used / self.soft["target_active"]) ** RATE
-            self.threshold = self.soft["threshold"] = min(max(threshold, THRESHOLDS[0]), THRESHOLDS[1])
+        if state.global_step % self.interval == 0:
+            experts, tokens = self._counted(model, args.device).unbind(-1)
+            self.pending = torch.zeros_like(self.pending)
+            if (used := float((experts / tokens.clamp(min=1)).sum())) > 0:
+                threshold = self.soft["threshold"] * (used / self.soft["target_active"]) ** RATE
+                self.threshold = self.soft["threshold"] = min(max(threshold, THRESHOLDS[0]), THRESHOLDS[1])
+        if control.should_save:
+            self.kept = self._counted(model, args.device).tolist()
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         """Say what was used since the last log, and which experts are newly dead; count anew."""
@@ -121,6 +126,11 @@ class AnnealRouting(TrainerCallback, ExportableState):
         """Leave no target in the model's config, as none is left to reach."""
         for name in ("target_alpha", "target_budget"):
             self.soft[name] = None
+
+    def _counted(self, model: nn.Module, device: torch.device) -> torch.Tensor:
+        """Return `pending` over all processes; counts are exact in float64."""
+        self._look(model)
+        return reduce(self.pending.to(device), "sum").cpu()
 
     def _look(self, model: nn.Module) -> None:
         """Add what was used since the last look to `pending`: experts and tokens of each layer."""
