@@ -35,8 +35,10 @@ PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
 
-model-card: demo  ## the card of the demo's healed checkpoint, as it stands in model_cards/
+model-card: demo  ## the card of the demo's healed checkpoint, as it stands in model_cards/, with the audit it tells of
 	cp demo/healed/README.md model_cards/tiedmoe-demo.md
+	cp demo/healed/figures/*.png model_cards/figures/
+	xz -9c demo/audit/audit.json > model_cards/tiedmoe-demo-audit.json.xz
 
 seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
 	$(PY) benchmarks/demo_seeds.py --output seeds --seeds 0,1,2

@@ -108,6 +108,9 @@ def test_run_demo_ends_with_an_audit(demo):
         assert model.memory.parameters["total"].unique == report[model.name]["parameters"]
         (loss,) = model.quality.loss.values()
         assert loss.value == pytest.approx(report[model.name]["loss"], rel=0.05)  # the first few thousand tokens of it
+    card = config.path("healed", "README.md").read_text()
+    assert "## Audit" in card
+    assert all(config.path("healed", link).is_file() for link in re.findall(r"\]\((figures/[^)]+)\)", card))
     page = config.path("report.md").read_text()
     links = re.findall(r"\]\((audit/[^)]+)\)", page)
     assert set(links) == {"audit/report.html", "audit/report.md", "audit/figures/3-loads.png"}

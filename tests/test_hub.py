@@ -1,5 +1,6 @@
 """What a checkpoint carries beside its weights (stub, card, manifest), and its upload, checked before the work."""
 
+import lzma
 import math
 import re
 import shutil
@@ -19,10 +20,11 @@ from tiedmoe_conversion import ConversionRecipe, convert
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import source_config
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, __version__, hub
+from transformers_tiedmoe.cards import CardConfig, write_card
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
 
-ROOT = Path(__file__).parents[1]
+CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 class Api:
@@ -197,11 +199,11 @@ class Vocabulary:
 
 
 def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
-    """`model_cards/tiedmoe-demo.md` is `demo/healed/README.md`: rendered again from its six figures and the demo's
-    settings.
+    """`model_cards/tiedmoe-demo.md` is `demo/healed/README.md`: rendered again from its six figures, the demo's
+    settings and its audit.
     """
     settings = DemoConfig()
-    card = (ROOT / "model_cards" / "tiedmoe-demo.md").read_text()
+    card = (CARDS / "tiedmoe-demo.md").read_text()
     family = source_config(settings, Vocabulary())
     fields = {name: getattr(settings, name) for name in ("group_size", "skip_first", "skip_last")}
     config = TiedMoeConfig.from_family(family, **fields)
@@ -230,6 +232,17 @@ def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
         "tokens": settings.heal_steps * settings.batch_size * settings.block_size, "parameters": parameters,
         "learning_rate": settings.heal_learning_rate, "before": before, "after": after,
     }  # fmt: skip
-    hub.save_healed(tmp_path, "healed", str(tmp_path / "tied"), config, healing, {})
+    healed = tmp_path / "healed"
+    healed.mkdir()
+    config.save_pretrained(healed)
+    hub.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {})
+    shutil.copytree(CARDS / "figures", tmp_path / "audit" / "figures")
+    for name in ("loads", "active"):  # of one model: in the audit with its number, the third
+        if (path := tmp_path / "audit" / "figures" / f"{name}.png").exists():
+            path.rename(path.with_name(f"3-{name}.png"))
+    audit = lzma.decompress((CARDS / "tiedmoe-demo-audit.json.xz").read_bytes())
+    (tmp_path / "audit" / "audit.json").write_bytes(audit)
+    written = write_card(CardConfig(str(healed), audit=str(tmp_path / "audit"), output=str(healed)))
+    assert {f"figures/{path.name}" for path in (CARDS / "figures").iterdir()} == {*written["files"]} - {"README.md"}
     versions = re.compile(r"\(made with .*\)|, [\d.]+ or newer")
-    assert versions.sub("", card) == versions.sub("", (tmp_path / "README.md").read_text())
+    assert versions.sub("", card) == versions.sub("", (healed / "README.md").read_text())

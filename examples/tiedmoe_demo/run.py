@@ -19,6 +19,7 @@ from transformers import CONFIG_NAME, AutoTokenizer
 from transformers_tiedmoe.audit.config import AuditConfig
 from transformers_tiedmoe.audit.run import RESULT as AUDIT_RESULT
 from transformers_tiedmoe.audit.run import audit
+from transformers_tiedmoe.cards import CardConfig, write_card
 from transformers_tiedmoe.files import check_apart, read_json
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks
@@ -42,7 +43,7 @@ CONVERSION = "conversion.json"
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Run the main job and write `report.json`, `report.md` and `report.png` into `config.output`, and the audit of
-    source, tied and healed into its folder `audit`.
+    source, tied and healed into its folder `audit`, of which the card of `healed` tells.
 
     Args:
         config: what to run.
@@ -201,7 +202,7 @@ class _Run:
         return figures
 
     def audit(self, folders: dict[str, Path]) -> None:
-        """Audit models into the folder `audit`, unless an earlier run has."""
+        """Audit models into the folder `audit`, and tell of it in the healed one's card, unless an earlier run has."""
         config, output = self.config, self.config.path(AUDIT)
         if not (output / AUDIT_RESULT).is_file() or was_renamed(output):
             source, *models = map(str, folders.values())
@@ -222,4 +223,6 @@ class _Run:
                 ),
                 self.tell,
             )
+            healed = str(folders["healed"])
+            write_card(CardConfig(healed, audit=str(output), output=healed))
         self.work.own(AUDIT)
