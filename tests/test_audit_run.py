@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -12,12 +13,14 @@ from test_conversion_fp8 import save_fp8
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiedmoe_conversion import ConversionRecipe, convert
+from tiedmoe_conversion.suggested import tied_by
 from transformers_tiedmoe.audit import run, subject
 from transformers_tiedmoe.audit.config import AuditConfig
 from transformers_tiedmoe.audit.run import audit, describe_tying
 from transformers_tiedmoe.audit.schema import Audit
 from transformers_tiedmoe.audit.subject import open_subject
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.training.data import perplexity
 
 pytestmark = pytest.mark.xdist_group("audit_run")  # one worker makes the fixture once
 
@@ -186,6 +189,31 @@ def test_training_at_a_precision(models):
         assert ("--precision" in asked.command()) == (precision != "mixed")
 
 
+def test_suggested_plans_are_converted_and_measured(models, tmp_path):
+    """With --calibration: what a plan is measured to add is the loss of the model that its recipe makes."""
+    fields = {"strategy": True, "calibration": str(models / "other.txt"), "calibration_tokens": 128}
+    asked, made = config(models, tmp_path / "out", **fields), {}
+
+    def keep(recipe, **more):
+        assert more == {
+            "source": str(models / "source"),
+            "calibration": fields["calibration"],
+            "calibration_tokens": 128,
+        }
+        return made.setdefault(json.dumps(recipe), tied_by(recipe, **more))
+
+    (model,) = audit(asked, convert=keep)["models"]
+    plans = model["strategy"]["plans"]
+    assert [plan["expert_share"] for plan in plans] == [0.75, 0.5]
+    blocks = run._read_texts(asked, [open_subject(str(models / "source"))])["source"]
+    for plan in plans:
+        tied = made[json.dumps(plan["recipe"])]
+        added = [
+            perplexity(tied, rows)["loss"] - model["quality"]["loss"][name]["value"] for name, rows in blocks.items()
+        ]
+        assert plan["measured_loss_increase"] == pytest.approx(sum(added) / 2, abs=1e-5)
+
+
 # Bad input
 
 
@@ -309,10 +337,19 @@ def test_models_and_data_that_do_not_exist(models, tmp_path):
 
 
 def test_two_models_of_one_name(models, tmp_path):
-    """Told apart by the folders they are in."""
+    """Told apart by the folders they are in, as many as it takes."""
     save_tied(tmp_path / "mine" / "source")
     result = audit(AuditConfig(models=[str(models / "source"), str(tmp_path / "mine" / "source")], memory_only=True))
     assert [model["name"] for model in result["models"]] == [f"{models.name}/source", "mine/source"]
+    for run_name in ("one", "two"):
+        shutil.copytree(tmp_path / "mine", tmp_path / run_name / "mine")
+    paths = [str(tmp_path / name / "mine" / "source") for name in ("one", "two")]
+    result = audit(AuditConfig(models=[str(tmp_path / "mine" / "source"), *paths], memory_only=True))
+    names = [model["name"] for model in result["models"]]
+    assert names[1:] == ["one/mine/source", "two/mine/source"]
+    assert names[0].endswith("/mine/source")
+    with pytest.raises(TiedMoeError, match=r"source and .*source are the same model; give it once"):
+        audit(AuditConfig(models=[paths[0], f"{tmp_path}/one/../one/mine/source"], memory_only=True))
 
 
 def test_tying_in_words(models):

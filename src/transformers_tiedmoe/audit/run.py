@@ -400,15 +400,16 @@ def _quality_options(config: AuditConfig) -> quality.QualityOptions:
 
 
 def _open_subjects(config: AuditConfig) -> list[Subject]:
-    """Open the models, the source first; two that have one name are told apart by their folders."""
+    """Open the models, the source first; of one name, as many of the folders above tell them apart as it takes."""
     paths = config.paths
     names = [public_name(path) for path in paths]
-    names = [
-        "/".join(Path(path).resolve().parts[-2:]) if names.count(name) > 1 and Path(path).exists() else name
-        for path, name in zip(paths, names)
-    ]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise TiedMoeError(f"two models are called {twice[0]}; expected names that tell them apart: rename a folder")
+    parts = [Path(path).resolve().parts if Path(path).exists() else () for path in paths]
+    for depth in range(2, max(map(len, parts)) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = ["/".join(each[-depth:]) if each and name in twice else name for each, name in zip(parts, names)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        same = [path for path, name in zip(paths, names) if name in twice]
+        raise TiedMoeError(f"{same[0]} and {same[1]} are the same model; give it once")
     return [open_subject(path, name, config.trust_remote_code) for path, name in zip(paths, names)]
 
 
