@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
 from transformers_tiedmoe.training import AnnealRouting, pool_parameter_groups, soft_routing
@@ -347,6 +348,9 @@ def test_compiles_as_one_graph(tokens):
     # K_max is static: what the tokens use decides no shape, and nothing is compiled anew
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled(tokens.flip(1)).logits, model(tokens.flip(1)).logits, rtol=1e-4, atol=1e-5)
+        routers(model)[2].weight.data[1] = torch.nan
+        with pytest.raises(RuntimeError, match=NOT_FINITE):  # by a kernel of the graph, as on a GPU
+            compiled(tokens)
 
 
 def test_lora_on_pools(tokens):
@@ -468,12 +472,42 @@ def test_router_losses_of_soft_routing_are_those_by_hand(tokens):
     torch.testing.assert_close(outputs.loss - plain, expected)
 
 
+NOT_FINITE = "layer 2 with experts: the router's scores are not all finite"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_refused(value, tokens):
     model = soft_model()
     routers(model)[2].weight.data[1] = value
-    with pytest.raises(ValueError, match="layer 2 with experts: the router's scores are not all finite"):
+    with pytest.raises(TiedMoeError, match=NOT_FINITE):
         model(tokens)
+
+
+ON_A_GPU = """
+import sys, torch
+from transformers_tiedmoe.routing.softmoe import check_finite
+scores = torch.zeros(4, 8, device="cuda")
+check_finite(scores, 2)  # what it needs is there before a graph is captured
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    check_finite(scores, 2)
+graph.replay()
+torch.cuda.synchronize()
+print("finite scores pass")
+scores[1, 1] = torch.nan
+graph.replay() if sys.argv[1] == "graph" else check_finite(scores, 2)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_scores_that_are_no_numbers_are_refused_on_a_gpu(how):
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU, how], capture_output=True, text=True)
+    assert done.stdout == "finite scores pass\n", done.stderr
+    assert done.returncode != 0
+    assert NOT_FINITE in done.stderr
+    assert "device-side assert" in done.stderr
 
 
 def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
@@ -513,16 +547,40 @@ def rows_of(tokens):
     return [{"input_ids": row, "labels": row} for row in tokens] * 16
 
 
-def train(model, folder, tokens, callbacks, resume=None, **fields):
+class Report(TrainerCallback):
+    """A reporting integration, such as TensorBoard's: it is there before any other callback."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keep what is reported."""
+        self.logs.append(dict(logs))
+
+
+class LossTrainer(Trainer):
+    """Tells a soft run's annealing the loss."""
+
+    def training_step(self, *args, **kwargs):
+        """Tell it."""
+        loss = super().training_step(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AnnealRouting):
+                callback.add_loss(loss)
+        return loss
+
+
+def train(model, folder, tokens, callbacks, resume=None, kind=Trainer, **fields):
     args = TrainingArguments(
         folder, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=2,
         **{"max_steps": 8, "save_strategy": "no", "per_device_train_batch_size": 2, **fields},
     )  # fmt: skip
     optimizer = torch.optim.AdamW(pool_parameter_groups(model, 1e-3, weight_decay=0.1))
-    trainer = Trainer(
-        model, args, train_dataset=rows_of(tokens), data_collator=default_data_collator, callbacks=callbacks,
-        optimizers=(optimizer, None),
-    )  # fmt: skip
+    trainer = kind(
+        model, args, train_dataset=rows_of(tokens), data_collator=default_data_collator, optimizers=(optimizer, None)
+    )
+    for callback in callbacks:
+        callback.attach(trainer) if isinstance(callback, AnnealRouting) else trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -530,29 +588,37 @@ def train(model, folder, tokens, callbacks, resume=None, **fields):
 TARGETS = {"alpha": 0.0, "target_alpha": 0.2, "target_budget": 9.0, "target_active": 9.0, "threshold": 0.1}
 
 
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop after a checkpoint."""
+        control.should_training_stop = state.global_step == 5
+
+
 def test_a_plain_trainer_anneals_logs_and_goes_on_after_a_kill(tokens, tmp_path):
-    whole = soft_model(**TARGETS).train()
-    trainer = train(whole, tmp_path / "whole", tokens, [AnnealRouting(whole, interval=2)])
+    """Killed between two looks, at what tokens use and at the loss, which here always makes it wait."""
+    whole, report = soft_model(**TARGETS).train(), Report()
+    looks = {"interval": 2, "tolerance": -100.0}
+    annealing = AnnealRouting(whole, **looks)
+    fields = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12, "kind": LossTrainer}
+    trainer = train(whole, tmp_path / "whole", tokens, [report, annealing], **fields)
+    assert annealing.held == 3  # half of the six steps that `share` leaves
     soft = whole.config.softmoe
     assert (soft["alpha"], soft["budget"], soft["target_alpha"], soft["target_budget"]) == (0.2, 9.0, None, None)
     assert soft["threshold"] != 0.1
     logs = [each for each in trainer.state.log_history if "active_experts" in each]
-    assert len(logs) == 4
+    assert len(logs) == 6
     assert all(1 <= each["active_experts"] <= 4 and each["dead_experts"] >= 0 for each in logs)
+    reported = [each["active_experts"] for each in report.logs if "loss" in each]
+    assert reported == [each["active_experts"] for each in logs]
 
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 4
-
-    fields = {"save_strategy": "steps", "save_steps": 4}
     first, second = soft_model(**TARGETS).train(), soft_model(**TARGETS).train()
-    train(first, tmp_path / "twice", tokens, [AnnealRouting(interval=2), Kill()], **fields)
-    train(
-        second, tmp_path / "twice", tokens, [AnnealRouting(interval=2)], str(tmp_path / "twice/checkpoint-4"), **fields
-    )
+    train(first, tmp_path / "twice", tokens, [AnnealRouting(**looks), Kill()], **fields)
+    again = AnnealRouting(**looks)
+    train(second, tmp_path / "twice", tokens, [again], str(tmp_path / "twice/checkpoint-5"), **fields)
     assert second.config.softmoe == whole.config.softmoe
+    assert again.state() == annealing.state()
     for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(second.state_dict()[name], tensor)
+        assert second.state_dict()[name].equal(tensor), name
 
 
 def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):

@@ -135,16 +135,12 @@ class SoftRouter(nn.Module):
         with Selection(chosen_by, self.num_scores, self.family_top_k, width):
             logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
         scores = chosen_by[-1].float()
-        watches = not torch.compiler.is_compiling()
-        if watches and scores.device.type == "cpu" and not bool((scores < torch.inf).all()):
-            raise TiedMoeError(
-                f"layer {self.place} with experts: the router's scores are not all finite; expected numbers: the "
-                "model has diverged, or its checkpoint is damaged"
-            )
+        check_finite(scores, self.place)
         k = owner.expert_budget(self.place, soft)
         p = soft_top_k(scores, k if isinstance(k, float) else k.to(scores.device), soft["alpha"])
         weights, index = combine(p, weights, index, soft["threshold"], self.normalises)
         record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
+        watches = not torch.compiler.is_compiling()
         if watches and index.device.type == "cpu":  # nothing waits: leave columns out that no token uses
             used = int((index < self.num_scores).sum(-1).max()) if len(index) else 1
             weights, index = weights[:, :used], index[:, :used]
@@ -211,6 +207,29 @@ class Selection(TorchFunctionMode):
                 self.chosen_by.append(scores)
                 return torch.topk(scores, self.width, dim=-1)
         return func(*args, **kwargs)
+
+
+def check_finite(scores: torch.Tensor, place: int) -> None:
+    """Raise if a router's scores are not all numbers below infinity; no device is waited for.
+
+    On a GPU torch's device-side assertion prints the message, a later call raises, and the process can use the GPU no
+    more. In a compiled model it is a `RuntimeError`. -inf rules an expert out.
+
+    Args:
+        scores: `[T, E]`.
+        place: of the layer among those with experts, for the message.
+
+    Raises:
+        TiedMoeError: there is a NaN or +inf among them.
+    """
+    message = (  # CUDA takes at most 254 characters
+        f"layer {place} with experts: the router's scores are not all finite; expected numbers: the model has "
+        "diverged, or its checkpoint is damaged"
+    )
+    try:
+        torch._assert_async((scores < torch.inf).all(), message)
+    except RuntimeError as error:
+        raise TiedMoeError(message) from error
 
 
 def combine(

@@ -21,6 +21,7 @@ from ..errors import TiedMoeError
 from ..files import expand
 from ..yaml_input import read_yaml
 from .parameter_groups import BUDGET_LR, LR_DIVISORS
+from .soft_routing import TOLERANCE
 
 OTHER_NAMES = {"output": "output_dir", "batch_size": "per_device_train_batch_size", "warmup_fraction": "warmup_steps"}
 PATHS = ("model", "teacher", "teacher_cache", "data", "output_dir")
@@ -115,6 +116,11 @@ class TiedMoeTrainingArguments(TrainingArguments):
     )
     train_norms: bool = _ours(False, "Train the norms too; they are frozen otherwise, as training them did harm.")
     anneal: float = _ours(0.5, "With soft routing: the share of the steps in which it comes to its targets.")
+    anneal_tolerance: float = _ours(
+        TOLERANCE,
+        "With soft routing: the way to its targets waits while the training loss is more than this above its lowest, "
+        "in nats.",
+    )
     budget_lr: float = _ours(
         BUDGET_LR, "With soft routing: peak learning rate of the numbers by which layers share the budget."
     )
@@ -226,7 +232,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value != int(value) or value < 1:
                 raise TiedMoeError(f"{name}={value}, but it must be at least 1, a whole number")
-        for name in ("learning_rate", "temperature", "budget_lr"):
+        for name in ("learning_rate", "temperature", "budget_lr", "anneal_tolerance"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TiedMoeError(f"{name}={getattr(self, name)}, but it must be a positive number")
         for name in ("teacher_weight", "validation_fraction", "anneal"):

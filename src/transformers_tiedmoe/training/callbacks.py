@@ -1,8 +1,23 @@
-"""What healing does between Trainer's steps: report progress."""
+"""What happens between Trainer's steps: progress is reported, and logs gain values before they are."""
 
 from collections.abc import Callable
+from typing import Self
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+
+class AddsToLogs(TrainerCallback):
+    """A callback that puts values of its own into logs: `Callback().attach(trainer)`."""
+
+    def attach(self, trainer: Trainer) -> Self:
+        """Add it to a trainer before the callbacks that report, such as TensorBoard's: they see a log in order.
+
+        Trainer's own, which comes first and decides when to log and to save, stays before it.
+        """
+        trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(1, callbacks.pop())
+        return self
 
 
 class ProgressReport(TrainerCallback):

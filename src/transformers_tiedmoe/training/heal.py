@@ -79,7 +79,7 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
         `tokens`, all on the held-out blocks and without auxiliary losses), `steps`, `tokens` trained on, `seconds` (of
         this process's steps), `resumed_from_step`, `parameters`, `trainable_parameters`, `history`, `warnings`,
         `is_worse`, `config`, `versions`; with soft routing also `active_experts`, per layer, on the held-out blocks of
-        the main process (`routing.active_experts`).
+        the main process (`routing.active_experts`), and `annealing_held_steps`, in which annealing waited.
 
     Raises:
         FileNotFoundError: no such data.
@@ -171,7 +171,8 @@ class _Run:
         self.model = self._load_model()
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
-        self.annealing = AnnealRouting(start=self.config.softmoe, share=args.anneal) if self.is_soft else None
+        options = {"share": args.anneal, "tolerance": args.anneal_tolerance}
+        self.annealing = AnnealRouting(start=self.config.softmoe, **options) if self.is_soft else None
         self.trainer = self._make_trainer()
 
     def report(self) -> dict[str, Any]:
@@ -255,6 +256,7 @@ class _Run:
             self.warnings.append(worse_in_words(before, after))
         used = active_experts(model) if self.is_soft else []
         self._warn_of_experts(used)
+        self.warnings += self.annealing.warnings(state.global_step) if self.annealing else []
         return {
             "before": before,
             "after": after,
@@ -271,7 +273,7 @@ class _Run:
             "trainable_parameters": self.trainable,
             "history": history,
             "warnings": [*self.warnings, *self.health.warnings],
-            **({"active_experts": used} if self.is_soft else {}),
+            **({"active_experts": used, "annealing_held_steps": self.annealing.held} if self.annealing else {}),
             "num_processes": args.world_size,
             "device": str(args.device),
             "fused_loss": self.trainer.fused is not None,
@@ -325,13 +327,13 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=[
                 RecordCheckpoints(),
-                *([self.annealing] if self.annealing else []),
                 *([ProgressReport(self.progress)] if self.progress else []),
             ],
             lr_divisor=args.lr_divisor,
             budget_lr=args.budget_lr,
             teacher=self.teacher,
             teacher_weight=args.teacher_weight,
+            annealing=self.annealing,
         )
         bare = self.model.get_base_model() if args.lora else self.model
         batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
@@ -341,6 +343,8 @@ class _Run:
             trainer.remove_callback(PrinterCallback)
         if layer_experts(bare):
             self.health.attach(trainer)
+        if self.annealing:
+            self.annealing.attach(trainer)
         return trainer
 
     def _take_over(self, checkpoint: Path) -> None:

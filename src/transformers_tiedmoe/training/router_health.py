@@ -6,12 +6,12 @@ logged and in no other: it costs nothing in between, and changes neither outputs
 
 import contextlib
 import itertools
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..audit import metrics
 from ..audit.routing import Choices, RoutingWatch, layer_experts
 from ..modeling_tiedmoe import TiedExperts
+from .callbacks import AddsToLogs
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,7 @@ WHAT_TO_DO = (
 )
 
 
-class RouterHealth(TrainerCallback, ExportableState):
+class RouterHealth(AddsToLogs, ExportableState):
     """Put into each log, by layer, how evenly its router loads the experts; warn of collapsed layers, dead experts.
 
     `RouterHealth().attach(trainer)`; `tiedmoe heal` does it by itself. Whatever `report_to` names, such as
@@ -67,13 +68,6 @@ class RouterHealth(TrainerCallback, ExportableState):
         self._since = {int(layer): torch.tensor(counts) for layer, counts in kept["since"].items()}
         self._told = {tuple(each) if isinstance(each, list) else each for each in kept["told"]}
         self.warnings = list(kept["warnings"])
-
-    def attach(self, trainer: Trainer) -> Self:
-        """Add it to a trainer before the callbacks that report: a log is shown to them in order."""
-        trainer.add_callback(self)
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(0, callbacks.pop())
-        return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Find the layers; after a kill, take up what was seen."""

@@ -12,7 +12,7 @@ from .fused_loss import FusedLoss
 from .muon import Muon, muon_parameter_groups
 from .outcome import Diverged
 from .parameter_groups import BUDGET_LR, pool_parameter_groups
-from .soft_routing import routing_logs
+from .soft_routing import AnnealRouting
 
 
 class HealTrainer(Trainer):
@@ -23,6 +23,7 @@ class HealTrainer(Trainer):
         teacher: what to learn from besides the text, or None.
         teacher_weight: w in `(1 - w) * (the model's own loss) + w * KL(teacher || model)`.
         fused: the model's `FusedLoss`; the logits of a whole batch exist without it.
+        annealing: is told the loss of each batch; a callback of this trainer.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class HealTrainer(Trainer):
         teacher: Teacher | None = None,
         teacher_weight=0.5,
         fused: FusedLoss | None = None,
+        annealing: AnnealRouting | None = None,
         **kwargs,
     ):
         super().__init__(*args, compute_metrics=_token_weighted_loss, **kwargs)
@@ -42,6 +44,7 @@ class HealTrainer(Trainer):
         self.teacher = teacher
         self.teacher_weight = teacher_weight
         self.fused = fused
+        self.annealing = annealing
         self._is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     optimizer: torch.optim.Optimizer | None
@@ -61,18 +64,18 @@ class HealTrainer(Trainer):
         """Run one forward and backward, and note whether the loss was finite, without waiting for the device."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._is_finite &= loss.detach().isfinite()
+        if self.annealing is not None:
+            self.annealing.add_loss(loss)
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Log, with soft routing also what tokens used; raise `Diverged` if a loss was not finite."""
+        """Log; raise `Diverged` if a loss was not finite."""
         self._refuse_to_go_on()
         if not math.isfinite(logs.get("eval_loss", 0.0)) and self.state.global_step == 0:
             raise Diverged(
                 f"the held-out loss is {logs['eval_loss']} before the first step: the model's weights hold what is no "
                 "number, or are too large for their dtype; expected a model that works"
             )
-        if "loss" in logs:
-            logs.update(routing_logs(self.model))
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
