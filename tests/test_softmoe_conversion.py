@@ -173,11 +173,11 @@ def test_healing_waits_while_annealing_hurts(hurts, tmp_path, monkeypatch):
         return step(self, model, *args, **kwargs)
 
     monkeypatch.setattr(HealTrainer, "training_step", noted)
-    fields = {"max_steps": 60, "block_size": 16, "batch_size": 20, "learning_rate": 1e-8, "budget_lr": 1e-8,
-              "logging_steps": 60}  # fmt: skip
+    fields = {"max_steps": 60, "block_size": 16, "batch_size": 20, "logging_steps": 60, "allow_worse": True}
+    rates = {"learning_rate": 1e-8, "budget_lr": 1e-8}
     (tmp_path / "text.txt").write_text(make_text(24))
     paths = (str(tmp_path / name) for name in ("soft", "text.txt", "healed"))
-    report = heal(HealConfig(*paths, **fields))
+    report = heal(HealConfig(*paths, **fields, **rates))
     assert report["tokens"] == 60 * 20 * 16  # all of it in every step
     after = softmoe_of(tmp_path / "healed")
     assert (after["alpha"], after["budget"]) == (target["alpha"], target["budget"])

@@ -78,6 +78,11 @@ class HealTrainer(Trainer):
             )
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, *args, **kwargs):
+        """Evaluate a model whose loss was finite; a soft router refuses another, on a GPU for good."""
+        self._refuse_to_go_on()
+        return super().evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, *args, **kwargs):
         self._refuse_to_go_on()  # continuing from such a checkpoint would diverge again
         super()._save_checkpoint(*args, **kwargs)
