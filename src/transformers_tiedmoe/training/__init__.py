@@ -1,6 +1,6 @@
 """Training of tied models: text to blocks, healing after a conversion, parameter groups, soft routing's schedule.
 
-For a Trainer of your own: `AnnealRouting`, `pool_parameter_groups`.
+For a Trainer of your own: `AnnealRouting`, `pool_parameter_groups`. `lora.check_adapters`, for a peft model.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -129,6 +129,14 @@ class TiedMoeTrainingArguments(TrainingArguments):
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
     lora: bool = _ours(False, "Train low-rank adapters on attention and pools; the merged model is saved.")
     lora_rank: int = _ours(16, "Rank of the adapters.")
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ends of names of linear modules to put adapters on; by default those of attention."},
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "The same of experts' weights, such as expert_pools.0.down_proj; by default all pools'."},
+    )
     merge_adapter: bool = _ours(False, "Merge the adapter that lies beside the model's weights before healing.")
     trust_remote_code: bool = _ours(False, "Run code that comes with the model, the teacher or their tokenizers.")
     overwrite: bool = _ours(False, "Replace a healing that output already holds.")
@@ -248,6 +256,10 @@ class TiedMoeTrainingArguments(TrainingArguments):
             )
         if self.optimizer not in (None, "muon"):
             raise TiedMoeError(f"optimizer={self.optimizer!r} is unknown; give muon, or leave it out and set optim")
+        if (self.lora_target_modules or self.lora_target_parameters) and not self.lora:
+            raise TiedMoeError(
+                "lora_target_modules and lora_target_parameters say where adapters go; ask for them (lora)"
+            )
         if self.optimizer and self.lora:
             raise TiedMoeError("optimizer='muon' trains whole matrices, and lora low-rank factors; give one of them")
         if self.teacher_dtype not in TEACHER_DTYPES:

@@ -42,7 +42,7 @@ from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
 from .data import check_tokens, load_blocks, perplexity, tokens_digest
 from .fused_loss import fuse
-from .lora import add_lora
+from .lora import add_lora, check_adapters
 from .mixed_dtypes import read_rounded, replaced
 from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_worse, worse_in_words
 from .pretrained import check_saved, load_config, load_model, open_tokenizer
@@ -174,6 +174,8 @@ class _Run:
         options = {"share": args.anneal, "tolerance": args.anneal_tolerance}
         self.annealing = AnnealRouting(start=self.config.softmoe, **options) if self.is_soft else None
         self.trainer = self._make_trainer()
+        if args.lora:
+            check_adapters(self.model)
 
     def report(self) -> dict[str, Any]:
         """Train the steps that are left, save, check what was saved, and return the report."""
@@ -298,7 +300,7 @@ class _Run:
         if self.checkpoint and not args.lora:
             model = load_model(str(self.checkpoint), args.trust_remote_code)
         if args.lora:
-            return add_lora(model, args.lora_rank)
+            return add_lora(model, args.lora_rank, args.lora_target_modules, args.lora_target_parameters)
         for module in model.modules():
             frozen = "norm" in type(module).__name__.lower() and not args.train_norms
             for parameter in module.parameters(recurse=False):
