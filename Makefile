@@ -30,7 +30,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo model-card seeds study-conversion study-softmoe test fuzz style bench bench-conversion gpu-test bench-gpu gpu-check gpu-cache tune compile-table untied-check hf-tests clean
+.PHONY: demo model-card seeds study-conversion study-softmoe study-pretraining test fuzz style bench bench-conversion gpu-test bench-gpu gpu-check gpu-cache tune compile-table untied-check hf-tests clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -48,6 +48,9 @@ study-conversion: $(INSTALLED)  ## every conversion method's loss against bytes,
 
 study-softmoe: $(INSTALLED)  ## soft routing against top-k, trained from scratch, tied and not: docs/results.md
 	$(PY) benchmarks/softmoe_study.py --output study-softmoe $(ARGS)
+
+study-pretraining: $(INSTALLED)  ## tied models pretrained as the paper did, against untied and narrow ones: docs/results.md
+	$(PY) benchmarks/pretraining_study.py --output study-pretraining $(ARGS)
 
 test: $(INSTALLED) $(TRITON_OLDEST)  ## every test that needs no GPU
 	$(ONE_THREAD) $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu and not minutes" $(ARGS)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
 import llama_cpp_check
+import pretraining_study
 import reading
 import softmoe_study
 from study.jobs import run_all
@@ -162,3 +163,24 @@ def test_llama_cpp_check_converts_with_the_checkouts_own_script(tmp_path, monkey
     assert json.loads(output.read_text())["families"][0]["untied"] == "unknown architecture"
     with pytest.raises(SystemExit):
         llama_cpp_check.main([str(tmp_path)])
+
+
+def test_pretraining_study_compares_at_equal_tokens_and_runs_no_row_twice(tmp_path, monkeypatch):
+    arguments = ["--output", str(tmp_path), "--results", str(tmp_path / "study"), "--quick", "--seeds", "0"]
+    pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
+    monkeypatch.setattr(pretraining_study.Study, "run", None)
+    pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
+    summary = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["row"]: row for row in summary["rows"]}
+    assert list(rows) == ["untied", "g=4", "narrow, parameters of g=4"]
+    narrow, tied, untied = (rows[name] for name in ("narrow, parameters of g=4", "g=4", "untied"))
+    experts, routers = 8 * 3 * 32 * 8, 6 * 4 * 32  # of one set; the rows that narrow routers lack
+    assert untied["parameters"] - tied["parameters"] == 3 * experts
+    assert tied["parameters"] - narrow["parameters"] == routers
+    assert tied["above_untied"]["values"] == [tied["loss"]["mean"] - untied["loss"]["mean"]]
+    untied, _, tied = summary["steps"]
+    assert untied["bytes"]["weights"] - tied["bytes"]["weights"] == 4 * 3 * experts
+    assert untied["bytes"]["optimizer"] - tied["bytes"]["optimizer"] == 4 * 3 * experts  # Muon's one momentum
+    assert untied["bytes"]["activations"] == pytest.approx(tied["bytes"]["activations"], rel=0.05)
+    assert "| g=4 | " in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,275 @@
+"""Tied models pretrained from scratch by the paper's recipe, at a size for one core: `make study-pretraining`.
+
+Small OLMoEs (six layers, the four in the middle tied) learn the novels that ship with the package by Muon and AdamW,
+as "Tying the Loop" (arXiv 2606.16825) trains: warm-up, rates that fall to a tenth, clipping, balance loss and z-loss.
+All see the same tokens, and at a seed in the same order; a seed decides weights and order. `narrow` is untied with as
+many parameters as g=4, but for its smaller routers. Differences are paired by seed.
+
+    python benchmarks/pretraining_study.py --output study-pretraining
+    python benchmarks/pretraining_study.py --output quick --quick --results quick/study    # the whole path in seconds
+
+Kill it and start it again: rows that are there are not run again. Every row runs at a seed before any at the next.
+"""
+
+import functools
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from matplotlib.figure import Figure
+from study.jobs import one_thread, quick_text
+from tables import RESULTS, mean_of, parser_of, plus_minus, table, write_results
+from timing import machine, versions
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup, set_seed
+
+from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.train_source import train_tokenizer
+from transformers_tiedmoe import TiedMoeForCausalLM
+from transformers_tiedmoe.audit.memory_training import activation_bytes
+from transformers_tiedmoe.files import atomic_write_json
+from transformers_tiedmoe.presets import RECIPE, preset
+from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 1024,
+    "max_position_embeddings": 128, "skip_first": 1, "skip_last": 1, "norm_topk_prob": True,
+}  # fmt: skip
+QUICK = {"hidden_size": 32, "num_experts": 8, "vocab_size": 300, "head_dim": 16}
+BATCH, BLOCK, STEPS, HELD_OUT_BLOCKS, ROUNDS = 16, 128, 500, 256, 9
+BASE = "untied"
+# A preset of the paper's and fields of its config; what says most comes first. g=4 leaves 3 of 6 sets of experts.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    BASE: ("g1", {}),
+    "g=4": ("g4", {}),
+    "narrow, parameters of g=4": ("g1", {"num_experts": SIZES["num_experts"] // 2}),
+    "g=4, attention too": ("g4", {"tied_components": ["experts", "attention"]}),
+    "g=2": ("g2", {}),
+    "g=4, pools twice as wide": ("g4-2x", {}),
+    "g=4, routers too": ("g4", {"tied_components": ["experts", "router"]}),
+}
+MEASURED = (BASE, "g=2", "g=4")  # steps and memory
+PAPERS = {name: f"olmoe-1024-{variant}" for name, variant in zip(MEASURED, ("g1", "g2", "g4"))}
+PAPERS_BATCH = 8  # sequences on one device at once
+
+
+class Study:
+    """The text, the sizes and the folder of a study; every row at a seed leaves a JSON file there."""
+
+    def __init__(self, output: Path, is_quick: bool):
+        self.output, self.steps, self.rounds = output, 8 if is_quick else STEPS, 1 if is_quick else ROUNDS
+        self.papers = {"num_hidden_layers": 6} if is_quick else {}
+        self.sizes = {**SIZES, **(QUICK if is_quick else {})}
+        self.text = str(quick_text(output / "text.txt")) if is_quick else DemoConfig().text
+        if not (output / "tokenizer").exists():
+            train_tokenizer(self.text, self.sizes["vocab_size"]).save_pretrained(output / "tokenizer")
+
+    @functools.cached_property
+    def blocks(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """The blocks to train on and those held out."""
+        train, held_out = load_blocks(self.text, AutoTokenizer.from_pretrained(self.output / "tokenizer"), BLOCK)
+        return train, held_out.select(range(min(HELD_OUT_BLOCKS, len(held_out))))
+
+    def path(self, name: str, seed: int) -> Path:
+        """Return the file of a row at a seed; another number of steps has others."""
+        return self.output / f"{re.sub(r'[^a-z0-9]+', '-', name)}.steps{self.steps}.seed{seed}.json"
+
+    def model(self, name: str, seed: int = 0) -> TiedMoeForCausalLM:
+        """Make a row's model from weights at random."""
+        variant, fields = ROWS[name]
+        set_seed(seed)
+        if "num_experts" in fields:
+            fields = {"num_experts": self.sizes["num_experts"] // 2}
+        model = TiedMoeForCausalLM(preset(f"olmoe-512-{variant}", **{**self.sizes, **fields})).train()
+        model.set_experts_implementation("tiedmoe")
+        return model
+
+    def batch(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of some blocks, `[B, S]`."""
+        return torch.tensor(self.blocks[0][numbers.tolist()]["input_ids"])
+
+    def run(self, name: str, seed: int) -> dict:
+        """Train a row and measure its held-out loss."""
+        start, model = time.process_time(), self.model(name, seed)
+        optimizer = Muon(muon_parameter_groups(model, RECIPE["lr"], RECIPE["weight_decay"]))
+        warmup = min(RECIPE["warmup_steps"], self.steps // 10)
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup, self.steps, min_lr_rate=RECIPE["final_lr"] / RECIPE["lr"]
+        )
+        num_blocks, draw = len(self.blocks[0]), torch.Generator().manual_seed(seed)
+        epochs = -(-self.steps * BATCH // num_blocks)
+        order = torch.cat([torch.randperm(num_blocks, generator=draw) for _ in range(epochs)])
+        losses = []
+        for numbers in order[: self.steps * BATCH].split(BATCH):
+            tokens = self.batch(numbers)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found = {"row": name, "seed": seed, "loss": perplexity(model, self.blocks[1], BATCH)["loss"]}
+        found |= {"train_loss": statistics.mean(losses[-50:]), "parameters": model.num_parameters()}
+        return found | {"cpu_seconds": round(time.process_time() - start, 1)}
+
+    def measure_steps(self) -> list[dict]:
+        """Time steps of tied and untied models in turn, and measure their memory; then compute the paper's sizes'."""
+        tokens, parts = self.batch(torch.arange(BATCH)), ("forward and backward", "optimizer")
+        models = {name: self.model(name) for name in MEASURED}
+        optimizers = {name: Muon(muon_parameter_groups(model)) for name, model in models.items()}
+        times: dict[tuple[str, str], list[float]] = {(name, part): [] for name in models for part in parts}
+        for _ in range(self.rounds + 1):
+            for name, model in models.items():
+                calls = functools.partial(step, model, tokens), optimizers[name].step
+                for part, call in zip(parts, calls):
+                    start = time.process_time()
+                    call()
+                    times[name, part].append(time.process_time() - start)
+                model.zero_grad(set_to_none=False)
+        found = []
+        for name, model in models.items():
+            seconds = {part: statistics.median(times[name, part][1:]) for part in parts}
+            states = [t for state in optimizers[name].state.values() for t in state.values() if t.ndim]
+            own = computed_memory(model.config, BATCH, BLOCK)
+            assert own["optimizer"] == sum(state.nbytes for state in states)
+            peak = peak_bytes(functools.partial(step, model, tokens))
+            found.append({"row": name, "seconds": seconds, "bytes": {**own, "activations": peak}})
+            papers = preset(PAPERS[name], **self.papers)
+            found[-1]["papers_bytes"] = computed_memory(papers, PAPERS_BATCH, RECIPE["block_size"])
+        return found
+
+
+def step(model: TiedMoeForCausalLM, tokens: torch.Tensor) -> None:
+    """Run forward and backward."""
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def computed_memory(config: Any, batch: int, block: int) -> dict[str, int]:
+    """Return the bytes of a training step of Muon in float32 by kind, from a model on the meta device."""
+    with torch.device("meta"):
+        model = TiedMoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    weights = 4 * model.num_parameters()
+    groups = muon_parameter_groups(model)
+    states = sum(4 * p.numel() * (1 if group["use_muon"] else 2) for group in groups for p in group["params"])
+    activations = activation_bytes(model, batch, block)
+    return {"weights": weights, "gradients": weights, "optimizer": states, "activations": activations}
+
+
+def peak_bytes(call) -> int:
+    """Return the most bytes that torch's CPU allocator holds at a time during `call`, beside what it held."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def summarize(study: Study, runs: list[dict], steps: list[dict]) -> dict:
+    """Return each row's losses over its seeds, and above those of the untied model at the same seed."""
+    rows = []
+    losses = {(run["row"], run["seed"]): run["loss"] for run in runs}
+    for name in ROWS:
+        own = [run for run in runs if run["row"] == name]
+        above = [run["loss"] - losses[BASE, run["seed"]] for run in own if (BASE, run["seed"]) in losses]
+        if own:
+            rows.append({"row": name, "parameters": own[0]["parameters"], "loss": mean_of([r["loss"] for r in own])})
+            rows[-1]["above_untied"] = None if name == BASE else mean_of(above)
+    settings = {**study.sizes, **RECIPE, "block_size": BLOCK, "sequences_per_step": BATCH, "steps": study.steps}
+    return {
+        "command": "make study-pretraining", "versions": versions(), "machine": machine(torch.device("cpu")),
+        "settings": settings, "rows": rows, "steps": steps, "runs": runs,
+    }  # fmt: skip
+
+
+def markdown(summary: dict) -> str:
+    """Return the tables: losses, then steps and memory."""
+    settings, runs = summary["settings"], summary["runs"]
+    tokens = settings["steps"] * BATCH * BLOCK
+    lines = [
+        [
+            row["row"], f"{row['parameters']:,}", len(row["loss"]["values"]), plus_minus(row["loss"], 4),
+            plus_minus(row["above_untied"], 4, sign="+"),
+        ]
+        for row in summary["rows"]
+    ]  # fmt: skip
+    text = ["# Pretraining: the study", "", __doc__.split("\n\n")[1], "", f"`{summary['command']}`", ""]
+    text += [f"{tokens:,} tokens a run, {statistics.mean(run['cpu_seconds'] for run in runs):.0f} s of one core.", ""]
+    text += table(["row", "parameters", "seeds", "held-out loss", "above untied, by seed"], lines)
+    for title, field, unit, size in (
+        (f"\nA step of {BATCH} sequences of {BLOCK}, measured; MiB:\n", "bytes", 20, "seconds"),
+        (
+            f"\nThe paper's OLMoE of hidden size 1024, {PAPERS_BATCH} sequences, computed; GiB:\n",
+            "papers_bytes",
+            30,
+            0,
+        ),
+    ):
+        kinds = ["weights", "gradients", "optimizer", "activations"]
+        lines = []
+        for row in summary["steps"]:
+            sizes = [row[field][kind] / 2**unit for kind in kinds]
+            times = [f"{1000 * each:.0f} ms" for each in row["seconds"].values()] if size else []
+            lines.append([row["row"], *times, *(f"{each:.1f}" for each in (*sizes, sum(sizes)))])
+        times = ["forward and backward", "optimizer step"] if size else []
+        text += [title, *table(["model", *times, *kinds, "sum"], lines)] if lines else []
+    return "\n".join(text) + "\n"
+
+
+def figure_of(summary: dict) -> Figure:
+    """Draw how far each row's loss is above the untied one's, every seed a point."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    rows = [row for row in summary["rows"] if row["above_untied"]][::-1]
+    for place, row in enumerate(rows):
+        values = row["above_untied"]["values"]
+        axes.plot(values, [place] * len(values), "o", color="#0072B2", alpha=0.6)
+        axes.plot([row["above_untied"]["mean"]], [place], "|", color="black", markersize=18)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['row']} ({row['parameters'] / 1e6:.2f}M)" for row in rows])
+    axes.set_xlabel("held-out loss above the untied model's of the same seed, nats per token")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--output", type=Path, default=Path("study-pretraining"), help="what is there is reused")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "pretraining_study", help="file name without .json, .md, .png"
+    )
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few steps: whether it all works")
+    options = parser.parse_args(arguments)
+    one_thread()
+    study, steps = Study(options.output, options.quick), options.output / "steps.json"
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    jobs = [(name, seed) for seed in seeds for name in ROWS]
+    if not options.report:
+        for name, seed in jobs:
+            if re.search(options.only, name) and not study.path(name, seed).exists():
+                found = study.run(name, seed)
+                atomic_write_json(study.path(name, seed), found)
+                print("{row}, seed {seed}: loss {loss:.4f}, {cpu_seconds:.0f} s".format(**found), flush=True)
+        if not steps.exists():
+            atomic_write_json(steps, study.measure_steps())
+    runs = [json.loads(path.read_text()) for job in jobs if (path := study.path(*job)).exists()]
+    summary = summarize(study, runs, json.loads(steps.read_text()) if steps.exists() else [])
+    write_results(options.results, summary, markdown(summary), figure_of(summary))
+
+
+if __name__ == "__main__":
+    main()
