@@ -138,7 +138,7 @@ def test_an_even_load_is_called_even():
 def test_collapsed_layers_are_named():
     loads = {"a": [0.9, 0.1]}
     texts = sentences(with_stability(*(stable(loads, layer=layer, is_collapsed=layer > 3) for layer in range(6))))
-    assert any(text.startswith("The router of layers 4–5 has collapsed") for text in texts)
+    assert any(text.startswith("The routers of layers 4–5 have collapsed") for text in texts)
 
 
 def test_what_fits_is_the_smallest_gpu():

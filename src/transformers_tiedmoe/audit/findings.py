@@ -170,7 +170,8 @@ def _stability(model: ModelAudit, domains: list[Domain]) -> Iterator[Finding]:
             "stability",
         )
     if collapsed := [each.layer for each in layers if each.is_collapsed]:
-        yield Finding(f"The router of {_layers(collapsed, start='layer')} has collapsed: as few experts as one token "
+        who = "routers of {} have" if len(collapsed) > 1 else "router of {} has"
+        yield Finding(f"The {who.format(_layers(collapsed, start='layer'))} collapsed: as few experts as one token "
                       "uses take half or more of what is not theirs by an even share.", "stability")  # fmt: skip
     num_dead, num_experts = sum(each.num_dead for each in layers), sum(each.num_experts for each in layers)
     if num_dead:
@@ -310,10 +311,10 @@ def _fronts(audit: Audit) -> Iterator[str]:
             and not any(getattr(point, front) for point in points)
         ]
         if beaten:
-            verb = "is" if len(beaten) == 1 else "are"
+            whose, verb = ("its", "is") if len(beaten) == 1 else ("their", "are")
             yield (
-                f"For its {against}, {units.join(beaten)} {verb} beaten on every measure: another model is better and "
-                "takes no more."
+                f"For {whose} {against}, {units.join(beaten)} {verb} beaten on every measure: another model is better "
+                "and takes no more."
             )
 
 

@@ -187,7 +187,7 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
             "How this was measured",
             "conditions",
             2,
-            [f"{when} `audit.json`, beside this file, holds every figure."],
+            [f"{when} audit.json, beside this file, holds every figure."],
             tables=[table for table in (overview.texts(audit), overview.conditions(audit)) if table.rows],
             listings=[("The command", audit.command)],
         )

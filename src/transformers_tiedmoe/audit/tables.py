@@ -240,12 +240,13 @@ def stability(found: Stability) -> list[Table]:
         ),
         Table(
             "Experts that tokens use together most",
-            ("layer", "the first one's tokens that use the second too"),
+            ("layer", "most", "next", "third"),
             [
-                (str(row.layer), ", ".join(f"{a} and {b}: {units.percent(share)}" for a, b, share in row.co_active))
+                (str(row.layer), *[*(f"{a} and {b}: {units.percent(s)}" for a, b, s in row.co_active), "–", "–"][:3])
                 for row in found.layers
                 if row.co_active
             ],
+            "Of the tokens of the first expert, those that use the second one too.",
         ),
         Table(
             "What a token's first choice tells about its first choice in the next layer",
