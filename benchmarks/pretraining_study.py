@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from study.jobs import one_thread, quick_text
 from tables import RESULTS, mean_of, parser_of, plus_minus, table, write_results
-from timing import machine, versions
+from timing import by_clock, interleave, machine, spread, versions
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
@@ -57,6 +57,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MEASURED = (BASE, "g=2", "g=4")  # steps and memory
 PAPERS = {name: f"olmoe-1024-{variant}" for name, variant in zip(MEASURED, ("g1", "g2", "g4"))}
+KINDS = ("weights", "gradients", "optimizer", "activations")
 PAPERS_BATCH = 8  # sequences on one device at once
 
 
@@ -122,33 +123,30 @@ class Study:
 
     def measure_steps(self) -> list[dict]:
         """Time steps of tied and untied models in turn, and measure their memory; then compute the paper's sizes'."""
-        tokens, parts = self.batch(torch.arange(BATCH)), ("forward and backward", "optimizer")
+        tokens = self.batch(torch.arange(BATCH))
         models = {name: self.model(name) for name in MEASURED}
         optimizers = {name: Muon(muon_parameter_groups(model)) for name, model in models.items()}
-        times: dict[tuple[str, str], list[float]] = {(name, part): [] for name in models for part in parts}
-        for _ in range(self.rounds + 1):
-            for name, model in models.items():
-                calls = functools.partial(step, model, tokens), optimizers[name].step
-                for part, call in zip(parts, calls):
-                    start = time.process_time()
-                    call()
-                    times[name, part].append(time.process_time() - start)
-                model.zero_grad(set_to_none=False)
+        passes = {name: functools.partial(run_once, model, tokens) for name, model in models.items()}
+        calls = {f"{name}, forward and backward": by_clock(call, time.process_time) for name, call in passes.items()}
+        for name, optimizer in optimizers.items():
+            calls[f"{name}, optimizer"] = by_clock(lambda number, step=optimizer.step: step(), time.process_time)
+        times = interleave(calls, seconds=0, least=self.rounds + 1, most=self.rounds + 1)
         found = []
         for name, model in models.items():
-            seconds = {part: statistics.median(times[name, part][1:]) for part in parts}
+            parts = ("forward and backward", "optimizer")
+            seconds = {part: spread(times[f"{name}, {part}"][1:]) for part in parts}  # the first is a warm-up
             states = [t for state in optimizers[name].state.values() for t in state.values() if t.ndim]
             own = computed_memory(model.config, BATCH, BLOCK)
             assert own["optimizer"] == sum(state.nbytes for state in states)
-            peak = peak_bytes(functools.partial(step, model, tokens))
+            peak = peak_bytes(passes[name])
             found.append({"row": name, "seconds": seconds, "bytes": {**own, "activations": peak}})
             papers = preset(PAPERS[name], **self.papers)
             found[-1]["papers_bytes"] = computed_memory(papers, PAPERS_BATCH, RECIPE["block_size"])
         return found
 
 
-def step(model: TiedMoeForCausalLM, tokens: torch.Tensor) -> None:
-    """Run forward and backward."""
+def run_once(model: TiedMoeForCausalLM, tokens: torch.Tensor, number: int = 0) -> None:
+    """Run forward and backward, call number `number`."""
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
@@ -207,24 +205,23 @@ def markdown(summary: dict) -> str:
     text = ["# Pretraining: the study", "", __doc__.split("\n\n")[1], "", f"`{summary['command']}`", ""]
     text += [f"{tokens:,} tokens a run, {statistics.mean(run['cpu_seconds'] for run in runs):.0f} s of one core.", ""]
     text += table(["row", "parameters", "seeds", "held-out loss", "above untied, by seed"], lines)
-    for title, field, unit, size in (
-        (f"\nA step of {BATCH} sequences of {BLOCK}, measured; MiB:\n", "bytes", 20, "seconds"),
-        (
-            f"\nThe paper's OLMoE of hidden size 1024, {PAPERS_BATCH} sequences, computed; GiB:\n",
-            "papers_bytes",
-            30,
-            0,
-        ),
-    ):
-        kinds = ["weights", "gradients", "optimizer", "activations"]
-        lines = []
-        for row in summary["steps"]:
-            sizes = [row[field][kind] / 2**unit for kind in kinds]
-            times = [f"{1000 * each:.0f} ms" for each in row["seconds"].values()] if size else []
-            lines.append([row["row"], *times, *(f"{each:.1f}" for each in (*sizes, sum(sizes)))])
-        times = ["forward and backward", "optimizer step"] if size else []
-        text += [title, *table(["model", *times, *kinds, "sum"], lines)] if lines else []
+    if summary["steps"]:
+        measured = [
+            [*memory(row, "bytes", 2**20), *(f"{1000 * each['median']:.0f} ms" for each in row["seconds"].values())]
+            for row in summary["steps"]
+        ]
+        text += ["", f"A step of {BATCH} sequences of {BLOCK}, measured, and process time; MiB:", ""]
+        text += table(["model", *KINDS, "sum", "forward and backward", "optimizer step"], measured)
+        computed = [memory(row, "papers_bytes", 2**30) for row in summary["steps"]]
+        text += ["", f"The paper's OLMoE of hidden size 1024, {PAPERS_BATCH} sequences, computed, float32; GiB:", ""]
+        text += table(["model", *KINDS, "sum"], computed)
     return "\n".join(text) + "\n"
+
+
+def memory(row: dict, field: str, unit: int) -> list[str]:
+    """Return a row's name, its bytes by kind and their sum, in units."""
+    sizes = [row[field][kind] / unit for kind in KINDS]
+    return [row["row"], *(f"{each:.1f}" for each in (*sizes, sum(sizes)))]
 
 
 def figure_of(summary: dict) -> Figure:

@@ -25,6 +25,7 @@ MODELS = {  # one untied layer, then two groups of two layers; two slots of a la
     "qwen3_moe": {"groups": [[0, 1], [2, 3, 4]]},
     "soft": {"routing": "softmoe", "softmoe": {"alpha": 0.1, "threshold": 0.2}},
     "residual": {"residual_rank": 2},
+    "all tied": {"tied_components": "all"},
 }
 BOTH = {"tp_plan": "auto", "enable_expert_parallel": True}  # experts whole, attention split
 ACROSS = {"fsdp_size": 2, "ep_size": 2}  # each process has a batch of its own, and fetches experts of the other's
@@ -39,6 +40,7 @@ CASES = [
 ]
 REFUSED = [
     ("residual", {"tp_size": 2}, r"residual_rank=\[2, 2\]: a residual belongs to a layer's slots"),
+    ("all tied", {"tp_size": 2}, r"tied_components=\['experts', 'router', 'attention'\], whose layers own no router"),
     ("soft", ACROSS, "routing='softmoe', whose tokens leave slots inactive"),
 ]
 TOKENS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -70,6 +70,11 @@ class ParallelPools(PreTrainedModel):
                 "residual belongs to a layer's slots and cannot follow its pool's rows to other processes; use "
                 "fsdp_size, or a model without residuals"
             )
+        if max(tp_size, ep_size) > 1 and self.config.tied_components != ["experts"]:
+            raise TiedMoeError(
+                f"tp_size={tp_size}, ep_size={ep_size} on a model with tied_components={self.config.tied_components}, "
+                "whose layers own no router or attention that a plan could split; use fsdp_size"
+            )
         if ep_size > 1 and self.config.routing != "top_k":
             raise TiedMoeError(
                 f"ep_size={ep_size} on a model with routing={self.config.routing!r}, whose tokens leave slots "
