@@ -14,7 +14,14 @@ import torch
 from families import moe_families, tiny_config
 from test_families import UNSUPPORTED
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    QuantizedCache,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
@@ -290,6 +297,39 @@ def test_generation_is_the_same_with_every_cache(cache, tokens):
     expected = model.generate(tokens, use_cache=False, **greedy)
     named = {} if cache == "sliding" else {"cache_implementation": cache}
     assert model.generate(tokens, **named, **greedy).equal(expected)
+
+
+QUANTISED = {  # and the mean error of a logit, by the logits' standard deviation
+    "quanto": ({"q_group_size": 8, "nbits": 4}, 0.1),
+    "hqq": ({"q_group_size": 8, "nbits": 8, "axis_key": 1, "axis_value": 1}, 0.005),
+    "fp8": ({}, 0.07),  # of transformers itself, in newer versions
+}
+
+
+@pytest.mark.parametrize("backend", QUANTISED)
+def test_a_quantised_cache_costs_what_it_rounds(backend, tokens):
+    """Cached logits are near those of the full forward, and not equal: routing sees what the cache gives back."""
+    if backend != "fp8":
+        pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model, (options, most) = soft_model(threshold=0.2), QUANTISED[backend]
+    try:
+        cache = QuantizedCache(backend, model.config, **options)
+    except ValueError as error:
+        pytest.skip(str(error))  # an older transformers
+    expected = model(tokens).logits
+    model(tokens[:, :6], past_key_values=cache)
+    error = (model(tokens[:, 6:], past_key_values=cache).logits - expected[:, 6:]).abs().mean()
+    assert 0 < error < most * expected.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_generation_is_the_same_with_an_offloaded_cache(cache, tokens):
+    """These copy by CUDA streams, whatever device the model is on."""
+    model, tokens = soft_model(threshold=0.2).cuda(), tokens.cuda()
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, use_cache=False, **greedy)
+    assert model.generate(tokens, cache_implementation=cache, **greedy).equal(expected)
 
 
 REMOTE = """

@@ -24,6 +24,7 @@ from tiedmoe_conversion.verify import verify_folder
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.configuration_tiedmoe import TOP_K_FIELDS
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.routing import active_experts
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.pretrained import load_model
@@ -238,6 +239,37 @@ def test_what_max_active_takes_is_in_the_report(soft, data, tmp_path):
     assert {each["tokens_cut"] for each in report["history"] if "loss" in each} == {1.0}
     (warning,) = [each for each in report["warnings"] if "max_active" in each]
     assert warning.startswith("max_active=2 took 2.0 experts each from 100.0% of the held-out tokens")
+
+
+def test_a_learned_budget_that_config_json_switches_off(soft, data, tmp_path):
+    """Whoever reads it, `learn_budget: false` alone is refused, and `layers` replace what the files hold."""
+    refused = copy_with(soft, tmp_path / "refused", alpha=0.1, target_alpha=None, learn_budget=False)
+    message = (
+        r"learn_budget=false, and the files hold the shares .* \(expert_budget.theta\); .* set learn_budget to true, "
+        r"which keeps them, or layers .* such as \[2.0, 2.0, 2.0, 2.0\]"
+    )
+    healing = {**QUICK, "max_steps": 1, "allow_worse": True}
+    for read in (
+        lambda: AutoModelForCausalLM.from_pretrained(refused),
+        lambda: heal(HealConfig(refused, data, str(tmp_path / "healed"), **healing)),
+        lambda: untie(refused, tmp_path / "untied", data=data, top_k=2),
+        lambda: verify_folder(refused),
+    ):
+        with pytest.raises(TiedMoeError, match=message):
+            read()
+    assert [path.name for path in tmp_path.iterdir()] == ["refused"]
+
+    layers = [1.0, 2.0, 2.0, 3.0]
+    fixed = copy_with(refused, tmp_path / "fixed", layers=layers, target_budget=None)
+    model, loading = AutoModelForCausalLM.from_pretrained(fixed, output_loading_info=True)
+    assert not any(loading.values()), loading
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert [each["k"] for each in active_experts(model)] == layers
+    assert verify_folder(fixed)["auto_class"]
+    assert untie(fixed, tmp_path / "untied", data=data, top_k=2)["baked"]["top_k"] == 2
+    report = heal(HealConfig(fixed, data, str(tmp_path / "healed"), **healing))
+    assert [each["k"] for each in report["active_experts"]] == layers
+    assert verify_folder(tmp_path / "healed")["auto_class"]
 
 
 # Back to the family: a fixed top-k

@@ -22,6 +22,7 @@ from .families import is_experts
 logger = logging.get_logger(__name__)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BUDGET = "expert_budget.theta"  # of a base model, `routing.softmoe.ExpertBudget`
 INDICES = (torch.int64, torch.int32)  # torch reads uint8 and bool as masks
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -74,6 +75,8 @@ def check_headers(
     prefix = f"{model.base_model_prefix}."
     stored = {key.removeprefix(prefix): entry for key, entry in headers.items()}
     wanted = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+    if BUDGET in stored:
+        _check_budget(model.config, stored[BUDGET][0], name)
     for key, tensor in wanted.items():
         if key not in stored:
             continue  # stored under an older name of the family's, or reported as missing by transformers
@@ -104,6 +107,19 @@ def check_headers(
             f"{name}: a model of config.json has {claimed:,} elements without its head, and the files hold {held:,}; "
             "expected as many at least: use the config.json that belongs to the weights"
         )
+
+
+def _check_budget(config: Any, shape: tuple[int, ...], name: str) -> None:
+    """Raise if the files hold learned shares of the budget, and config.json neither uses nor replaces them."""
+    soft = getattr(config, "softmoe", None)
+    if soft is None or soft["learn_budget"] or soft["layers"] is not None:
+        return
+    even = [soft["budget"] / shape[0]] * shape[0] if len(shape) == 1 and shape[0] else []
+    raise MismatchedCheckpoint(
+        f"{name}: config.json's softmoe has learn_budget=false, and the files hold the shares of the budget that the "
+        f"layers have learned ({BUDGET}); expected one of them: set learn_budget to true, which keeps them, or layers "
+        f"to the numbers of experts that are to replace them, such as {short_repr(even)}"
+    )
 
 
 def _layers(names: Iterable[str]) -> set[int]:

@@ -43,7 +43,7 @@ from .families import (
     restore_module,
 )
 from .fsdp import gather_once_per_group
-from .loading import check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
+from .loading import BUDGET, check_headers, check_pool, check_slot_map, read_headers, say_what_is_unquantised
 from .losses import add_router_losses, watch_routers
 from .offload import is_offloaded, keep_pools_loaded
 from .parallel import ParallelPools
@@ -294,6 +294,13 @@ class TiedMoePreTrainedModel(ParallelPools):
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        # diff with transformers: layers of fixed numbers in config.json replace what was learned
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if self.config.softmoe is not None and self.config.softmoe["layers"] is not None:
+            names = loading_info.unexpected_keys
+            loading_info.unexpected_keys = {name for name in names if not name.endswith(BUDGET)}
 
     def _check_loaded(self) -> None:
         """Check what a checkpoint has just put into the model."""
