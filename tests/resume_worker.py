@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from test_resume import ACCUMULATION, OPTIONS, kill_at
+from test_resume import ACCUMULATION, OPTIONS, STREAMING, kill_at
 from transformers import Trainer
 
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.outcome import Diverged
 
-CASES = {"full": {}, "lora": {"lora": True, "lora_rank": 2}, "accumulation": ACCUMULATION}
+CASES = {"full": {}, "lora": {"lora": True, "lora_rank": 2}, "streaming": STREAMING, "accumulation": ACCUMULATION}
 RANK = int(os.environ["RANK"])
 
 

@@ -21,6 +21,7 @@ SOFT = {
     "softmoe": {"alpha": 0.01, "target_alpha": 0.03, "target_budget": 6.0, "target_active": 7.0},
 }
 ACCUMULATION = {"batch_size": 2, "gradient_accumulation_steps": 2}
+STREAMING = {"streaming": True, "validation_blocks": 2, "separate_documents": True, "fused_loss": True}
 HERE = Path(__file__).parent
 SAME = ("before", "after", "steps", "tokens", "history", "warnings", "is_worse", "trainable_parameters")
 
@@ -70,6 +71,7 @@ def minutes(*case, id):
         pytest.param("source", {}, id="source"),
         pytest.param("bf16", {"lora": True, "lora_rank": 2}, id="lora"),
         pytest.param("soft", {"max_steps": 12, "lora": True, "lora_rank": 2}, id="soft-lora"),
+        pytest.param("tied", STREAMING, id="streaming"),
         minutes("soft", {"max_steps": 12}, id="soft"),
         minutes("tied", {"optimizer": "muon", "train_norms": True, "gradient_checkpointing": True}, id="muon"),
         minutes("tied", ACCUMULATION | {"dataloader_num_workers": 1, "teacher": "source"}, id="accumulation"),
@@ -118,7 +120,7 @@ def test_two_processes_that_are_killed_end_as_unbroken_ones(made):
         assert "expected to be the only one" in taken.stderr
     second = two_processes(str(made), "second")
     assert second.returncode == 0, second.stdout + second.stderr[-3000:]
-    for case in ("full", "lora", "accumulation"):
+    for case in ("full", "lora", "streaming", "accumulation"):
         found, expected = made / f"{case}.killed", made / f"{case}.unbroken"
         reports = [json.loads((folder / "heal.json").read_text()) for folder in (found, expected)]
         assert [each["resumed_from_step"] for each in reports] == [4, 0]

@@ -1,7 +1,6 @@
 """Which text the source is run on, in the source's own tokens: what is fitted on, and what is held out."""
 
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers_tiedmoe.training.data import load_blocks
 from ..checkpoint.reader import Source
 from ..errors import ConversionError
 
-BUNDLED = {"austen": "austen.txt.xz"}  # texts that ship with the package
 HELD_OUT_SHARE = 0.25  # of the calibration tokens, held out in addition to them
 DEFAULT_BLOCK_SIZE = 512  # tokens in a sequence, if the source knows so many positions
 LEFT_ALONE = 0.05  # of the text, at its end, which `tiedmoe heal` holds out: no decision is taken on it
@@ -43,11 +41,10 @@ class CalibrationText:
             ConversionError: no such text, less of it than asked for, or a source without a tokenizer.
         """
         tokenizer = _tokenizer(source)
-        data = str(files("transformers_tiedmoe") / "data" / BUNDLED[self.data]) if self.data in BUNDLED else self.data
         num_fit = max(1, round(self.num_tokens / self.block_size))
         num_held_out = max(1, round(self.num_tokens * HELD_OUT_SHARE / self.block_size))
         try:
-            blocks = load_blocks(data, tokenizer, self.block_size, LEFT_ALONE)[0]["input_ids"]
+            blocks = load_blocks(self.data, tokenizer, self.block_size, LEFT_ALONE)[0]["input_ids"]
         except (ValueError, OSError) as error:
             raise ConversionError(f"calibration text: {error}") from error
         if len(blocks) < num_fit + num_held_out:

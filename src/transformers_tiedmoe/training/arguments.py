@@ -82,7 +82,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
     data: str = _ours(
         "",
         "Text to train on: a .txt, .jsonl or .parquet file (.xz or .gz or not), a folder of them, or a dataset of the "
-        "Hub (id or id:config).",
+        "Hub (id or id:config); austen: the novels that ship with the package.",
     )
     teacher: str | None = _ours(None, "Folder or hub id of the source, to learn from its predictions as well.")
     teacher_weight: float = _ours(
@@ -127,6 +127,12 @@ class TiedMoeTrainingArguments(TrainingArguments):
     block_size: int | None = _ours(None, "Tokens in a sequence; by default 512, or the model's positions if fewer.")
     text_column: str = _ours("text", "Column of the text, if the data has columns.")
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
+    streaming: bool = _ours(False, "Read and tokenize the text while training, in its order, again when it ends.")
+    validation_blocks: int = _ours(64, "With streaming: sequences at the text's start that are held out.")
+    validation_split: str | None = _ours(None, "With streaming from the Hub: the split to hold out from instead.")
+    separate_documents: bool = _ours(
+        False, "Let no token see the document before its own: attention and positions begin anew after an end token."
+    )
     lora: bool = _ours(False, "Train low-rank adapters on attention and pools; the merged model is saved.")
     lora_rank: int = _ours(16, "Rank of the adapters.")
     lora_target_modules: list[str] | None = field(
@@ -235,6 +241,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
             "gradient_accumulation_steps",
             "lora_rank",
             "teacher_top_k",
+            "validation_blocks",
             "save_steps",
         ):
             value = getattr(self, name)
@@ -262,6 +269,14 @@ class TiedMoeTrainingArguments(TrainingArguments):
             )
         if self.optimizer and self.lora:
             raise TiedMoeError("optimizer='muon' trains whole matrices, and lora low-rank factors; give one of them")
+        if self.streaming and (self.teacher_cache or self.dataloader_num_workers > 1):
+            raise TiedMoeError(
+                "streaming has one reader and no end; leave teacher_cache out, and dataloader_num_workers at most 1"
+            )
+        if self.validation_split and not self.streaming:
+            raise TiedMoeError(
+                f"validation_split={self.validation_split} needs streaming; ask for it, or leave it out"
+            )
         if self.teacher_dtype not in TEACHER_DTYPES:
             raise TiedMoeError(
                 f"teacher_dtype={self.teacher_dtype!r} is unknown; choose one of {', '.join(TEACHER_DTYPES)}"

@@ -7,7 +7,8 @@ otherwise leak into the validation set.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from ..errors import TiedMoeError
 from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
 
+BUNDLED = {"austen": "austen.txt.xz"}  # texts that ship with the package
 TOKENIZED_AT_ONCE = 1 << 20  # characters
+ROWS_AT_ONCE = 1000
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -36,7 +39,8 @@ def load_blocks(
 
     Args:
         data: a `.txt`, `.json`, `.jsonl` or `.parquet` file (`.xz`, `.gz` or `.zst` compressed or not), a folder of
-            such files of one kind, or a dataset of the hub, `id` or `id:config`, whose `train` split is read.
+            such files of one kind, or a dataset of the hub, `id` or `id:config`, whose `train` split is read; "austen"
+            is Jane Austen's novels, which ship with the package.
         tokenizer: a transformers tokenizer. No special token is added, but its end-of-text token, where it has one,
             closes every row of a `.json`, `.parquet` or hub dataset. A text file is one document.
         block_size: tokens in a block.
@@ -107,7 +111,11 @@ def tokens_digest(*parts: datasets.Dataset) -> str:
 
 def check_tokens(model: str, vocab_size: int, *parts: datasets.Dataset) -> None:
     """Raise `TiedMoeError` if blocks hold a token that a model of `vocab_size` has not."""
-    most = max(int(block.max()) for block in _columns(*parts))
+    check_largest(model, vocab_size, max(int(block.max()) for block in _columns(*parts)))
+
+
+def check_largest(model: str, vocab_size: int, most: int) -> None:
+    """Raise `TiedMoeError` if the largest token is one that a model of `vocab_size` has not."""
     if most >= vocab_size:
         raise TiedMoeError(
             f"{model}: its tokenizer gives token {most}, but its vocab_size is {vocab_size}; expected the "
@@ -127,9 +135,14 @@ def _pack(data: str | Path, tokenizer, block_size: int, text_column: str) -> tup
         raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
     texts, is_lines = _load_texts(data, text_column)
     tokens = _tokenize(texts, tokenizer, is_lines)
+    return as_blocks(tokens, block_size), len(tokens)
+
+
+def as_blocks(tokens: np.ndarray, block_size: int) -> datasets.Dataset:
+    """Cut int32 tokens `[num_tokens]` into the rows of a dataset; what is left at the end is dropped."""
     used = len(tokens) // block_size * block_size
     blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens[:used]), block_size).cast(pa.list_(pa.int32()))
-    return datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks})), len(tokens)
+    return datasets.Dataset(pa.table({"input_ids": blocks, "labels": blocks}))
 
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +177,8 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
 
     Args:
         model: a causal language model; evaluated on its own device, its train or eval mode is restored.
-        dataset: rows of equal length with `input_ids` and `labels`, as `load_blocks` returns them.
+        dataset: rows of equal length with `input_ids` and `labels`, as `load_blocks` returns them, and maybe
+            `position_ids`.
         batch_size: rows in one forward.
 
     Returns:
@@ -175,8 +189,8 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
     total, tokens = 0.0, 0
     try:
         for batch in dataset.with_format("torch").iter(batch_size):
-            input_ids, labels = (batch[key].to(model.device, torch.int64) for key in ("input_ids", "labels"))
-            sums, counts = sequence_losses(model, input_ids, labels)
+            found = {name: column.to(model.device, torch.int64) for name, column in batch.items()}
+            sums, counts = sequence_losses(model, labels=found["labels"], **model_inputs(found))
             total += sum(sums.tolist())
             tokens += int(counts.sum())
     finally:
@@ -189,30 +203,20 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
 
 def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
     """Load the rows of `data` as one column `text`; tell whether they are lines of text files."""
-    path = Path(data).expanduser()
-    if path.exists():
-        kind, files = _local_files(path)
+    path = local_path(data)
+    if path is not None:
+        kind, files = local_files(path)
         # Read once and kept in the cache of datasets, which knows a file by its path, its size and its time.
-        versions = [(str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)) for file in files]
         try:
             texts = datasets.Dataset.from_generator(
                 read_rows,
                 features=datasets.Features({"text": datasets.Value("string")}),
-                gen_kwargs={"files": versions, "text_column": text_column},
+                gen_kwargs={"files": file_versions(files), "text_column": text_column},
             )
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
         return texts, kind == "text"
-    if kind_of(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
-        raise FileNotFoundError(f"no file or folder {data}; give text that exists, or the id of a dataset of the hub")
-    name, _, config = str(data).partition(":")
-    try:
-        texts = datasets.load_dataset(name, config or None, split="train")
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
-            "check the path, or the id and the connection"
-        ) from error
+    texts = load_from_hub(data, "train")
     if text_column not in texts.column_names:
         raise TiedMoeError(
             f"{data} has no column {text_column!r}, only {texts.column_names}; name the column of "
@@ -227,7 +231,47 @@ def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, b
     return texts if text_column == "text" else texts.rename_column(text_column, "text"), False
 
 
-def _local_files(path: Path) -> tuple[str, list[Path]]:
+def local_path(data: str | Path) -> Path | None:
+    """Return the file or folder that `data` names, or the text that ships with the package; None for one of the Hub.
+
+    Raises:
+        FileNotFoundError: it can only be a file, and there is none.
+    """
+    if str(data) in BUNDLED:
+        return Path(str(resources.files("transformers_tiedmoe") / "data" / BUNDLED[str(data)]))
+    path = Path(data).expanduser()
+    if path.exists():
+        return path
+    if kind_of(path) or path.is_absolute() or str(data).startswith(".") or str(data).count("/") > 1:
+        raise FileNotFoundError(f"no file or folder {data}; give text that exists, or the id of a dataset of the hub")
+    return None
+
+
+def load_from_hub(data: str | Path, split: str, **options: Any) -> Any:
+    """Load a split of a dataset of the Hub, `id` or `id:config`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        TiedMoeError: it has no such split.
+    """
+    name, _, config = str(data).partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split, **options)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
+            "check the path, or the id and the connection"
+        ) from error
+    except ValueError as error:  # of datasets, for an unknown split or config
+        raise TiedMoeError(f"{data} cannot be loaded: {error}; check its config and its splits") from error
+
+
+def file_versions(files: Sequence[Path]) -> list[tuple[str, ...]]:
+    """Return path, size and time of files: another version of a file differs in these."""
+    return [(str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)) for file in files]
+
+
+def local_files(path: Path) -> tuple[str, list[Path]]:
     """Return the kind of a file, or of all files in a folder, and the files to read, by name."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
     kinds = {kind for file in files if (kind := kind_of(file))}
@@ -241,20 +285,29 @@ def _local_files(path: Path) -> tuple[str, list[Path]]:
 
 
 def _tokenize(texts: datasets.Dataset, tokenizer, is_lines: bool) -> np.ndarray:
-    """Tokenize `texts` into one int32 array `[num_tokens]`; rows that are lines are joined first."""
-    end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """Tokenize `texts` into one int32 array `[num_tokens]`."""
 
     def encode(batch):
-        rows = [row for row in batch["text"] if row]
-        rows = ["".join(rows)] if is_lines and rows else rows
-        return {"tokens": [ids + end for ids in _encode(rows, tokenizer)]}
+        return {"tokens": encode_rows(batch["text"], tokenizer, is_lines)}
 
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
     encoded = texts.map(
-        encode, batched=True, remove_columns=texts.column_names, features=features, desc="Tokenizing the text"
+        encode,
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
+        remove_columns=texts.column_names,
+        features=features,
+        desc="Tokenizing the text",
     )
     chunks = encoded.data.column("tokens").chunks
     return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks] or [np.empty(0, np.int32)])
+
+
+def encode_rows(rows: Sequence[str | None], tokenizer, is_lines: bool) -> list[list[int]]:
+    """Tokenize rows of text; lines of a file are joined first, other rows closed by the end-of-text token."""
+    end = [] if is_lines or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = [row for row in rows if row]
+    return [ids + end for ids in _encode(["".join(texts)] if is_lines and texts else texts, tokenizer)]
 
 
 def _encode(rows: list[str], tokenizer) -> list[list[int]]:

@@ -40,7 +40,8 @@ from ..workdir import Work, check_output, open_work, was_renamed
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
-from .data import check_tokens, load_blocks, perplexity, tokens_digest
+from .data import perplexity
+from .documents import refuse_crossing
 from .fused_loss import fuse
 from .lora import add_lora, check_adapters
 from .mixed_dtypes import read_rounded, replaced
@@ -48,6 +49,7 @@ from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_wors
 from .pretrained import check_saved, load_config, load_model, open_tokenizer
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
+from .streaming import read_text
 from .teacher_cache import CachedTeacher
 from .teachers import open_teacher
 from .trainer import HealTrainer
@@ -109,14 +111,11 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
     tokenizer = open_tokenizer(args.model, args.trust_remote_code)
     args = _with_block_size(args, config)
     with state.main_process_first():
-        train, validation = load_blocks(
-            args.data, tokenizer, args.block_size or 0, args.validation_fraction, args.text_column
-        )
-    check_tokens(args.model, config.get_text_config().vocab_size, train, validation)
+        train, validation, text = read_text(args, tokenizer, config.get_text_config().vocab_size)
     identity = {
         "arguments": args.identity | {name: _place(getattr(args, name)) for name in ("model", "data", "teacher")},
         "model": fingerprint(args.model, config),
-        "data": {"tokens_sha256": tokens_digest(train, validation)},
+        "data": text,
         "teacher": fingerprint(args.teacher, load_config(args.teacher, args.trust_remote_code))
         if args.teacher
         else {},
@@ -167,7 +166,7 @@ class _Run:
         self.is_soft = getattr(self.config, "routing", "") == "softmoe"
         self._tell("loading the model")
         offload = work.scratch / f"teacher-{args.process_index}"
-        self.teacher = open_teacher(args, config, tokenizer, self.train, offload) if args.teacher else None
+        self.teacher = open_teacher(args, config, tokenizer, blocks, offload) if args.teacher else None
         self.model = self._load_model()
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
@@ -339,8 +338,10 @@ class _Run:
         )
         bare = self.model.get_base_model() if args.lora else self.model
         batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
-        trainer.fused, why_not = fuse(bare, self.train, batch_tokens, args.fused_loss)
+        trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, args.fused_loss)
         self.warnings += [why_not] if why_not else []
+        if args.separate_documents:
+            refuse_crossing(bare, args.model)
         if self.progress:
             trainer.remove_callback(PrinterCallback)
         if layer_experts(bare):

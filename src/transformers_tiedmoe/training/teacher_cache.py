@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from ..workdir import Folder, open_folder
-from .data import tokens_digest
+from .data import model_inputs, tokens_digest
 from .distillation import top_k_divergence, top_k_of
 from .live_teacher import LiveTeacher
 
@@ -93,7 +93,11 @@ def make_cache(
     identity = {
         "teacher": dict(teacher),
         "text": {"tokens_sha256": tokens_digest(rows)},
-        "options": {"top_k": top_k, "temperature": temperature},
+        "options": {
+            "top_k": top_k,
+            "temperature": temperature,
+            "separate_documents": "position_ids" in rows.column_names,
+        },
     }
     block_size = len(rows[0]["input_ids"])
     shard_rows = max(1, SHARD_BYTES // (block_size * (6 * top_k + 4)))
@@ -127,21 +131,22 @@ def _fill(
         parts = []
         part = rows.select(range(start, min(start + shard_rows, len(rows))))
         for batch in part.with_format("torch").iter(max(1, TOKENS_AT_A_TIME // len(rows[0]["input_ids"]))):
-            parts.append(_predict(live, batch["input_ids"].long(), top_k, temperature))
+            inputs = {name: column.long() for name, column in model_inputs(batch).items()}
+            parts.append(_predict(live, inputs, top_k, temperature))
         tensors = {name: torch.cat(each) for name, each in zip(NAMES, zip(*parts))}
         with work.draft() as draft:
             save_file(tensors, draft / _name(number))
 
 
 @torch.no_grad()
-def _predict(live: LiveTeacher, ids: torch.Tensor, top_k: int, temperature: float) -> list[torch.Tensor]:
-    """Return the tensors of `top_k_of` for ids `[B, T]`, `[B, T, ...]` on the CPU."""
-    (target,) = live.targets({"input_ids": ids})
+def _predict(live: LiveTeacher, inputs: dict[str, torch.Tensor], top_k: int, temperature: float) -> list[torch.Tensor]:
+    """Return the tensors of `top_k_of` for inputs `[B, T]`, `[B, T, ...]` on the CPU."""
+    (target,) = live.targets(inputs)
     chunks = [
         [each.cpu() for each in top_k_of(live.logits(chunk), top_k, temperature)]
         for chunk in target.flatten(0, 1).split(CHUNK_SIZE)
     ]
-    return [torch.cat(each).unflatten(0, ids.shape) for each in zip(*chunks)]
+    return [torch.cat(each).unflatten(0, inputs["input_ids"].shape) for each in zip(*chunks)]
 
 
 def _name(number: int) -> str:

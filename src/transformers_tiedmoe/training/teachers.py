@@ -13,6 +13,7 @@ from ..files import check_apart
 from ..hub import fingerprint
 from .arguments import TiedMoeTrainingArguments
 from .distillation import Teacher
+from .documents import refuse_crossing
 from .fused_loss import SAMPLE, why_no_head
 from .live_teacher import LiveTeacher
 from .pretrained import load_config, load_model, open_tokenizer
@@ -22,14 +23,18 @@ PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def open_teacher(
-    args: TiedMoeTrainingArguments, config: PreTrainedConfig, tokenizer: Any, train: datasets.Dataset, offload: Path
+    args: TiedMoeTrainingArguments,
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    blocks: tuple[Any, datasets.Dataset],
+    offload: Path,
 ) -> Teacher:
     """Load the frozen teacher that the arguments name, or open its cache, which is filled first where it is not.
 
     Args:
         args: of the healing.
         config: of the student, as is `tokenizer`: a number must mean the same token to both models.
-        train: blocks of tokens.
+        blocks: to train on, and held out.
         offload: folder for the layers that lie on the disk, which are read again for every batch.
 
     Raises:
@@ -51,7 +56,9 @@ def open_teacher(
 
     def load() -> LiveTeacher:
         model = _load(args, offload)
-        has_head = why_no_head(model, torch.tensor(train[0]["input_ids"])[None, :SAMPLE]) is None
+        if args.separate_documents:
+            refuse_crossing(model, str(args.teacher))
+        has_head = why_no_head(model, torch.tensor(blocks[1][0]["input_ids"])[None, :SAMPLE]) is None
         return LiveTeacher(model, args.temperature, has_head)
 
     if not args.teacher_cache:
@@ -61,8 +68,8 @@ def open_teacher(
     if args.teacher_top_k > sizes[0]:
         raise TiedMoeError(f"teacher_top_k={args.teacher_top_k}, but {args.teacher} knows {sizes[0]} tokens; lower it")
     identity = {**fingerprint(args.teacher, own), "dtype": args.teacher_dtype}
-    make_cache(args.teacher_cache, train, identity, load, args.teacher_top_k, args.temperature)
-    return CachedTeacher(train, args.teacher_cache, args.temperature)
+    make_cache(args.teacher_cache, blocks[0], identity, load, args.teacher_top_k, args.temperature)
+    return CachedTeacher(blocks[0], args.teacher_cache, args.temperature)
 
 
 def _load(args: TiedMoeTrainingArguments, offload: Path) -> PreTrainedModel:

@@ -133,7 +133,7 @@ def _json_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | None
     if first == b"[":
         rows = json.loads("".join(_decoded(file)))
         for number, row in enumerate(rows, 1):
-            yield _text_of(row, text_column, f"element {number}")
+            yield text_of(row, text_column, f"element {number}")
         return
     for number, line in enumerate(_decoded(file), 1):
         if line.strip():
@@ -141,10 +141,10 @@ def _json_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | None
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise TiedMoeError(f"line {number} is no JSON: {error}") from error
-            yield _text_of(row, text_column, f"line {number}")
+            yield text_of(row, text_column, f"line {number}")
 
 
-def _text_of(row: Any, text_column: str, place: str) -> str | None:
+def text_of(row: Any, text_column: str, place: str) -> str | None:
     """Return the text of a JSON row, an object with the column or a string; None for null."""
     if isinstance(row, dict):
         if text_column not in row:
