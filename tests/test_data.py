@@ -7,10 +7,12 @@ import tracemalloc
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import TINY, make_text, make_tokenizer
+from huggingface_hub.errors import HFValidationError
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from transformers_tiedmoe.errors import TiedMoeError
@@ -205,6 +207,26 @@ def test_load_blocks_refuses_a_parquet_column_that_is_no_text(tmp_path, tokenize
         load_blocks(tmp_path / "t.parquet", tokenizer, text_column="words")
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_load_blocks_reads_text_however_arrow_keeps_it(kind, tmp_path, tokenizer):
+    rows = pa.array(["a cat sat on the mat "] * 9)
+    found = []
+    for number, column in enumerate(
+        (rows, rows.dictionary_encode() if pa.types.is_dictionary(kind) else rows.cast(kind))
+    ):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+        found.append([part["input_ids"] for part in load_blocks(tmp_path / f"{number}.parquet", tokenizer, 8)])
+    assert found[0][0][:] == found[1][0][:]
+
+
+def test_load_blocks_refuses_two_columns_of_one_name(tmp_path, tokenizer):
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "t.parquet")
+    with pytest.raises(TiedMoeError, match="it has several columns 'text'; leave one of them"):
+        load_blocks(tmp_path / "t.parquet", tokenizer)
+
+
 def test_load_blocks_refuses_a_folder_of_two_kinds(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
@@ -250,9 +272,17 @@ def test_load_blocks_asks_the_hub_for_what_is_not_here(tokenizer, monkeypatch):
         calls.append((args, kwargs))
         return datasets.Dataset.from_dict({"text": make_text().splitlines()})
 
+    def refuse(name, config, **kwargs):
+        raise ValueError("BuilderConfig 'x' not found") if config else HFValidationError("Repo id must use")
+
     with pytest.raises(FileNotFoundError, match="neither a file or folder here nor a dataset that the hub gives"):
         load_blocks("someone/nothing", tokenizer)  # the tests run offline
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_blocks("someone/novels", tokenizer, block_size=8)
     load_blocks("someone/novels:long", tokenizer, block_size=8)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(TiedMoeError, match=r"cannot be loaded: BuilderConfig 'x' not found; check its config"):
+        load_blocks("someone/novels:x", tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"my text is neither .* \(Repo id must use\)"):
+        load_blocks("my text", tokenizer)
     assert calls == [(("someone/novels", config), {"split": "train"}) for config in (None, "long")]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -247,6 +248,23 @@ def test_heal_goes_on_from_the_checkpoint_before_a_damaged_one(file, damage, tie
     assert any(
         "checkpoint-4 is damaged or was cut off; the run went on from checkpoint-2" in w for w in report["warnings"]
     )
+
+
+def test_heal_goes_on_after_a_full_disk(tied, data, output, monkeypatch):
+    options, save = QUICK | {"save_steps": 2}, torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TiedMoeError, match=r"the disk of .*healed is full; what is done is kept\. Free some space"):
+        heal(HealConfig(tied, data, output, **options))
+    monkeypatch.undo()
+    report = heal(HealConfig(tied, data, output, **options))
+    assert report["resumed_from_step"] == 2
+    assert any("checkpoint-4 is damaged or was cut off" in warning for warning in report["warnings"])
 
 
 def test_two_heals_on_one_output(tied, data, output):

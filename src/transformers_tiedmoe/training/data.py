@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from ..errors import TiedMoeError
 from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
@@ -257,7 +258,7 @@ def load_from_hub(data: str | Path, split: str, **options: Any) -> Any:
     name, _, config = str(data).partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split, **options)
-    except (DatasetNotFoundError, ConnectionError) as error:
+    except (DatasetNotFoundError, ConnectionError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{data} is neither a file or folder here nor a dataset that the hub gives ({error}); "
             "check the path, or the id and the connection"

@@ -169,8 +169,11 @@ def _parquet_rows(file: io.BufferedReader, text_column: str) -> Iterator[str | N
         raise TiedMoeError(
             f"it has no column {text_column!r}, only {schema.names[:20]}; name the column of the text (text_column)"
         )
+    if schema.names.count(text_column) > 1:
+        raise TiedMoeError(f"it has several columns {text_column!r}; leave one of them")
     found = schema.field(text_column).type
-    if not (pa.types.is_string(found) or pa.types.is_large_string(found)):
+    content = found.value_type if pa.types.is_dictionary(found) else found  # the former of values that repeat
+    if not (pa.types.is_string(content) or pa.types.is_large_string(content) or pa.types.is_string_view(content)):
         raise TiedMoeError(f"column {text_column!r} holds {found} where text is expected")
     for batch in parquet.iter_batches(PARQUET_ROWS, columns=[text_column]):
         yield from batch.column(0).to_pylist()
