@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import moe_families, tiny_config
+from packaging.version import Version
 from test_families import UNSUPPORTED
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -25,10 +27,14 @@ from transformers import (
 
 from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.configuration_tiedmoe import SOFT_SINCE
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
 from transformers_tiedmoe.training import AnnealRouting, pool_parameter_groups, soft_routing
+
+if Version(transformers.__version__) < Version(SOFT_SINCE):
+    pytest.skip(f"soft routing needs transformers {SOFT_SINCE}", allow_module_level=True)
 
 # Families whose router cannot be replaced, and what the error says of it.
 NOT_SOFT = {
@@ -491,6 +497,12 @@ def test_trainer_trains_it_and_saves_what_loads(tokens, tmp_path):
 def test_options_out_of_range_are_refused(softmoe, message):
     with pytest.raises(ValueError, match=message):
         TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, routing="softmoe", softmoe=softmoe)
+
+
+def test_an_older_transformers_is_told(monkeypatch):
+    monkeypatch.setattr("transformers_tiedmoe.configuration_tiedmoe.SOFT_SINCE", "99.1")
+    with pytest.raises(TiedMoeError, match=r"routing='softmoe' needs transformers 99.1 or newer, .* this is 5\."):
+        TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, routing="softmoe")
 
 
 def test_routing_must_be_known_and_softmoe_needs_it():

@@ -12,6 +12,8 @@ from reprlib import repr as short_repr
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .errors import TiedMoeError, reading
@@ -26,6 +28,7 @@ TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts",
 # Above any known model; a model of this size is still built on the meta device within seconds.
 MAX_LAYERS, MAX_EXPERTS, MAX_LABELS = 1024, 2**16, 2**20
 COMPONENTS = ("experts", "router", "attention")
+SOFT_SINCE = "5.18"  # of transformers
 TYING_FIELDS = (
     "family",
     "group_size",
@@ -282,6 +285,11 @@ class TiedMoeConfig(PreTrainedConfig):
             if self.softmoe is not None:
                 raise TiedMoeError("softmoe has no effect with routing='top_k'; set routing='softmoe' too")
             return
+        if Version(transformers.__version__) < Version(SOFT_SINCE):
+            raise TiedMoeError(
+                f"routing='softmoe' needs transformers {SOFT_SINCE} or newer, whose experts know slots that are not "
+                f"used; this is {transformers.__version__}: upgrade it, or use routing='top_k'"
+            )
         if "router" in self.tied_components:
             raise TiedMoeError(
                 "routing='softmoe' keeps a router in every layer; leave 'router' out of tied_components"

@@ -400,6 +400,8 @@ def _try(router: nn.Module, hidden_size: int, num_experts: int, top_k: int) -> b
         raise _cannot(router, "its code takes no tokens `[T, H]`, or no other number of active experts") from error
     if len(chosen_by) != 1 or not all_index.shape == all_weights.shape == (32, num_experts):
         raise _cannot(router, "it does not choose by one top-k over its experts")
+    if index.dtype != torch.int64 or index.shape != weights.shape:
+        raise _cannot(router, "it does not return logits, weights and indices; a newer transformers may")
     own, hard = (torch.zeros(32, num_experts, dtype=torch.float32) for _ in range(2))
     own.scatter_(-1, index, weights.float())
     hard.scatter_(-1, index, 1.0)
