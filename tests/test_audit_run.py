@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
 from test_conversion_fp8 import save_fp8
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, LlamaConfig, LlamaForCausalLM
 
 from tiedmoe_conversion import ConversionRecipe, convert
 from tiedmoe_conversion.suggested import tied_by
@@ -308,6 +308,9 @@ def test_a_quantised_model(models, tmp_path):
         ({"num_tokens": 0}, "num_tokens=0; expected an integer of at least 1"),
         ({"data": ["a=x.txt,a=y.txt"]}, "two texts 'a': x.txt and y.txt"),
         ({"data": ["x.txt,"]}, "data has ''"),
+        ({"calibration": "t.txt", "calibration_tokens": 0}, "calibration_tokens=0; expected an integer of at least 1"),
+        ({"calibration": "t.txt", "strategy": False}, "calibration measures the plans that strategy suggests"),
+        ({"lm_eval_limit": 0}, "lm_eval_limit=0; expected an integer of at least 1"),
         ({"precision": "fp16"}, r"precision='fp16'; expected one of \['float32', 'bfloat16', 'mixed'\]"),
         ({"gpus": ["H101"]}, "gpus has 'H101'; expected some of"),
         ({"dtypes": ["int8"]}, "dtypes has 'int8'; expected floating dtypes"),
@@ -332,6 +335,12 @@ def test_models_and_data_that_do_not_exist(models, tmp_path):
         audit(config(models, tmp_path / "out", "nothing-here"))
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing\.txt"):
         audit(config(models, tmp_path / "out", data=[str(tmp_path / "nothing.txt")]))
+    nothing = {"strategy": True, "calibration": str(tmp_path / "nothing.txt")}
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing\.txt"):  # before the work
+        audit(config(models, tmp_path / "out", **nothing), convert=lambda *args, **fields: None)
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with pytest.raises(TiedMoeError, match="clip is of model type clip, of which transformers has no causal"):
+        audit(config(models, tmp_path / "out", tmp_path / "clip"))
     with pytest.raises(TiedMoeError, match="knows 64 positions; lower it"):
         audit(config(models, tmp_path / "out", block_size=128))
 

@@ -24,7 +24,7 @@ from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.files import read_json
 from transformers_tiedmoe.modeling_tiedmoe import TiedMoeForCausalLM
 from transformers_tiedmoe.training.callbacks import ProgressReport
-from transformers_tiedmoe.training.data import _load_texts, load_blocks
+from transformers_tiedmoe.training.data import load_blocks, load_texts
 from transformers_tiedmoe.workdir import Work, open_work, was_renamed
 
 from .config import VALIDATION_FRACTION, DemoConfig
@@ -147,7 +147,7 @@ def train_tokenizer(data: str | Path, vocab_size: int) -> PreTrainedTokenizerFas
 
 def _training_text(data: str | Path) -> Iterator[str]:
     """Yield the text without its held-out end, a page at a time, so that paragraph breaks are seen too."""
-    rows, _ = _load_texts(data, "text")
+    rows, _ = load_texts(data, "text")
     num_characters = sum(len(row) for row in rows["text"])
     seen, page = 0, []
     for row in rows["text"]:

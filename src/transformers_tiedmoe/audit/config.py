@@ -77,12 +77,17 @@ class AuditConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise TiedMoeError("models is empty; give a folder or a hub id")
-        for name in ("num_tokens", "batch_size", *(["block_size"] if self.block_size is not None else [])):
-            if getattr(self, name) < 1:
-                raise TiedMoeError(f"{name}={getattr(self, name)}; expected an integer of at least 1")
+        for name in ("num_tokens", "batch_size", "calibration_tokens", "block_size", "lm_eval_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TiedMoeError(f"{name}={value}; expected an integer of at least 1")
         weighty = ("data", "source", "lm_eval", "calibration")
         if self.memory_only and (given := [name for name in weighty if getattr(self, name)]):
             raise TiedMoeError(f"memory_only reads neither text nor weights; leave it off, or leave {given[0]} off")
+        if self.calibration and not self.strategy:
+            raise TiedMoeError(
+                "calibration measures the plans that strategy suggests; leave it off, or leave strategy on"
+            )
         if not self.memory_only and not self.data:
             raise TiedMoeError("there is no text to run the models on; give one (data), or ask for memory_only")
         if not self.memory_only and not self.output:

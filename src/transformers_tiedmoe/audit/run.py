@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import TiedMoeError
 from ..files import expand
 from ..hub import fingerprint, public_name, versions
-from ..training.data import check_tokens, load_last_blocks, tokens_digest
+from ..training.data import check_tokens, load_last_blocks, load_texts, tokens_digest
 from ..training.pretrained import open_tokenizer
 from ..workdir import Work, check_output, open_work
 from . import active, drawing, memory, quality, report, stability, strategy
@@ -87,6 +87,8 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
         return found.model_dump(mode="json")
     tell(0, 1, "reading the text")
     texts = _read_texts(config, subjects)
+    if config.calibration is not None:
+        load_texts(expand(config.calibration), "text")  # is there; converting, much later, reads it
     assert output is not None
     with open_work(output, _identity(config, subjects, texts), keep=True) as work:
         if work.report is None:

@@ -90,7 +90,16 @@ def open_subject(path: str, name: str | None = None, trust_remote_code: bool = F
         TiedMoeError: a config that cannot be read, or of no causal language model.
     """
     config = load_config(path, trust_remote_code)
-    layers = layers_of(build_skeleton(config, trust_remote_code))
+    try:
+        skeleton = build_skeleton(config, trust_remote_code)
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):  # followed by hundreds of names
+            raise
+        raise TiedMoeError(
+            f"{path} is of model type {config.model_type}, of which transformers has no causal language model; of a "
+            "multimodal model, save the language model as a checkpoint of its own and audit that"
+        ) from error
+    layers = layers_of(skeleton)
     return Subject(name or public_name(path), path, config, layers, trust_remote_code)
 
 

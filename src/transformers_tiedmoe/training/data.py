@@ -134,7 +134,7 @@ def _pack(data: str | Path, tokenizer, block_size: int, text_column: str) -> tup
     """Return all blocks of a text, and how many tokens it has."""
     if block_size < 2:
         raise TiedMoeError(f"block_size={block_size}, but predicting a token needs at least 2; use 128 or more")
-    texts, is_lines = _load_texts(data, text_column)
+    texts, is_lines = load_texts(data, text_column)
     tokens = _tokenize(texts, tokenizer, is_lines)
     return as_blocks(tokens, block_size), len(tokens)
 
@@ -202,7 +202,7 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
 
-def _load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
+def load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:
     """Load the rows of `data` as one column `text`; tell whether they are lines of text files."""
     path = local_path(data)
     if path is not None:
