@@ -5,7 +5,7 @@ consecutive MoE layers read ONE pool of experts; attention, norms and the router
 `group_size=2`, `skip_first=2`, `skip_last=2`:
 
     layer     0     1     2     3     4     5     6     7
-    router   r0    r1    r2    r3    r4    r5    r6    r7       one each, never tied
+    router   r0    r1    r2    r3    r4    r5    r6    r7       one each (but see `tied_components`)
     experts  E0    E1    └ pool 0 ┘  └ pool 1 ┘  E6    E7       8 sets of experts become 6
              skip_first   groups [[2, 3], [4, 5]]  skip_last
 

@@ -6,7 +6,9 @@ as one batch. What is no matrix of a layer goes to torch's AdamW within the same
 and accelerate see one, with parameter groups.
 
 `gate_up_proj [P, 2I, H]` is orthogonalised as it lies, gate and up as one matrix of an expert: one batch instead of
-two, and no family's layout to know. The ratio of the learning rate is of a matrix as it is stored, as in torch.
+two, and no family's layout to know. It is another update than that of the halves taken apart, whose norm is about the
+same (exactly so if 2I <= H), but whose largest singular value may be sqrt(2). The ratio of the learning rate is of a
+matrix as it is stored, as in torch.
 """
 
 import math
