@@ -518,8 +518,8 @@ def test_heal_takes_every_flag_of_trainer_and_a_config_whose_fields_the_command_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--deepspeed", "x.json"], "deepspeed='x.json' is not supported by healing: healing needs the weights whole"),
-        (["--fsdp", "full_shard"], "fsdp='full_shard' is not supported by healing"),
+        (["--deepspeed", "x.json"], "deepspeed='x.json' is not supported by healing: use FSDP2"),
+        (["--fsdp", "full_shard"], "healing was told to use FSDP in one process; start several by `accelerate launch"),
         (["--push_to_hub"], "push_to_hub=True is not supported by healing: upload the finished folder"),
         (["--lr_scheduler_type", "square"], "transformers' TrainingArguments refuse this: square is not a valid"),
         (["--num_train_epochs", "2"], "healing counts steps, not epochs"),

@@ -1,30 +1,69 @@
 """Tied models over several processes, for real: two CPU processes under torchrun."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import parallel_worker
 import pytest
+import torch
 import transformers
+from checkpoints import make_text, save_tied
+from fsdp2_heal_worker import OPTIONS
 from fsdp2_worker import CASES
+from safetensors.torch import load_file
+
+from transformers_tiedmoe.training.heal import HealConfig, heal
 
 HERE = Path(__file__).parent
+FSDP2 = HERE.parent / "examples/accelerate/fsdp2.yaml"
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What fsdp2_worker.py has written and said, in two processes that accelerate starts by the example's config."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    save_tied(folder / "tied", torch.bfloat16)
+    (folder / "text.txt").write_text(make_text(num_lines=40))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
+    worker = ["--mixed_precision", "no", "--main_process_port", "0", HERE / "fsdp2_worker.py", "tied", "text.txt"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *worker], cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    return folder, done
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("two_processes")
-def test_fsdp2_and_ddp_have_the_gradients_of_one_process():
+def test_fsdp2_and_ddp_have_the_gradients_of_one_process(two_processes):
     """Pools and layers are FSDP2 units of their own; a pool's gradient is that of all layers that read it.
 
-    Each pool is gathered once in forward and once in backward, and reduced once: counted there, too.
-
-    One process runs transformers' own experts; the two run them, or ours, which compute it once per pool.
+    Each pool is gathered once in forward and once in backward, and reduced once: counted there, too. One process runs
+    transformers' own experts; the two run them, or ours, which compute the gradient once per pool.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "fsdp2_worker.py"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    _, done = two_processes
     assert done.stdout.count("equal gradients") == len(CASES), done.stdout + done.stderr[-3000:]
     assert "equal weights after Muon's steps" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes):
+    """Killed after steps 2 and 4 of 4, checkpoints in shards: as one with whole checkpoints that runs through.
+
+    And to rounding as in one process, which trains on the same blocks in the same order.
+    """
+    folder, done = two_processes
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("killed after") == 4  # two kills of two processes
+    whole, killed = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(whole[name].equal(killed[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16}
+    options = OPTIONS | {"batch_size": 4}
+    heal(HealConfig(str(folder / "tied"), str(folder / "text.txt"), str(folder / "alone"), **options))
+    for name, tensor in load_file(folder / "alone/model.safetensors").items():
+        torch.testing.assert_close(whole[name], tensor, rtol=0.02, atol=1e-3, msg=name)
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="refused before transformers 5.23")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers_tiedmoe.files import file_digest
 from transformers_tiedmoe.hub import read_manifest
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
+from transformers_tiedmoe.training.fsdp import check_checkpoint, check_units
 from transformers_tiedmoe.training.heal import HealConfig, heal
 from transformers_tiedmoe.training.live_teacher import LiveTeacher
 from transformers_tiedmoe.training.lora import add_lora
@@ -514,11 +516,45 @@ def test_heal_that_diverges_saves_nothing(tied, data, output):
     heal(HealConfig(tied, data, output, **QUICK | {"max_steps": 1}))  # the advice is not in the way of itself
 
 
-def test_heal_refuses_sharded_weights(tied, data, output, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
-    with pytest.raises(ValueError, match=r"shard the weights \(FSDP\), but heal needs them whole"):
-        heal(HealConfig(tied, data, output, **QUICK))
+@pytest.mark.parametrize(
+    ("settings", "fields", "message"),
+    [
+        ({"VERSION": "1"}, {}, "use FSDP1, .*; set fsdp_version: 2"),
+        ({"AUTO_WRAP_POLICY": "NO_WRAP"}, {}, "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        (
+            {"ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "fsdp_activation_checkpointing: false and give gradient_checkpoint",
+        ),
+        ({"CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
+        ({}, {"lora": True}, r"use FSDP with lora, .*; use DDP \(--multi_gpu\)"),
+        ({}, {"fused_loss": True}, "leave fused_loss out"),
+        ({}, {}, "use FSDP in one process; start several by `accelerate launch --num_processes N`"),
+    ],
+)
+def test_heal_refuses_fsdp_that_it_cannot_do(tied, data, output, monkeypatch, settings, fields, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` passes its config on
+    for name, value in ({"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"} | settings).items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        heal(HealConfig(tied, data, output, **QUICK, **fields))
     assert not Path(output).exists()
+
+
+def test_fsdp_units_and_checkpoints_are_checked(tied, tmp_path):
+    model, plugin = AutoModelForCausalLM.from_pretrained(tied), SimpleNamespace(transformer_cls_names_to_wrap=None)
+    check_units(model, plugin)
+    plugin.transformer_cls_names_to_wrap = ["OlmoeDecoderLayer"]
+    with pytest.raises(ValueError, match="names OlmoeDecoderLayer and not PoolOlmoeExperts"):
+        check_units(model, plugin)
+    plugin.transformer_cls_names_to_wrap = ["OlmoeDecoderLayer", "PoolOlmoeExperts"]
+    check_units(model, plugin)
+    check_checkpoint(tmp_path, is_sharded=False)
+    with pytest.raises(ValueError, match="was written without FSDP, and this run is under it"):
+        check_checkpoint(tmp_path, is_sharded=True)
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(ValueError, match="was written under FSDP, and this run is without it"):
+        check_checkpoint(tmp_path, is_sharded=False)
 
 
 def test_heal_leaves_the_disk_alone_when_the_data_is_missing(tied, output):

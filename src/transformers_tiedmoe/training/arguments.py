@@ -52,9 +52,7 @@ FREE = (
 )
 # Trainer's arguments that healing decides itself, or does not support; each with the reason.
 REFUSED = {
-    "deepspeed": "healing needs the weights whole in every process; launch it with `accelerate launch --multi_gpu`",
-    "fsdp": "healing needs the weights whole in every process; launch it with `accelerate launch --multi_gpu`",
-    "fsdp_config": "healing needs the weights whole in every process; launch it with `accelerate launch --multi_gpu`",
+    "deepspeed": "use FSDP2 (examples/accelerate/fsdp2.yaml), or `accelerate launch --multi_gpu`",
     "push_to_hub": "upload the finished folder with `hf upload ACCOUNT/MODEL OUTPUT`",
     "resume_from_checkpoint": "the same command started again goes on by itself",
     "save_only_model": "a killed run could not go on without the optimizer",
@@ -182,6 +180,10 @@ class TiedMoeTrainingArguments(TrainingArguments):
                 f"one process sees {self.n_gpu} GPUs, which Trainer would use through torch's DataParallel; start one "
                 "process a GPU with `accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
             )
+        if self.is_fsdp:
+            from .fsdp import fsdp_plugin  # takes over a second to import
+
+            fsdp_plugin(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "TiedMoeTrainingArguments":
@@ -213,6 +215,11 @@ class TiedMoeTrainingArguments(TrainingArguments):
         everything = self.to_dict()
         return {each.name: everything[each.name] for each in fields(self) if each.init and each.name not in FREE}
 
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether weights are sharded by FSDP, as `fsdp` or `accelerate launch` says."""
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
     def _check(self) -> None:
         """Check what needs no file and no device."""
         for name, what in (
@@ -229,11 +236,11 @@ class TiedMoeTrainingArguments(TrainingArguments):
         for name, reason in REFUSED.items():
             if value := getattr(self, name, None):
                 raise TiedMoeError(f"{name}={value!r} is not supported by healing: {reason}")
-        for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        for plugin in ("DEEPSPEED", "MEGATRON_LM"):
             if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
                 raise TiedMoeError(
-                    f"accelerate launch was told to shard the weights ({plugin}), but heal needs them whole in every "
-                    "process; launch it with --multi_gpu, with lora if memory is short"
+                    f"accelerate launch was told to shard the weights by {plugin}, which heal does not support; use "
+                    "FSDP2 (examples/accelerate/fsdp2.yaml), or --multi_gpu where every process holds them whole"
                 )
         for name in (
             "max_steps",

@@ -42,11 +42,22 @@ from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
 from .data import perplexity
 from .documents import refuse_crossing
+from .fsdp import (
+    SHARDS,
+    check_checkpoint,
+    check_enabled,
+    check_units,
+    collect,
+    fsdp_plugin,
+    is_sharded,
+    read_shards,
+    round_shards,
+)
 from .fused_loss import fuse
 from .lora import add_lora, check_adapters
 from .mixed_dtypes import read_rounded, replaced
 from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_worse, worse_in_words
-from .pretrained import check_saved, load_config, load_model, open_tokenizer
+from .pretrained import check_saved, load_config, load_model, open_tokenizer, sample_loss
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
 from .streaming import read_text
@@ -159,6 +170,8 @@ class _Run:
             f"{self.checkpoint.name if self.checkpoint else 'the beginning'}"
             for name in damaged
         ]
+        if self.checkpoint:
+            check_checkpoint(self.checkpoint, args.is_fsdp)
         PartialState().wait_for_everyone()  # all have looked
         if self.is_main:
             for name in damaged:
@@ -168,6 +181,9 @@ class _Run:
         offload = work.scratch / f"teacher-{args.process_index}"
         self.teacher = open_teacher(args, config, tokenizer, blocks, offload) if args.teacher else None
         self.model = self._load_model()
+        self.fsdp = fsdp_plugin(args)
+        if self.fsdp:
+            check_units(self.model, self.fsdp)
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
         options = {"share": args.anneal, "tolerance": args.anneal_tolerance}
@@ -185,6 +201,8 @@ class _Run:
         else:  # killed after its last step: Trainer would do one more
             assert self.checkpoint is not None
             self._take_over(self.checkpoint)
+            if self.fsdp:  # accelerate shards a model together with its optimizer only
+                trainer.model, _ = trainer.accelerator.prepare(self.model, trainer.create_optimizer())
             if self.annealing:
                 self.annealing.take_targets_away()
         logs = trainer.state.log_history  # of the killed runs as well
@@ -197,8 +215,9 @@ class _Run:
         after = _held_out(trainer.evaluate())
         refuse_diverged(self._before(), after, self.config.get_text_config().vocab_size)
         report = self._describe(model, after, history, seconds)
+        whole = self._collect(model) if is_sharded(model) else None  # by all processes
         if self.is_main:
-            self._save(model, report, self.work, Path(str(args.output_dir)).name)
+            self._save(model, report, self.work, Path(str(args.output_dir)).name, whole)
         trainer.accelerator.wait_for_everyone()
         return report
 
@@ -296,7 +315,7 @@ class _Run:
         self.dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
         # Of a checkpoint with several dtypes: the tensors that Auto classes round to the config's.
         self.rounded = {} if args.merge_adapter else read_rounded(args.model, model)
-        if self.checkpoint and not args.lora:
+        if self.checkpoint and not args.lora and not (self.checkpoint / SHARDS).is_dir():
             model = load_model(str(self.checkpoint), args.trust_remote_code)
         if args.lora:
             return add_lora(model, args.lora_rank, args.lora_target_modules, args.lora_target_parameters)
@@ -309,6 +328,8 @@ class _Run:
         if not self.checkpoint:
             for name, tensor in self.rounded.items():
                 _tensors(model)[name].data.copy_(tensor)
+        elif (self.checkpoint / SHARDS).is_dir():
+            read_shards(self.checkpoint, model)
         return model
 
     def _make_trainer(self) -> HealTrainer:
@@ -338,10 +359,12 @@ class _Run:
         )
         bare = self.model.get_base_model() if args.lora else self.model
         batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
-        trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, args.fused_loss)
+        trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, False if self.fsdp else args.fused_loss)
         self.warnings += [why_not] if why_not else []
         if args.separate_documents:
             refuse_crossing(bare, args.model)
+        if self.fsdp:
+            check_enabled(trainer)
         if self.progress:
             trainer.remove_callback(PrinterCallback)
         if layer_experts(bare):
@@ -371,13 +394,24 @@ class _Run:
                 with work.draft() as draft:
                     model.save_pretrained(draft / "adapter")
             self.trainer.model = model = model.merge_and_unload()
-        for name, tensor in _tensors(model).items():
+        if is_sharded(model):
+            round_shards(model, self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()})
+        for name, tensor in () if is_sharded(model) else _tensors(model).items():
             if name in self.rounded and not self.args.lora:
                 self.rounded[name] = tensor.data.to(self.rounded[name].dtype, copy=True)
             tensor.data = tensor.data.to(self.dtypes[name])  # as Auto classes load it
         if (use_cache := getattr(self.config, "use_cache", None)) is not None:
             model.config.use_cache = use_cache  # Trainer switched it off
         return model
+
+    def _collect(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], float]:
+        """Return a sharded final model's whole weights, as they are saved, and its `sample_loss`.
+
+        All processes have to call this; the first gets the weights.
+        """
+        loss = sample_loss(model, self.validation, self.args)
+        dtypes = self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()}
+        return {name: tensor.to(dtypes[name]) for name, tensor in collect(model).items()}, loss
 
     def _warn_of_experts(self, layers: list[dict[str, float]]) -> None:
         """Warn of what soft routing lost on the held-out text."""
@@ -391,15 +425,22 @@ class _Run:
         if dead := {each["layer"]: each["dead"] for each in layers if each["dead"]}:
             self.warnings.append(f"experts that no held-out token used, by layer: {dead}")
 
-    def _save(self, model: PreTrainedModel, report: dict[str, Any], work: Work, title: str) -> None:
-        """Write the model and all that goes with it; raise if the saved model differs from the one in memory."""
+    def _save(self, model: PreTrainedModel, report: dict, work: Work, title: str, whole: tuple | None = None) -> None:
+        """Write the model and all that goes with it; raise if the saved model differs from the one in memory.
+
+        Of a sharded model `whole` is what `_collect` returns.
+        """
         with work.draft() as draft:
-            with replaced(model, self.rounded):
-                model.save_pretrained(draft)
+            with replaced(model, {} if whole else self.rounded):
+                model.save_pretrained(draft, state_dict=dict(whole[0]) if whole else None)  # which it empties
             self.tokenizer.save_pretrained(draft)
             settle_tokenizer(self.tokenizer, draft)
             atomic_write_json(draft / REPORT, report)
-        check_saved(work.folder, model, self.validation, self.args)
+        if whole:
+            policy = self.trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+            loaded = {name: tensor.to(self.dtypes[name]) for name, tensor in whole[0].items()}
+            whole = (loaded, whole[1], policy.param_dtype if policy else None)
+        check_saved(work.folder, model, self.validation, self.args, whole)
         healing = {name: report[name] for name in ("steps", "tokens", "parameters", "before", "after")} | {
             "learning_rate": self.args.learning_rate,
             "data": self.args.data,

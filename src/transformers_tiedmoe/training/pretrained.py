@@ -1,10 +1,12 @@
 """Load config, weights and tokenizer of a checkpoint: nothing is missing, and no code of its own is run."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..auto_files import load_tokenizer
@@ -56,19 +58,45 @@ def load_model(path: str, trust_remote_code: bool = False, **options: Any) -> Pr
     return model
 
 
-def check_saved(folder: Path, model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> None:
+def sample_loss(model: PreTrainedModel, validation: datasets.Dataset, args: Any) -> float:
+    """Compute the loss of `model` on one batch of held-out blocks."""
+    rows = validation.select(range(min(len(validation), args.per_device_eval_batch_size)))
+    return float(perplexity(model, rows, args.per_device_eval_batch_size)["loss"])
+
+
+def check_saved(
+    folder: Path,
+    model: PreTrainedModel,
+    validation: datasets.Dataset,
+    args: Any,
+    whole: tuple[Mapping[str, torch.Tensor], float, torch.dtype | None] | None = None,
+) -> None:
     """Load the saved model with the Auto class; raise unless it is the model in memory, whose loss was reported.
 
     Every weight is compared, and the loss of one batch, which the config decides too. An adapter beside the weights, a
     name that no longer fits or a dtype that was lost would show here.
+
+    Args:
+        folder: of the saved model.
+        model: in memory.
+        validation: held-out blocks.
+        args: of the healing.
+        whole: of a sharded model, its weights whole on the CPU, as Auto classes load them, its `sample_loss`, and the
+            dtype that it computes in, None for float32. The saved model is run on the CPU: a device may not hold it.
     """
-    rows = validation.select(range(min(len(validation), args.per_device_eval_batch_size)))
-    expected = perplexity(model, rows, args.per_device_eval_batch_size)["loss"]
-    saved = load_model(str(folder), args.trust_remote_code).to(model.device)
-    kept, own = saved.state_dict(), model.state_dict()
+    saved = load_model(str(folder), args.trust_remote_code)
+    if whole is None:
+        own, expected = model.state_dict(), sample_loss(model, validation, args)
+        saved = saved.to(model.device)
+    else:
+        own, expected, dtype = whole
+    kept = saved.state_dict()
     if lost := [name for name in kept.keys() | own.keys() if name not in kept or not kept[name].equal(own[name])]:
         raise AssertionError(f"{folder} has not the weights of the model in memory: {len(lost)}, first {min(lost)!r}")
-    found = perplexity(saved, rows, args.per_device_eval_batch_size)["loss"]
+    if whole is not None:
+        for parameter in saved.parameters():
+            parameter.data = parameter.data.to(dtype or torch.float32)
+    found = sample_loss(saved, validation, args)
     if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4):
         raise AssertionError(f"{folder} has the loss {found} on sample blocks, but the model in memory {expected}")
 
