@@ -1,16 +1,31 @@
-"""Run by fsdp2_worker.py, in two processes under accelerate's FSDP2: healing, killed and continued."""
+"""Run by fsdp2_worker.py, in two processes under accelerate's FSDP2: healing, killed and continued; states.
+
+And by test_distributed.py: what one process does with those states.
+"""
 
 import os
+import runpy
+import sys
+from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, load_fsdp_model, load_fsdp_optimizer
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe.training.checkpoints import RecordCheckpoints
 from transformers_tiedmoe.training.heal import HealConfig, _Run, heal
 
 OPTIONS = {"max_steps": 4, "save_steps": 2, "block_size": 16, "batch_size": 2, "learning_rate": 1e-2}
 OPTIONS |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "logging_steps": 1}
+
+
+FOLDERS = {"model": "pytorch_model_fsdp_0", "optimizer": "optimizer_0"}
+EXAMPLE = Path(__file__).parents[1] / "examples/heal_accelerate.py"
+EXAMPLE_OPTIONS = ["--max-steps", "4", "--block-size", "16", "--batch-size", "2", "--learning-rate", "1e-2"]
 
 
 class Killed(BaseException):
@@ -55,3 +70,52 @@ def check_heal(tied: str, text: str) -> None:
     assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
     for name in ("before", "after", "history"):
         assert whole[name] == killed[name], (name, whole[name], killed[name])
+
+
+def model_and_optimizer(tied: str) -> tuple:
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer, number: int, rank: int | None = None) -> None:
+    """Train on the batch of that number; of two processes each on its half."""
+    tokens = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(number))
+    tokens = tokens if rank is None else tokens.chunk(2)[rank]
+    optimizer.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+
+
+def save_alone(folder: Path, model, optimizer) -> None:
+    """Save in one process as `Accelerator.save_state` does in several."""
+    for name, state in (("model", model.state_dict()), ("optimizer", get_optimizer_state_dict(model, optimizer))):
+        save({name: state}, storage_writer=FileSystemWriter(folder / FOLDERS[name]), no_dist=True)
+
+
+def load_alone(folder: Path, model, optimizer) -> None:
+    """Load in one process what several have saved."""
+    weights, state = model.state_dict(), get_optimizer_state_dict(model, optimizer)
+    for name, tensors in (("model", weights), ("optimizer", state)):
+        load({name: tensors}, storage_reader=FileSystemReader(folder / FOLDERS[name]), no_dist=True)
+    set_optimizer_state_dict(model, optimizer, state)
+
+
+def check_states(tied: str) -> None:
+    """Go on in two processes from the step that one has done, and save for one to go on from."""
+    accelerator = Accelerator()
+    plugin, (model, optimizer) = accelerator.state.fsdp_plugin, accelerator.prepare(*model_and_optimizer(tied))
+    load_fsdp_model(plugin, accelerator, model, "of_one")
+    load_fsdp_optimizer(plugin, accelerator, optimizer, model, "of_one")
+    step(model, optimizer, 1, accelerator.process_index)
+    accelerator.save_state("of_two")
+    step(model, optimizer, 2, accelerator.process_index)
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        model.save_pretrained("of_both", state_dict=weights)
+    accelerator.free_memory()
+
+
+def check_example(tied: str, text: str) -> None:
+    """Run the example as its command line does; it ends the processes' group."""
+    sys.argv = [str(EXAMPLE), tied, text, "example", *EXAMPLE_OPTIONS]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")

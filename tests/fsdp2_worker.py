@@ -1,7 +1,7 @@
 """Run by test_distributed.py in two processes: a tied model under FSDP2 or DDP has the gradients of one process.
 
 FSDP2 gathers each pool once in forward and once in backward, and reduces its gradient once. Muon moves it as in one
-process, too. Then a model is healed, under accelerate's FSDP2.
+process, too. Then a model is healed under accelerate's FSDP2.
 
 accelerate launch --config_file ../examples/accelerate/fsdp2.yaml fsdp2_worker.py TIED TEXT, in an empty folder
 """
@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 from families import tiny_config
-from fsdp2_heal_worker import check_heal
+from fsdp2_heal_worker import check_example, check_heal, check_states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -163,8 +163,10 @@ def main() -> None:
     check_muon(mesh)
     if dist.get_rank() == 0:
         print("equal weights after Muon's steps", flush=True)
-    check_heal(*sys.argv[1:])
-    dist.destroy_process_group()
+    tied, text = sys.argv[1:]
+    check_heal(tied, text)
+    check_states(tied)
+    check_example(tied, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tied models over several processes, for real: two CPU processes under torchrun."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import parallel_worker
 import pytest
 import torch
 import transformers
-from checkpoints import make_text, save_tied
-from fsdp2_heal_worker import OPTIONS
+from checkpoints import make_text, make_tokenizer, save_tied
+from fsdp2_heal_worker import OPTIONS, load_alone, model_and_optimizer, save_alone, step
 from fsdp2_worker import CASES
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.heal import HealConfig, heal
 
 HERE = Path(__file__).parent
@@ -26,6 +29,9 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
     save_tied(folder / "tied", torch.bfloat16)
     (folder / "text.txt").write_text(make_text(num_lines=40))
+    model, optimizer = model_and_optimizer(folder / "tied")
+    step(model, optimizer, 0)
+    save_alone(folder / "of_one", model, optimizer)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
     worker = ["--mixed_precision", "no", "--main_process_port", "0", HERE / "fsdp2_worker.py", "tied", "text.txt"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -64,6 +70,35 @@ def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes)
     heal(HealConfig(str(folder / "tied"), str(folder / "text.txt"), str(folder / "alone"), **options))
     for name, tensor in load_file(folder / "alone/model.safetensors").items():
         torch.testing.assert_close(whole[name], tensor, rtol=0.02, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_states_of_fsdp2_go_from_one_process_to_two_and_back(two_processes):
+    """One does a step, two the next, then each one more: as one process that does all three."""
+    folder, done = two_processes
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    alone, others = model_and_optimizer(folder / "tied"), model_and_optimizer(folder / "tied")
+    for number in range(3):
+        step(*alone, number)
+    load_alone(folder / "of_two", *others)
+    step(*others, 2)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "of_both").state_dict()
+    for (name, want), got in zip(alone[0].state_dict().items(), others[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(saved[name], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_the_accelerate_example_runs_under_fsdp2(two_processes):
+    folder, done = two_processes
+    before, after = map(float, re.search(r"held-out perplexity ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert after < before - 10
+    _, validation = load_blocks(folder / "text.txt", make_tokenizer(), block_size=16)
+    healed = AutoModelForCausalLM.from_pretrained(folder / "example")
+    assert perplexity(healed, validation)["perplexity"] == pytest.approx(after, abs=0.01)
+    assert healed.config.architectures == ["TiedMoeOlmoeForCausalLM"]
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="refused before transformers 5.23")

@@ -21,8 +21,8 @@ from transformers_tiedmoe.training.heal import HealConfig, heal
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-TWO_PROCESSES += ["--dynamo_backend", "no", "--main_process_port", "0"]
+TWO_PROCESSES = ["--config_file", str(EXAMPLES / "accelerate/ddp.yaml"), "--num_processes", "2"]
+TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
 
 
 one_after_the_other = pytest.mark.xdist_group("two_processes")  # each takes the cores of both workers

@@ -37,22 +37,12 @@ from ..files import atomic_write_json
 from ..hub import MANIFEST, fingerprint, read_manifest, save_healed, versions
 from ..routing import active_experts
 from ..workdir import Work, check_output, open_work, was_renamed
+from . import fsdp
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport
 from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_of
 from .data import perplexity
 from .documents import refuse_crossing
-from .fsdp import (
-    SHARDS,
-    check_checkpoint,
-    check_enabled,
-    check_units,
-    collect,
-    fsdp_plugin,
-    is_sharded,
-    read_shards,
-    round_shards,
-)
 from .fused_loss import fuse
 from .lora import add_lora, check_adapters
 from .mixed_dtypes import read_rounded, replaced
@@ -171,7 +161,7 @@ class _Run:
             for name in damaged
         ]
         if self.checkpoint:
-            check_checkpoint(self.checkpoint, args.is_fsdp)
+            fsdp.check_checkpoint(self.checkpoint, args.is_fsdp)
         PartialState().wait_for_everyone()  # all have looked
         if self.is_main:
             for name in damaged:
@@ -181,9 +171,9 @@ class _Run:
         offload = work.scratch / f"teacher-{args.process_index}"
         self.teacher = open_teacher(args, config, tokenizer, blocks, offload) if args.teacher else None
         self.model = self._load_model()
-        self.fsdp = fsdp_plugin(args)
+        self.fsdp = fsdp.fsdp_plugin(args)
         if self.fsdp:
-            check_units(self.model, self.fsdp)
+            fsdp.check_units(self.model, self.fsdp)
         self.trainable = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
         self.health = RouterHealth(warns_of_dead=not self.is_soft)  # AnnealRouting does
         options = {"share": args.anneal, "tolerance": args.anneal_tolerance}
@@ -215,7 +205,7 @@ class _Run:
         after = _held_out(trainer.evaluate())
         refuse_diverged(self._before(), after, self.config.get_text_config().vocab_size)
         report = self._describe(model, after, history, seconds)
-        whole = self._collect(model) if is_sharded(model) else None  # by all processes
+        whole = self._collect(model) if fsdp.is_sharded(model) else None  # by all processes
         if self.is_main:
             self._save(model, report, self.work, Path(str(args.output_dir)).name, whole)
         trainer.accelerator.wait_for_everyone()
@@ -315,7 +305,7 @@ class _Run:
         self.dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
         # Of a checkpoint with several dtypes: the tensors that Auto classes round to the config's.
         self.rounded = {} if args.merge_adapter else read_rounded(args.model, model)
-        if self.checkpoint and not args.lora and not (self.checkpoint / SHARDS).is_dir():
+        if self.checkpoint and not args.lora and not (self.checkpoint / fsdp.SHARDS).is_dir():
             model = load_model(str(self.checkpoint), args.trust_remote_code)
         if args.lora:
             return add_lora(model, args.lora_rank, args.lora_target_modules, args.lora_target_parameters)
@@ -328,8 +318,8 @@ class _Run:
         if not self.checkpoint:
             for name, tensor in self.rounded.items():
                 _tensors(model)[name].data.copy_(tensor)
-        elif (self.checkpoint / SHARDS).is_dir():
-            read_shards(self.checkpoint, model)
+        elif (self.checkpoint / fsdp.SHARDS).is_dir():
+            fsdp.read_shards(self.checkpoint, model)
         return model
 
     def _make_trainer(self) -> HealTrainer:
@@ -364,7 +354,7 @@ class _Run:
         if args.separate_documents:
             refuse_crossing(bare, args.model)
         if self.fsdp:
-            check_enabled(trainer)
+            fsdp.check_enabled(trainer)
         if self.progress:
             trainer.remove_callback(PrinterCallback)
         if layer_experts(bare):
@@ -394,9 +384,9 @@ class _Run:
                 with work.draft() as draft:
                     model.save_pretrained(draft / "adapter")
             self.trainer.model = model = model.merge_and_unload()
-        if is_sharded(model):
-            round_shards(model, self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()})
-        for name, tensor in () if is_sharded(model) else _tensors(model).items():
+        if fsdp.is_sharded(model):
+            fsdp.round_shards(model, self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()})
+        for name, tensor in () if fsdp.is_sharded(model) else _tensors(model).items():
             if name in self.rounded and not self.args.lora:
                 self.rounded[name] = tensor.data.to(self.rounded[name].dtype, copy=True)
             tensor.data = tensor.data.to(self.dtypes[name])  # as Auto classes load it
@@ -411,7 +401,7 @@ class _Run:
         """
         loss = sample_loss(model, self.validation, self.args)
         dtypes = self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()}
-        return {name: tensor.to(dtypes[name]) for name, tensor in collect(model).items()}, loss
+        return {name: tensor.to(dtypes[name]) for name, tensor in fsdp.collect(model).items()}, loss
 
     def _warn_of_experts(self, layers: list[dict[str, float]]) -> None:
         """Warn of what soft routing lost on the held-out text."""
