@@ -332,7 +332,7 @@ def fake_tensors():
         Tensor("embed.weight", (10, 10), "embedding", None, 1, 100),
         Tensor("layers.0.attn.weight", (20, 10), "attention", 0, 1, 200),
         Tensor("layers.1.attn.weight", (20, 10), "attention", 1, 1, 200),
-        Tensor("expert_pools.0.up", (4, 10, 10), "experts", 0, 2, 400, pool=0),
+        Tensor("expert_pools.0.up", (4, 10, 10), "experts", 0, 2, 400, pool=0, last=1),
         Tensor("layers.2.experts.up", (4, 10, 5), "experts", 2, 1, 100),
         Tensor("layers.2.norm.weight", (10,), "norm", 2, 1, 10),
     ]
@@ -359,15 +359,17 @@ def test_strategies_by_hand():
     assert one["communicated_bytes"] == 0
     assert ddp["gradient_bytes"] == 8 * everything
     assert ddp["communicated_bytes"] == 2 * 3 * everything
-    # FSDP2: root 100; units 200, 200, 210 and the pool 400; two of the largest, 610, are gathered at a time
-    assert fsdp2["weight_bytes"] == everything + 4 * (100 + 2 * 610)
+    # FSDP2: root 100; units 200, 200, 210 and the pool 400 of the first two; the last two layers and the pool are
+    # gathered at a time, and a layer's gradients with the pool's wait whole
+    assert fsdp2["weight_bytes"] == everything + 4 * (100 + 200 + 400 + 210)
+    assert fsdp2["gradient_bytes"] == everything + (4 + 4) * (200 + 400)
     assert fsdp2["communicated_bytes"] == 3 * (100 + 2 * 1010 + everything)
     assert parallel["weight_bytes"] == 4 * (everything - experts) + experts
     assert parallel["communicated_bytes"] == 2 * 3 * (everything - experts) + 4 * 3 * 8 * 6 * 10
     # Muon keeps one number of a matrix: all but the embedding and the norm
     assert plan("one", optimizer="muon")["optimizer_bytes"] == 4 * (2 * 110 + 1000)
     mixed = plan("fsdp2", precision="mixed")
-    assert mixed["weight_bytes"] == everything + 2 * (100 + 2 * 610)
+    assert mixed["weight_bytes"] == everything + 2 * (100 + 200 + 400 + 210)
     assert mixed["communicated_bytes"] == 3 * (100 + 2 * 1010) // 2 + 3 * everything
 
 

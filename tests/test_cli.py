@@ -30,6 +30,7 @@ from tiedmoe_cli import app as cli
 from tiedmoe_cli import terminal
 from tiedmoe_cli.flags import FileOption, with_flags
 from tiedmoe_conversion import ConversionRecipe
+from tiedmoe_conversion.plan_options import PlanOptions
 from tiedmoe_demo import DemoConfig
 from transformers_tiedmoe.audit.config import AuditConfig
 from transformers_tiedmoe.cards import CardConfig
@@ -37,7 +38,7 @@ from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 
 RECIPES = Path(tiedmoe_conversion.__file__).parent / "recipes"
 COMMANDS = {
-    "plan": ConversionRecipe,
+    "plan": PlanOptions,
     "convert": ConversionRecipe,
     "verify": cli.VerifyConfig,
     "untie": cli.UntieConfig,
@@ -88,7 +89,10 @@ def test_help_has_every_field_of_the_dataclass_and_an_example(command, tiedmoe):
     out = " ".join(tiedmoe(command, "--help").stdout.split())
     assert f"Example: tiedmoe {command}" in out
     every = " ".join(tiedmoe(command, "--help-all").stdout.split()) if command == "heal" else out
-    own = set(COMMANDS[command].__annotations__)
+    bases = [
+        base for base in COMMANDS[command].__mro__ if base.__module__.startswith(("tiedmoe", "transformers_tied"))
+    ]
+    own = {name for base in bases for name in vars(base).get("__annotations__", ())}
     for each in dataclasses.fields(COMMANDS[command]):
         if each.name not in own:  # Trainer's own
             assert f"--{each.name} " in every or f"--{each.name}," in every, each.name
@@ -176,6 +180,19 @@ def test_plan_prints_and_writes_nothing(source, tmp_path, tiedmoe):
     result = tiedmoe("plan", source, output, "--skip-first", 1, "--skip-last", 1, "--method", "average")
     assert "layers that keep their own experts: 0, 3" in result.stdout
     assert not output.exists()
+
+
+def test_plan_for_gpus_predicts_source_and_tied(source, tmp_path, tiedmoe):
+    options = ("--groups", "[[1, 2]]", "--method", "average", "--gpus", 4)
+    found = json.loads(tiedmoe("plan", source, tmp_path / "tied", *options, "--json").stdout)["training"]
+    sent = {name: {row["name"]: row["communicated_bytes"] for row in rows} for name, rows in found.items()}
+    assert sent["source"].keys() == sent["tied"].keys() == {"DDP", "FSDP2", "FSDP2 + EP 4"}
+    assert sent["tied"]["FSDP2"] < sent["source"]["FSDP2"]
+    assert sent["tied"]["FSDP2 + EP 4"] == sent["source"]["FSDP2 + EP 4"]  # of which experts have no part
+    error = tiedmoe(
+        "plan", source, tmp_path / "x", "--budget", 0.9, "--calibration", "x", "--gpus", 4, status=1
+    ).stderr
+    assert "gpus=4 is given beside budget or max_loss" in " ".join(error.split())
 
 
 def test_convert_and_untie_give_what_auto_classes_load(source, tmp_path, tiedmoe):

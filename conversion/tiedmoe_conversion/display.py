@@ -49,6 +49,18 @@ def show_plan(plan: Any) -> RenderableType:
     )
 
 
+def show_training(rows: Mapping[str, Any]) -> RenderableType:
+    """Render what `transformers_tiedmoe.audit.scaling.predict` gives for the source and the tied model."""
+    from transformers_tiedmoe.audit.scaling import COLUMNS, cells  # torch, which no other rendering here needs
+
+    table = Table("", *COLUMNS, box=box.SIMPLE_HEAD)
+    for name, each in rows.items():
+        for row in each:
+            table.add_row(name, *cells(row))
+    table.title = "a step of AdamW, computed: bfloat16 and float32 mixed, checkpointing, 4,096 tokens on each GPU"
+    return table
+
+
 def show_search(chosen: Any) -> RenderableType:
     """Render what a search `Chosen` found: the curve of loss against bytes, its choice marked."""
     table = Table("", "bytes left", "predicted", "measured", "groups (experts in the pool)", box=box.SIMPLE_HEAD)

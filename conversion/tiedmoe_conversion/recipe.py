@@ -100,7 +100,8 @@ class ConversionRecipe:
     )
 
     def __post_init__(self):
-        for name, (adapter, expected) in _adapters().items():
+        fields_class: Any = type(self)  # which mypy takes for unhashable
+        for name, (adapter, expected) in _adapters(fields_class).items():
             # The class is frozen.
             object.__setattr__(self, name, checked(name, getattr(self, name), adapter, expected))
         self._check_methods()
@@ -257,5 +258,5 @@ class ConversionRecipe:
 
 
 @functools.cache
-def _adapters() -> dict:
-    return adapters(ConversionRecipe)
+def _adapters(fields_class: type) -> dict:
+    return adapters(fields_class)

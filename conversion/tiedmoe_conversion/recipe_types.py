@@ -107,6 +107,7 @@ def parse_size(size: str | int) -> int:
 
 Count = Annotated[int, Field(ge=0), Expected("an integer of at least 0")]
 Positive = Annotated[int, Field(ge=1), Expected("an integer of at least 1")]
+PositiveOrNone = Annotated[Positive | None, Expected("an integer of at least 1")]
 Switch = Annotated[bool, Expected("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**63), Expected("an integer from 0, of 63 bits")]
 BlockSizeOrNone = Annotated[Annotated[int, Field(ge=2)] | None, Expected("an integer of at least 2")]

@@ -180,7 +180,10 @@ def _commands() -> dict[str, Command]:
                                "fields; what is given here wins.", "NAME_OR_FILE")  # fmt: skip
     two_folders = ("source", "output")
     listed = (
-        Command(plan, recipe, f"tiedmoe plan {EXAMPLE_SOURCE} tied --method union", two_folders, recipe_option),
+        Command(
+            plan, "tiedmoe_conversion.plan_options:PlanOptions", f"tiedmoe plan {EXAMPLE_SOURCE} tied --method union",
+            two_folders, recipe_option,
+        ),
         Command(
             convert, recipe, f"tiedmoe convert {EXAMPLE_SOURCE} tied --calibration text.txt", two_folders,
             recipe_option,
@@ -228,18 +231,27 @@ def common_options(
         os.environ["TIEDMOE_DEBUG"] = "1"
 
 
-def plan(recipe, progress: ProgressCall) -> tuple[dict, Any]:
+def plan(options, progress: ProgressCall) -> tuple[dict, Any]:
     """Print what a conversion would do, without reading a tensor.
 
-    Parameters and bytes before and after, the groups, and the peak memory of the conversion.
+    Parameters and bytes before and after, the groups, and the peak memory of the conversion. With --gpus also what
+    training takes on so many, before and after.
     """
     from tiedmoe_conversion import make_plan, preview
+    from tiedmoe_conversion.display import show_training
+    from transformers_tiedmoe.audit.scaling import predict
 
-    if recipe.chooses_groups:
-        found = preview(recipe)
+    if options.chooses_groups:
+        found = preview(options.recipe)
         return found.summary(), str(found)
-    made = make_plan(recipe)
-    return made.summary(), made
+    made = make_plan(options.recipe)
+    if options.gpus is None:
+        return made.summary(), made
+    training = {}
+    for done, (name, config) in enumerate((("source", made.source.model.config), ("tied", made.config))):
+        progress(done, 2, "predicting training")
+        training[name] = predict(config, [options.gpus])
+    return made.summary() | {"training": training}, [made, show_training(training)]
 
 
 def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:

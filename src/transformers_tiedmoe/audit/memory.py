@@ -94,7 +94,7 @@ def measure(subject: Subject, options: MemoryOptions | None = None) -> Memory:
     try:
         top_k = prefill(model, 2, 1).top_k
     except (RuntimeError, NotImplementedError) as error:
-        subject.notes.append(_unpredicted("the number of experts per token", error))
+        subject.notes.append(unpredicted("the number of experts per token", error))
     tensors = list_tensors(model, subject, top_k)
     return Memory(
         parameters=count_parameters(tensors),
@@ -157,7 +157,7 @@ def _inference(
                 model.to(dtype if dtype in CACHE_DTYPES else torch.bfloat16), options.context, options.batch_size
             )
         except (RuntimeError, NotImplementedError) as error:
-            subject.notes.append(_unpredicted("inference", error))
+            subject.notes.append(unpredicted("inference", error))
             return []
         total = weight_bytes + needs.cache_bytes + needs.working_bytes
         found.append(
@@ -191,7 +191,7 @@ def _training(
         try:
             step = step_bytes(model, options.batch_size, options.block_size, options.precision, checkpointing)
         except (RuntimeError, NotImplementedError) as error:
-            subject.notes.append(_unpredicted("training", error))
+            subject.notes.append(unpredicted("training", error))
             continue
         for optimizer in OPTIMIZERS:
             for strategy in STRATEGIES:
@@ -223,5 +223,6 @@ def _training(
     return found
 
 
-def _unpredicted(what: str, error: Exception) -> str:
+def unpredicted(what: str, error: Exception) -> str:
+    """Say what could not be predicted, and why."""
     return f"{what} could not be predicted without weights: {type(error).__name__}: {str(error).splitlines()[0]}"

@@ -31,6 +31,7 @@ class Tensor:
         reads: how often a pass reads it: once for each layer of a pool, twice where the head is the embedding.
         active: parameters that one token uses, over all reads.
         pool: the pool that it is of.
+        last: the last layer that reads that pool.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Tensor:
     reads: int
     active: float
     pool: int | None = None
+    last: int | None = None
 
     @property
     def num(self) -> int:
@@ -74,7 +76,8 @@ def list_tensors(model: PreTrainedModel, subject: Subject, top_k: dict[int, int]
             shares = [used.get(index, 0.0) / parameter.shape[0] if path in readers else 1.0 for index in layers]
             active = parameter.numel() * sum(shares)
             pool = int(name.split("expert_pools.")[1].split(".")[0]) if "expert_pools." in name else None
-            tensors.append(Tensor(name, tuple(parameter.shape), "experts", layers[0], len(layers), active, pool))
+            shape = tuple(parameter.shape)
+            tensors.append(Tensor(name, shape, "experts", layers[0], len(layers), active, pool, layers[-1]))
             continue
         component = "head" if id(parameter) in of_head else _component(name, model, modules)
         reads = 1

@@ -4,6 +4,7 @@ N GPUs, P bytes. A ring all-reduce sends 2 (N - 1) / N P from each GPU, an all-g
 (Rabenseifner, ICCS 2004, and NCCL's own performance notes).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -125,6 +126,7 @@ def plan_training(
     hidden_size: int,
     top_k: dict[int, int],
     checkpointing: bool,
+    ep_size: int = 1,
 ) -> dict[str, int]:
     """Return the byte fields of `Training` for one GPU of a strategy.
 
@@ -140,33 +142,37 @@ def plan_training(
         hidden_size: H.
         top_k: experts of a token by layer.
         checkpointing: whether layers are computed again.
+        ep_size: GPUs that share the experts out under "fsdp2", which then gathers a GPU's share of each layer and pool
+            from as many GPUs as hold the same one, num_gpus / ep_size; tokens travel to the others.
     """
     sizes = PRECISIONS[precision]
     states = sum(state_numbers(tensor, optimizer) for tensor in tensors) * sizes.state
     weights = sum(tensor.num for tensor in tensors)
     experts = sum(tensor.num for tensor in tensors if tensor.component == "experts")
-    ring = (num_gpus - 1) / num_gpus
+    ring = _ring(num_gpus)
+    passes = 6 if checkpointing else 4  # dispatch and combine: forward, backward, and computed again
+    exchanged = passes * tokens * sum(top_k.values()) * hidden_size * sizes.compute
     if strategy == "fsdp2":
-        root, others, largest = _units(tensors)
-        gathered = (root + 2 * largest) * sizes.compute
+        root, dense, shares, two, one = _units(tensors, ep_size)
+        gathered = (root + two) * sizes.compute
         fields = (
             weights * sizes.weight / num_gpus + gathered,
-            weights * sizes.gradient / num_gpus + largest * (sizes.compute + sizes.gradient),
+            weights * sizes.gradient / num_gpus + one * (sizes.compute + sizes.gradient),
             states / num_gpus,
-            ring * ((root + 2 * others) * sizes.compute + weights * sizes.gradient),
+            ring * ((root + 2 * dense) * sizes.compute + (root + dense) * sizes.gradient)
+            + _ring(num_gpus // ep_size) * shares * (2 * sizes.compute + sizes.gradient)
+            + _ring(ep_size) * exchanged,
         )
     elif strategy == "expert_parallel":
         own = weights - experts + experts / num_gpus
         expert_states = (
             sum(state_numbers(tensor, optimizer) for tensor in tensors if tensor.component == "experts") * sizes.state
         )
-        passes = 6 if checkpointing else 4  # dispatch and combine: forward, backward, and computed again
-        sent = passes * ring * tokens * sum(top_k.values()) * hidden_size * sizes.compute
         fields = (
             own * sizes.weight,
             own * sizes.gradient,
             states - expert_states + expert_states / num_gpus,
-            2 * ring * (weights - experts) * sizes.gradient + sent,
+            2 * ring * (weights - experts) * sizes.gradient + ring * exchanged,
         )
     else:
         copies = 2 if strategy == "ddp" else 1  # DDP's buckets, unless gradient_as_bucket_view
@@ -202,25 +208,43 @@ def state_numbers(tensor: Tensor, optimizer: Optimizer) -> int:
     return tensor.num if is_matrix and is_hidden else 2 * tensor.num
 
 
-def _units(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+def _ring(num_gpus: int) -> float:
+    return (num_gpus - 1) / num_gpus
+
+
+def _units(tensors: Sequence[Tensor], ep_size: int) -> tuple[float, float, float, float, float]:
     """Cut a model into FSDP2's units: the root (what is in no layer), each layer, each pool.
 
     Returns:
         Parameters of the root, which stays gathered from forward to backward; of all others, each gathered once
-        forward and once backward (a pool too: its gather is kept until the last layer of its
-        group); and of the largest layer with the largest pool. Two of these are gathered at a time, as FSDP2 fetches
-        the next while one computes, and one's gradients wait whole, in what computes and in what is reduced. A step
+        forward and once backward (a pool too: its gather is kept until the last layer of its group), those besides
+        the experts and one GPU's share of the experts; of the two neighbouring layers that are the largest with the
+        pools that they read, which are gathered at a time, as FSDP2 fetches the next layer while one computes; and of
+        the largest layer with its pool, whose gradients wait whole, in what computes and in what is reduced. A step
         may need less: this is not at the time of the most activations.
     """
-    root = 0
-    layers: dict[int, int] = {}
-    pools: dict[int, int] = {}
+    root = dense = shares = 0.0
+    layers: dict[int, float] = {}
+    pools: dict[int, float] = {}
+    pool_of: dict[int, int] = {}  # what is whole while a layer computes, from the first to the last that reads it
     for tensor in tensors:
-        if tensor.pool is not None:
-            pools[tensor.pool] = pools.get(tensor.pool, 0) + tensor.num
-        elif tensor.layer is not None:
-            layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.num
+        num = tensor.num / ep_size if tensor.component == "experts" else float(tensor.num)
+        if tensor.layer is None:
+            root += num
+            continue
+        if tensor.component == "experts":
+            shares += num
         else:
-            root += tensor.num
-    largest = max(layers.values(), default=0) + max(pools.values(), default=0)
-    return root, sum(layers.values()) + sum(pools.values()), largest
+            dense += num
+        if tensor.pool is None:
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + num
+        else:
+            pools[tensor.pool] = pools.get(tensor.pool, 0) + num
+            pool_of.update(dict.fromkeys(range(tensor.layer, (tensor.last or tensor.layer) + 1), tensor.pool))
+    order = sorted({*layers, *pool_of})
+    whole = [layers.get(layer, 0) + pools.get(pool_of.get(layer, -1), 0) for layer in order]
+    two = max(whole, default=0)
+    for (one, size), (following, next_size) in itertools.pairwise(zip(order, whole)):
+        is_shared = one in pool_of and pool_of[one] == pool_of.get(following)
+        two = max(two, size + next_size - (pools[pool_of[one]] if is_shared else 0))
+    return root, dense, shares, two, max(whole, default=0)
