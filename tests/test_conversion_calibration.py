@@ -23,7 +23,7 @@ from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.files import file_digest
 from transformers_tiedmoe.journal import append
-from transformers_tiedmoe.workdir import Work
+from transformers_tiedmoe.run_folder import Work
 
 NUM_TOKENS, BLOCK = 256, 16
 

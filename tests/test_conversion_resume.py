@@ -17,6 +17,7 @@ from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie
 from tiedmoe_conversion.checkpoint import writer
 from transformers_tiedmoe import workdir
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.output_place import was_renamed
 from transformers_tiedmoe.workdir import open_work
 
 # Runs a conversion in a process that sends itself SIGKILL at the n-th of the moments counted below, or when a timer
@@ -29,7 +30,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     from tiedmoe_conversion import ConversionRecipe, execute, make_plan, untie
     from tiedmoe_conversion.checkpoint import writer
-    from transformers_tiedmoe import files, journal, workdir
+    from transformers_tiedmoe import files, journal, run_folder, workdir
 
     def count(module, name, real):
         def counted(*args, **kwargs):
@@ -47,6 +48,7 @@ KILLED = textwrap.dedent(
     for module, name in (
         (writer, "_write"), (writer, "flush"), (workdir, "flush"), (files, "flush"), (journal, "flush"),
         (workdir, "append"), (workdir, "remove_file"),
+        (run_folder, "flush"), (run_folder, "append"), (run_folder, "remove_file"),
         (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"),
         (Path, "rmdir"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
     ):
@@ -340,7 +342,7 @@ def test_finished_but_for_the_removal_of_its_work(source, monkeypatch):
     monkeypatch.setattr(workdir, "_remove_state", lambda *args, **kwargs: None)
     first = execute(plan_of(source))
     partial = source.parent / ".out.partial"
-    assert workdir.was_renamed(source.parent / "out")
+    assert was_renamed(source.parent / "out")
     assert partial.is_dir()
     monkeypatch.setattr(workdir, "_remove_state", remove)
     again = execute(plan_of(source))

@@ -13,11 +13,12 @@ import torch
 from conversions import unchanged_disk
 from safetensors.torch import save_file
 
-from transformers_tiedmoe import files, journal, workdir
+from transformers_tiedmoe import files, journal, run_folder, workdir
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import atomic_write_json, check_apart, file_digest
 from transformers_tiedmoe.journal import append, read_journal
-from transformers_tiedmoe.workdir import check_output, discard_work, open_folder, open_work, was_renamed
+from transformers_tiedmoe.output_place import check_output, was_renamed
+from transformers_tiedmoe.workdir import discard_work, open_folder, open_work
 
 IDENTITY = {"recipe": {"steps": 3}}
 
@@ -111,6 +112,7 @@ def test_an_error_before_anything_was_done_leaves_nothing_to_keep(tmp_path):
 
 MOMENTS = [
     (files, "flush"), (journal, "flush"), (workdir, "flush"), (workdir, "append"), (workdir, "remove_file"),
+    (run_folder, "flush"), (run_folder, "append"), (run_folder, "remove_file"),
     (workdir, "_remove_state"), (os, "truncate"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"),
         (Path, "rmdir"),
     (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import check_apart, expand
-from transformers_tiedmoe.workdir import check_output, discard_folder, partial_folder
+from transformers_tiedmoe.output_place import check_output, partial_folder
+from transformers_tiedmoe.workdir import discard_folder
 
 from .recipe import ConversionRecipe
 

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from safetensors.torch import load_file
 
-from transformers_tiedmoe.workdir import Work
+from transformers_tiedmoe.run_folder import Work
 
 from .calibration.inputs import Calibration, Residuals, TiedTensors
 from .checkpoint.writer import Progress, write_tensors

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from transformers_tiedmoe.hub import check_upload, push_to_hub
-from transformers_tiedmoe.workdir import Work, open_work
+from transformers_tiedmoe.run_folder import Work
+from transformers_tiedmoe.workdir import open_work
 
 from .calibration.inputs import Calibration, open_calibration
 from .calibration.measure import measure_conversion

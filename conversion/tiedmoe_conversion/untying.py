@@ -16,7 +16,8 @@ from transformers import CONFIG_NAME, PreTrainedConfig
 
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
-from transformers_tiedmoe.workdir import check_output, open_work
+from transformers_tiedmoe.output_place import check_output
+from transformers_tiedmoe.workdir import open_work
 
 from .baking import bake
 from .checkpoint.reader import Source, open_source

@@ -21,11 +21,13 @@ from transformers_tiedmoe.audit.run import RESULT as AUDIT_RESULT
 from transformers_tiedmoe.audit.run import audit
 from transformers_tiedmoe.cards import CardConfig, write_card
 from transformers_tiedmoe.files import check_apart, read_json
+from transformers_tiedmoe.output_place import was_renamed
+from transformers_tiedmoe.run_folder import Folder
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
 from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.training.heal import REPORT as HEAL_REPORT
 from transformers_tiedmoe.training.heal import heal
-from transformers_tiedmoe.workdir import Folder, discard_folder, discard_work, open_folder, was_renamed
+from transformers_tiedmoe.workdir import discard_folder, discard_work, open_folder
 
 from .config import VALIDATION_FRACTION, DemoConfig
 from .figures import measure

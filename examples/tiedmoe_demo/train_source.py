@@ -23,9 +23,11 @@ from transformers import (
 from transformers_tiedmoe.configuration_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.files import read_json
 from transformers_tiedmoe.modeling_tiedmoe import TiedMoeForCausalLM
+from transformers_tiedmoe.output_place import was_renamed
+from transformers_tiedmoe.run_folder import Work
 from transformers_tiedmoe.training.callbacks import ProgressReport
 from transformers_tiedmoe.training.data import load_blocks, load_texts
-from transformers_tiedmoe.workdir import Work, open_work, was_renamed
+from transformers_tiedmoe.workdir import open_work
 
 from .config import VALIDATION_FRACTION, DemoConfig
 

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,314 +22,10 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from .errors import TiedMoeError
-from .files import (
-    MAX_NAME_BYTES,
-    atomic_write_text,
-    check_apart,
-    disk_errors_explained,
-    file_digest,
-    files_in,
-    flush,
-    others_in,
-    real_path,
-    remove_file,
-    resolved,
-)
+from .files import disk_errors_explained, flush, real_path, remove_file, resolved
 from .journal import append, read_journal
-
-JOURNAL, LOCK, PID, FILES, STORED, DRAFT, SCRATCH, REPLACED = (
-    *("journal.jsonl", "lock", "pid", "output", "work", "draft", "scratch", "replaced"),
-)
-STATE = ".tiedmoe"
-
-
-def partial_folder(output: Path) -> Path:
-    """Return the folder in which `output` is made."""
-    return output.parent / f".{output.name}.partial"
-
-
-def check_output(
-    output: str | Path, inputs: Mapping[str, str | Path | None] | None = None, owned: Collection[str] | None = None
-) -> Path:
-    """Return the absolute path of a folder that can be made: new, empty, or to be replaced.
-
-    Args:
-        output: as the user gave it.
-        inputs: by name what the run reads, or writes elsewhere: no such file or folder may be in `output`, nor
-            `output` in it. A str that does not exist (a hub id) and None are left out, a Path is not.
-        owned: relative names of the files that an earlier run wrote into `output`, which may then hold these and no
-            others; None if it must be new or empty.
-
-    Raises:
-        TiedMoeError: one of these is not so, or no folder can have that name.
-    """
-    path = resolved(output)
-    with disk_errors_explained(path, "nothing was written"):
-        _check_place(path, output, owned)
-    check_apart(path, inputs or {})
-    return path
-
-
-def _check_place(path: Path, output: str | Path, owned: Collection[str] | None) -> None:
-    """Raise unless a folder can be made at `path`, or replaced, or is empty."""
-    if len(os.fsencode(partial_folder(path).name)) > MAX_NAME_BYTES or path.is_mount():
-        raise TiedMoeError(
-            f"output {output} cannot be made: its name is too long, or a disk is mounted there; choose another one"
-        )
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise TiedMoeError(f"output {output} exists and is not a folder; choose another one")
-    if path.is_dir() and not was_renamed(path):
-        with contextlib.suppress(OSError):
-            partial_folder(path).rmdir()  # empty: of a run that was killed just before its end
-        if owned is None and (found := sorted(p.name for p in path.iterdir())):
-            raise TiedMoeError(
-                f"output folder {output} is not empty: it holds {found[:3]}; expected a new or empty one, as nothing "
-                "is overwritten: choose another, or empty it"
-            )
-        if owned is not None:
-            _check_owned(path, owned)
-    parent = next(p for p in path.parents if p.exists())
-    if not parent.is_dir():
-        raise TiedMoeError(f"output {output} cannot be made: {parent} is a file; choose another one")
-
-
-def was_renamed(output: Path) -> bool:
-    """Tell whether a run was killed after `output` took its name and before its working folder was gone."""
-    partial = partial_folder(output)
-    if not output.is_dir() or (partial / FILES).exists():
-        return False
-    entries = read_journal(partial / JOURNAL)
-    if not entries or "complete" not in entries[-1]:
-        return False
-    written = Folder(output, partial, entries).files
-    return all(_size(output / name) == found["bytes"] for name, found in written.items())
-
-
-class Folder:
-    """A folder that a run writes, and its journal; `open_folder` and `open_work` make one.
-
-    Attributes:
-        folder: where the files are.
-        files: the finished ones by relative name, `{name: {"bytes": …, "xxh3_128": …}}`.
-        values: what `remember` was given.
-    """
-
-    def __init__(self, folder: Path, state: Path, entries: Iterable[Mapping[str, Any]]):
-        self.folder, self._state, self._journal = folder, state, state / JOURNAL
-        self.files: dict[str, dict[str, Any]] = {}
-        self.values: dict[str, Any] = {}
-        self._owned: set[str] = set()
-        self._begun: set[str] = set()
-        self._stored: dict[str, Mapping[str, Any]] = {}
-        self._told = (folder, "what is done is kept")  # when a disk fails
-        for entry in entries:
-            self._apply(entry)
-
-    @property
-    def owned(self) -> set[str]:
-        """Relative names of all files here that this run and the earlier ones wrote."""
-        return self._owned | self._begun
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for the run's temporary files, such as Trainer's checkpoints; all of it is the run's own."""
-        path = self._state / SCRATCH
-        path.mkdir(exist_ok=True)
-        return path
-
-    def path(self, name: str) -> Path:
-        """Return where to write the file `name`, after noting that it is ours; `finish` it when it is complete.
-
-        Raises:
-            TiedMoeError: something is there that no run wrote.
-        """
-        path = self.folder / name
-        if name not in self.owned:
-            if os.path.lexists(path):
-                raise _Refused(
-                    f"{path} exists, and no run of ours wrote it; move it elsewhere, and run the same command again"
-                )
-            self._note({"begun": [name]})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def finish(self, name: str, written: dict[str, Any] | None = None) -> None:
-        """Note that the file `name` is complete and on the disk.
-
-        Args:
-            name: relative to the folder.
-            written: its `file_digest`, if the caller has it.
-        """
-        found = written or file_digest(self.folder / name)
-        assert found is not None, f"{name} was never written"
-        self._note({"file": name, "written": found})
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file, whole or not at all."""
-        path = self.path(name)
-        with self.draft() as draft:
-            atomic_write_text(path, text, draft / path.name)
-        self.finish(name)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Write `value` as JSON, whole or not at all."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
-
-    @contextlib.contextmanager
-    def draft(self) -> Iterator[Path]:
-        """Give an empty folder to write into; every file in it at the end moves to its place here, complete."""
-        with disk_errors_explained(*self._told):
-            (self._state / DRAFT).mkdir(exist_ok=True)
-            draft = Path(tempfile.mkdtemp(dir=self._state / DRAFT))
-            try:
-                yield draft
-                self.take(draft)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-
-    def take(self, folder: Path) -> None:
-        """Move every file of `folder`, of the run's own making and on the same disk, to its place here."""
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            target = self.path(name)
-            flush(path)
-            path.replace(target)
-            self.finish(name)
-
-    def own(self, name: str) -> None:
-        """Note that the files in the folder `name`, which a command has just made for this run, are ours.
-
-        Does nothing if some are ours already: files added since are not.
-        """
-        found = sorted(path.relative_to(self.folder).as_posix() for path in files_in(self.folder / name))
-        if found and not any(each.startswith(f"{name}/") for each in self.owned):
-            self._note({"owned": found})
-
-    def is_sound(self, name: str) -> bool:
-        """Tell whether the file `name` is finished and has the bytes that were written."""
-        return name in self.files and file_digest(self.folder / name) == self.files[name]
-
-    def remember(self, name: str, value: Any) -> None:
-        """Keep a JSON-able value for later runs, in `values`."""
-        self._note({"value": name, "is": value})
-
-    def delete(self, *names: str) -> None:
-        """Delete these files, and what is ours in these folders; nothing else."""
-        for entry in read_journal(self._journal)[1:]:  # what others noted meanwhile
-            self._apply(entry)
-        gone = {each for each in self.owned if any(each == name or each.startswith(f"{name}/") for name in names)}
-        for name in sorted(gone):
-            remove_file(self.folder, name)
-        if gone:
-            self._note({"deleted": sorted(gone)})
-
-    def store(self, name: str, write: Callable[[Path], Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Keep a result that took long to compute, for the next run after a kill; it is deleted with the state.
-
-        Args:
-            name: a plain file name.
-            write: called with the path of the file to write.
-            metadata: JSON-able.
-        """
-        folder = self._state / STORED
-        folder.mkdir(exist_ok=True)
-        write(folder / name)
-        flush(folder / name)
-        flush(folder)
-        self._note({"stored": name, "written": file_digest(folder / name), "metadata": dict(metadata or {})})
-
-    def load(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """Return the file and metadata that `store` kept under `name`; None if missing or damaged."""
-        entry, path = self._stored.get(name), self._state / STORED / name
-        if entry is None or file_digest(path) != entry["written"]:
-            return None
-        return path, entry["metadata"]
-
-    def _note(self, entry: dict[str, Any]) -> None:
-        append(self._journal, entry)
-        self._apply(json.loads(json.dumps(entry)))
-
-    def _apply(self, entry: Mapping[str, Any]) -> None:
-        if "begun" in entry:
-            self._begun.update(entry["begun"])
-            for name in entry["begun"]:
-                self.files.pop(name, None)
-        elif "owned" in entry:
-            self._owned.update(entry["owned"])
-        elif "file" in entry:
-            self.files[entry["file"]] = entry["written"]
-            self._begun.discard(entry["file"])
-            self._owned.add(entry["file"])
-        elif "deleted" in entry:
-            for name in entry["deleted"]:
-                self.files.pop(name, None)
-            self._begun.difference_update(entry["deleted"])
-            self._owned.difference_update(entry["deleted"])
-        elif "stored" in entry:
-            self._stored[entry["stored"]] = entry
-        elif "value" in entry:
-            self.values[entry["value"]] = entry["is"]
-
-    def _is_worth_keeping(self) -> bool:
-        scratch = self._state / SCRATCH
-        return bool(self.owned or self._stored or (scratch.is_dir() and any(scratch.iterdir())))
-
-    def _tidy(self) -> None:
-        """Delete what a killed run left unfinished."""
-        shutil.rmtree(self._state / DRAFT, ignore_errors=True)
-        for name in self._begun:
-            remove_file(self.folder, name)
-        if self._begun:
-            self._note({"deleted": sorted(self._begun)})
-
-
-class Work(Folder):
-    """The folder that becomes an output; `open_work` makes one.
-
-    Attributes:
-        report: what `complete` was given, by this run or by one that was killed after it; None before.
-        num_resumed: how many files an earlier run had finished.
-        keep: as `open_work` was asked; may be changed in its block.
-    """
-
-    keep = False
-
-    def __init__(self, partial: Path, entries: list[dict[str, Any]]):
-        super().__init__(partial / FILES, partial, entries)
-        self.report: dict[str, Any] | None = entries[-1].get("complete") if entries else None
-        self.num_resumed = len(self.files)
-
-    def complete(self, report: dict[str, Any]) -> None:
-        """Note that every file is there and verified: all that is left to do is the rename."""
-        if foreign := others_in(self.folder, self.owned):
-            raise _Refused(
-                f"{self.folder} holds {foreign[:3]}, which this run did not write; expected its own files only: move "
-                "them elsewhere, and run the same command again"
-            )
-        unfinished = self._begun | {name for name in self.files if not (self.folder / name).is_file()}
-        assert not unfinished, f"never finished: {sorted(unfinished)}"
-        for path in [*self.folder.rglob("*"), self.folder]:
-            flush(path)
-        self._note({"complete": report})
-        self.report = report
-
-    def _resume(self) -> None:
-        """Keep what an earlier run finished, drop what was damaged since, and refuse files that it did not write."""
-        for name in [name for name in self.files if not self.is_sound(name)]:
-            del self.files[name]  # it is made again
-            self.report = None
-        self.num_resumed = len(self.files)
-        self.folder.mkdir(exist_ok=True)
-        if foreign := others_in(self.folder, self.owned):
-            raise _Refused(
-                f"{self.folder} holds {foreign[:3]}, which no run of ours wrote; expected the files of the unfinished "
-                "work only: move them elsewhere, and run the same command again"
-            )
-        self._tidy()
-
-
-class _Refused(TiedMoeError):
-    """A file that is not ours is in the way; what was done so far is kept."""
+from .output_place import check_output, check_owned, partial_folder, was_renamed
+from .run_folder import DRAFT, JOURNAL, LOCK, PID, REPLACED, SCRATCH, STATE, STORED, Folder, Refused, Work
 
 
 @contextlib.contextmanager
@@ -396,21 +91,21 @@ def open_work(
         try:
             work = Work(partial, entries)
             work.keep = keep
-            work._told = told
+            work.told = told
             try:
                 if was_renamed(output):
                     yield work
                 else:
-                    work._resume()
+                    work.resume()
                     yield work
                     assert work.report is not None, "nobody said that the work is complete"
                     _tell_folders(output, work.owned)
                     _publish(work.folder, output, owned)
                 _remove_state(partial)
-            except _Refused:
+            except Refused:
                 raise
             except Exception:
-                if not (work.keep and work._is_worth_keeping()):
+                if not (work.keep and work.is_worth_keeping()):
                     _discard(work, output)
                     _remove_state(partial, last=LOCK)  # nobody else may begin while something is left
                     _remove_parents(entries[0]["made"], output)
@@ -468,7 +163,7 @@ def open_folder(
             opened = _open_state(
                 path, json.loads(json.dumps(identity)), made, f"{folder} holds {what}", advice, overwrite
             )
-            opened._told = told
+            opened.told = told
             try:
                 with _registered(opened):
                     yield opened
@@ -552,7 +247,7 @@ def _begin(
     if entries:
         return entries
     if foreign := [each.name for each in partial.iterdir() if each.name not in (LOCK, PID, JOURNAL)]:
-        raise _Refused(
+        raise Refused(
             f"{partial} holds {sorted(foreign)[:3]}, which no run of ours wrote; expected unfinished work, or "
             "nothing: move them elsewhere, and run the same command again"
         )
@@ -577,16 +272,16 @@ def _open_state(
         append(state / JOURNAL, {"identity": identity, "made": made})
         entries = read_journal(state / JOURNAL)
     opened = Folder(path, state, entries)
-    opened._tidy()
+    opened.tidy()
     return opened
 
 
 def _close_folder(opened: Folder, temporary: bool) -> None:
     """Delete a folder that is to go, or into which nothing was written."""
-    entries = read_journal(opened._journal)
+    entries = read_journal(opened.journal)
     if temporary or len(entries) == 1:
         _discard(opened, opened.folder)
-        _remove_state(opened._state, last=LOCK)
+        _remove_state(opened.state, last=LOCK)
         made = entries[0]["made"]
         _remove_parents([str(opened.folder), *made] if temporary else made, opened.folder)
 
@@ -635,7 +330,7 @@ def _tell_folders(output: Path, names: Collection[str]) -> None:
     for each in _open_folders:
         if each.folder in output.parents:
             inside = output.relative_to(each.folder)
-            each._note({"owned": sorted((inside / name).as_posix() for name in names)})
+            each.note({"owned": sorted((inside / name).as_posix() for name in names)})
 
 
 def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
@@ -643,7 +338,7 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
     replaced = folder.with_name(REPLACED)
     try:
         if output.is_dir():
-            _check_owned(output, owned or ())
+            check_owned(output, owned or ())
             if any(output.iterdir()):
                 output.rename(replaced)
             else:
@@ -653,7 +348,7 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
     except (OSError, TiedMoeError) as error:
         if replaced.is_dir() and not output.exists():
             replaced.rename(output)
-        raise _Refused(
+        raise Refused(
             f"the work is finished, but cannot take the name {output}: {error}. It is kept: run the same command "
             "again when that is mended"
         ) from error
@@ -661,7 +356,7 @@ def _publish(folder: Path, output: Path, owned: Collection[str] | None) -> None:
 
 def _discard(work: Folder, output: Path) -> None:
     """Delete every file that runs of ours wrote into a folder, then the folder if nothing else is left."""
-    replaced = work._state / REPLACED
+    replaced = work.state / REPLACED
     if replaced.is_dir() and not output.exists():  # killed between the two renames
         replaced.rename(output)
     for name in work.owned:
@@ -692,15 +387,3 @@ def _remove_parents(made: Iterable[str], folder: Path) -> None:
         if path in (folder, *folder.parents):
             with contextlib.suppress(OSError):
                 path.rmdir()
-
-
-def _check_owned(output: Path, owned: Collection[str]) -> None:
-    if foreign := others_in(output, owned):
-        raise TiedMoeError(
-            f"output folder {output} holds {foreign[:3]}, which the run to be replaced did not write; nothing of that "
-            "kind is deleted: move it elsewhere, or choose another output"
-        )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1

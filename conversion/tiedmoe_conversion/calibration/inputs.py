@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_tiedmoe.hub import versions
-from transformers_tiedmoe.workdir import Folder, open_folder
+from transformers_tiedmoe.run_folder import Folder
+from transformers_tiedmoe.workdir import open_folder
 
 from ..checkpoint.writer import Progress
 from ..errors import ConversionError

@@ -18,7 +18,8 @@ import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from transformers_tiedmoe.files import HASH, flush
-from transformers_tiedmoe.workdir import Work, partial_folder
+from transformers_tiedmoe.output_place import partial_folder
+from transformers_tiedmoe.run_folder import Work
 
 from ..errors import ConversionError
 from .headers import DTYPE_NAMES

@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from ..errors import TiedMoeError
 from ..files import expand
 from ..hub import fingerprint, public_name, versions
+from ..output_place import check_output
+from ..run_folder import Work
 from ..training.data import check_tokens, load_last_blocks, load_texts, tokens_digest
 from ..training.pretrained import open_tokenizer
-from ..workdir import Work, check_output, open_work
+from ..workdir import open_work
 from . import active, drawing, memory, quality, report, stability, strategy
 from .config import AuditConfig
 from .memory_training import Precision

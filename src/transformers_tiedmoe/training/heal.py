@@ -35,8 +35,10 @@ from ..auto_files import settle_tokenizer
 from ..errors import TiedMoeError
 from ..files import atomic_write_json
 from ..hub import MANIFEST, fingerprint, read_manifest, save_healed, versions
+from ..output_place import check_output, was_renamed
 from ..routing import active_experts
-from ..workdir import Work, check_output, open_work, was_renamed
+from ..run_folder import Work
+from ..workdir import open_work
 from . import fsdp
 from .arguments import TiedMoeTrainingArguments
 from .callbacks import ProgressReport

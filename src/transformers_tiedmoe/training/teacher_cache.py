@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from ..workdir import Folder, open_folder
+from ..run_folder import Folder
+from ..workdir import open_folder
 from .data import model_inputs, tokens_digest
 from .distillation import top_k_divergence, top_k_of
 from .live_teacher import LiveTeacher
