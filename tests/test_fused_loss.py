@@ -13,6 +13,7 @@ from families import tiny_config
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
+from transformers_tiedmoe.training import teachers
 from transformers_tiedmoe.training.data import sequence_losses
 from transformers_tiedmoe.training.distillation import distillation_loss, divergence, top_k_divergence, top_k_of
 from transformers_tiedmoe.training.fused_loss import FusedLoss, fuse, head_logits, why_no_head, why_not_fused
@@ -148,7 +149,7 @@ def places(tmp_path_factory):
     return save_tied(folder / "tied"), save_source(folder / "source"), str(folder / "text.txt")
 
 
-def test_heal_with_the_fused_loss_ends_where_it_does_without(places, tmp_path):
+def test_heal_with_the_fused_loss_ends_where_it_does_without(places, tmp_path, monkeypatch):
     """With a teacher in bfloat16 on the disk, layer by layer, read through accelerate's offload; and LoRA."""
     model, source, data = places
     layers = {f"model.layers.{i}": "disk" for i in range(1, TINY["num_hidden_layers"])}
@@ -164,6 +165,11 @@ def test_heal_with_the_fused_loss_ends_where_it_does_without(places, tmp_path):
         assert reports["fused"][when]["loss"] == pytest.approx(reports["whole"][when]["loss"], rel=1e-5)
     found, expected = ([each["loss"] for each in reports[name]["history"] if "loss" in each] for name in reports)
     assert found == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(teachers, "why_no_head", lambda *args: "a teacher of another form")
+    options |= {"max_steps": 1, "lora": False, "allow_worse": True}
+    report = heal(HealConfig(model, data, str(tmp_path / "headless"), **options))
+    assert report["warnings"][0].startswith("the teacher's logits exist for whole batches")
+    assert next(each["loss"] for each in report["history"] if "loss" in each) == pytest.approx(expected[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

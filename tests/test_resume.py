@@ -70,7 +70,7 @@ def minutes(*case, id):
         # Trainer's own resuming would skip the source's experts, which the file names one by one.
         pytest.param("source", {}, id="source"),
         pytest.param("bf16", {"lora": True, "lora_rank": 2}, id="lora"),
-        pytest.param("soft", {"max_steps": 12, "lora": True, "lora_rank": 2}, id="soft-lora"),
+        pytest.param("soft", {"max_steps": 12, "lora": True, "lora_rank": 2, "fused_loss": True}, id="soft-lora"),
         pytest.param("tied", STREAMING, id="streaming"),
         minutes("soft", {"max_steps": 12}, id="soft"),
         minutes("tied", {"optimizer": "muon", "train_norms": True, "gradient_checkpointing": True}, id="muon"),

@@ -353,6 +353,8 @@ class _Run:
         batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
         trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, False if self.fsdp else args.fused_loss)
         self.warnings += [why_not] if why_not else []
+        if trainer.fused and not getattr(self.teacher, "has_head", True):
+            self.warnings.append("the teacher's logits exist for whole batches: its head cannot be run by itself")
         if args.separate_documents:
             refuse_crossing(bare, args.model)
         if self.fsdp:
