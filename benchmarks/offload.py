@@ -3,8 +3,9 @@
     python benchmarks/offload.py --tokens 4 --rounds 3 --cold
 
 OLMoE's 16 layers at a small width, random weights, one sequence, executed on the CPU (or on the GPU, where there is
-one) by accelerate's offload; tied at g=4, two layers at either end untied. `--cold` drops the files from the page
-cache before every token, so that the disk is read; without it "disk" is the page cache.
+one) by accelerate's offload; tied at g=4, two layers at either end untied. Every weight that is fetched is copied, as
+onto a GPU: a CPU would map the file and read the experts in use. `--cold` drops the files from the page cache before
+every token, so that the disk is read; without it "disk" is the page cache.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def counted(read):
     """Wrap accelerate's reading of a weight to add up bytes."""
 
     def getitem(self, name):
-        weight = read(self, name)
+        weight = read(self, name).clone()
         BYTES["read"] += weight.nbytes
         return weight
 
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         folder = Path(name)
         for path, config in (("untied", source), ("tied", tied)):
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder / path)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / path, save_original_format=False)
             gc.collect()
         models = {case: load(case, folder) for case in CASES}
         times: dict[str, list[float]] = {case: [] for case in CASES}
