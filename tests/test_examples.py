@@ -22,6 +22,7 @@ from transformers_tiedmoe.training.heal import HealConfig, heal
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_PROCESSES = ["--config_file", str(EXAMPLES / "accelerate/ddp.yaml"), "--num_processes", "2"]
+ONE_PROCESS = ["--config_file", str(EXAMPLES / "accelerate/one_gpu.yaml"), "--mixed_precision", "no"]
 TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
 
 
@@ -125,7 +126,7 @@ def test_heal_accelerate_on_two_processes_does_what_heal_does(tmp_path, text):
 @pytest.mark.slow
 @one_after_the_other
 def test_heal_on_two_processes_under_accelerate_launch(tmp_path):
-    """The command line, as its help says: two processes at batch 2 train as one at batch 4, to rounding.
+    """The committed configs: two processes at batch 2 (ddp.yaml) train as one at batch 4 (one_gpu.yaml), to rounding.
 
     There are four blocks to train on, so that every step sees them all in whatever order, and one held out, which two
     processes must not count twice.
@@ -135,10 +136,11 @@ def test_heal_on_two_processes_under_accelerate_launch(tmp_path):
     options = {"block_size": len(make_tokenizer()(text.read_text())["input_ids"]) // 5, "max_steps": 4}
     options |= {"learning_rate": 1e-2, "validation_fraction": 0.2}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [*ACCELERATE, *TWO_PROCESSES, "-m", "transformers_tiedmoe.cli", "heal", tied, "--data", text, "--json"]
-    done = run(*command, "--batch-size", "2", "--output", "two", *flags, cwd=tmp_path)
-    two = json.loads(done.stdout)
-    one = heal(HealConfig(tied, str(text), str(tmp_path / "one"), batch_size=4, **options))
+    command = ["-m", "transformers_tiedmoe.cli", "heal", tied, "--data", text, "--json", *flags]
+    launched = [*ACCELERATE, *TWO_PROCESSES, *command, "--batch-size", "2", "--output", "two"]
+    two = json.loads(run(*launched, cwd=tmp_path).stdout)
+    launched = [*ACCELERATE, *ONE_PROCESS, *command, "--batch-size", "4", "--output", "one"]
+    one = json.loads(run(*launched, cwd=tmp_path).stdout)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["tokens"] == one["tokens"]
     for when in ("before", "after"):
