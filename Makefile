@@ -30,7 +30,7 @@ GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo model-card seeds study-conversion study-softmoe study-pretraining test fuzz style bench bench-conversion gpu-test bench-gpu gpu-check gpu-cache tune compile-table untied-check hf-tests clean
+.PHONY: demo model-card seeds study-conversion study-healing study-softmoe study-pretraining test fuzz style bench bench-conversion gpu-test bench-gpu gpu-check gpu-cache tune compile-table untied-check hf-tests clean
 
 demo: $(INSTALLED)  ## a trained MoE checkpoint in, a tied and healed one out: demo/report.md
 	$(PY) -m transformers_tiedmoe.cli demo --output demo
@@ -45,6 +45,9 @@ seeds: $(INSTALLED)  ## the demo over three seeds: the spread in docs/results.md
 
 study-conversion: $(INSTALLED)  ## every conversion method's loss against bytes, before and after healing: docs/results.md
 	$(PY) benchmarks/conversion_study.py --output study --results benchmarks/results/conversion_study $(ARGS)
+
+study-healing: $(INSTALLED)  ## how near to the untouched source a short healing comes: docs/results.md
+	$(PY) benchmarks/conversion_study.py --healing --output study-healing --results benchmarks/results/healing_study $(ARGS)
 
 study-softmoe: $(INSTALLED)  ## soft routing against top-k, trained from scratch, tied and not: docs/results.md
 	$(PY) benchmarks/softmoe_study.py --output study-softmoe $(ARGS)

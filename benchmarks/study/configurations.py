@@ -1,6 +1,7 @@
 """What the study compares: one line a row. Sizes are those of its source, 12 layers of 16 experts.
 
-Every row is healed with the source as teacher at half the loss, those called "teacher alone" with nothing but it.
+Every row is healed with the source as teacher at half the loss, those called "teacher alone" and all of HEALING_ROWS
+with nothing but it.
 `g=4` ties layers 2-5 and 6-9, `g=2` four pairs of them, `three pairs` three of their pairs: 50 %, 67 % and 75 % of the
 expert bytes with pools of E experts. Wider pools are named by their multiple of E. Rank 18 of a residual is 25 % of
 the expert bytes.
@@ -78,6 +79,17 @@ ROWS = [
     *rows("average by frequency", G4, method="average", method_options={"weights": "frequency"}),
     *rows("union", G4, method="union"),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
+]
+# `make study-healing`: what came closest to the untouched source; docs/log.md tells what else was tried.
+SIX_PAIRS = {"groups": [[layer, layer + 1] for layer in range(0, 12, 2)]}
+HALF_PAIRS, MORE_PAIRS = ("six pairs", SIX_PAIRS), ("six pairs, 1.5E", {**SIX_PAIRS, "pool_experts": "1.5x"})
+LONG = {"calibration_tokens": 215040}  # as many as the healing has
+TWO = {**TEACHER_ALONE, "per_device_train_batch_size": 2}
+LONG_PREFIT = [{"prefit": {"steps": 1600}}]
+HEALING_ROWS = [
+    SOURCE,
+    *rows("long prefit; batches of 2", HALF_PAIRS, method="prefit", method_options={"steps": 1600}, heal=TWO, **LONG),
+    *rows("prototype, long prefit", MORE_PAIRS, method="prototype", then=LONG_PREFIT, heal=TEACHER_ALONE, **LONG),
 ]
 QUICK_SERIES = ("source", "union", "average", "tied from scratch", "within layers, random")
 QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1]) and row.series in QUICK_SERIES]

@@ -144,15 +144,17 @@ class Study:
         """Return the conversion of a row."""
         text = {"calibration": self.demo.text, "calibration_tokens": self.calibration_tokens}
         text["calibration_block_size"] = self.demo.block_size
-        return ConversionRecipe(str(self.source), str(folder), **text, measure=False, seed=seed, **row.recipe)
+        return ConversionRecipe(str(self.source), str(folder), measure=False, seed=seed, **{**text, **row.recipe})
 
     def _heal(self, row: Row, seed: int, share: float, folder: Path) -> dict[str, Any]:
-        healed, steps = self.demo.path("healing", f"{row.name}.seed{seed}"), self.steps(share)
+        healed, batch = self.demo.path("healing", f"{row.name}.seed{seed}"), self.demo.batch_size
+        fields = {"per_device_train_batch_size": batch, **row.heal}
+        steps = self.steps(share) * batch // fields["per_device_train_batch_size"]  # the same tokens
         config = TiedMoeTrainingArguments(
             model=str(folder), data=self.demo.text, output_dir=str(healed), overwrite=True,
             teacher=None if row.kind == "source" else str(self.source), max_steps=steps, save_steps=steps,
-            learning_rate=self.heal_learning_rate, per_device_train_batch_size=self.demo.batch_size,
-            block_size=self.demo.block_size, validation_fraction=VALIDATION_FRACTION, seed=seed, **row.heal,
+            learning_rate=self.heal_learning_rate, block_size=self.demo.block_size,
+            validation_fraction=VALIDATION_FRACTION, seed=seed, **fields,
             allow_worse=True,  # as the source gets by more of a text that it knows
         )  # fmt: skip
         report = heal(config, lambda done, total, what: None)

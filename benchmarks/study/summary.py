@@ -11,7 +11,9 @@ from .configurations import SOURCE, Row
 from .runs import BEFORE, Study
 
 Found = dict[tuple[int, float], dict[str, Any]]  # by seed and share of the healing budget
-GOALS = ((0.75, 0.5), (0.50, 3.0))  # share of the expert bytes, % of the control's perplexity
+# Share of the expert bytes, % of perplexity above the control or the untouched source.
+GOALS = ((0.75, 0.5, "control"), (0.50, 3.0, "control"))
+HEALING_GOALS = ((0.75, 0.5, "source"), (0.50, 2.0, "source"))
 NEAR = 0.005  # a router, a slot map: what still counts as that share
 # Okabe and Ito's colours, told apart by people who are colour-blind as well, and two greys.
 COLOURS = ("#E69F00", "#D55E00", "#009E73", "#000000", "#0072B2", "#CC79A7", "#56B4E9", "0.45", "0.7")
@@ -20,13 +22,15 @@ LINEAR_BELOW = 0.01  # nats; a logarithmic scale above
 TICKS = (-0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
-def summarize(study: Study, training: dict, results: Sequence[tuple[Row, Found]]) -> dict[str, Any]:
+def summarize(
+    study: Study, training: dict, results: Sequence[tuple[Row, Found]], goals: Sequence[tuple] = GOALS
+) -> dict[str, Any]:
     """Give each row its size and, over its seeds, losses and the perplexity against the control's of the same seed."""
     control = next(found for row, found in results if row == SOURCE)
     rows = [_row(row, found, control, study.shares) for row, found in results if found]
     return {
         "rows": rows,
-        "goals": [_goal(rows, *goal) for goal in GOALS],
+        "goals": [_goal(rows, *goal) for goal in goals],
         "control_perplexity": mean_of(_values(control, 1.0, "perplexity")),
         "source_perplexity": control[0, BEFORE]["perplexity"],
         "held_out_tokens": next(iter(control.values()))["tokens"],
@@ -44,16 +48,16 @@ def markdown(summary: dict[str, Any]) -> str:
     settings, steps = summary["settings"], summary["healing_steps"]
     shares = [str(share) for share in settings["shares"]]
     columns = ["", "size", "expert bytes", "seeds healed", "loss before"]
-    columns += [f"after {float(share):.0%} ({steps[share]} steps)" for share in shares]
+    columns += [f"after {100 * settings['heal_share'] * float(share):.3g}% ({steps[share]} steps)" for share in shares]
     columns += ["perplexity against the control", "against the source", "seconds to convert"]
     tokens = settings["source"]["batch_size"] * settings["source"]["block_size"]
     head = (
         f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens "
-        f"of training; healing budget: {steps[shares[-1]] * tokens:,} tokens, {settings['heal_share']:.0%} of them, "
+        f"of training; healing budget: {steps['1.0'] * tokens:,} tokens, {settings['heal_share']:.0%} of them, "
         "source as teacher at half the loss (or all of it: teacher alone), peak learning rate "
         f"{settings['heal_learning_rate']:g}. Control: the source with the same tokens, perplexity "
         f"{plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample "
-        "standard deviation over the seeds of calibration text and healing."
+        "standard deviation over the seeds of calibration text and healing, whose tokens are in % of the source's."
     )
     cells = [
         [
@@ -102,23 +106,26 @@ def _values(results: dict, share: float, figure: str) -> list[float]:
     return [result[figure] for (_, each), result in results.items() if each == share and figure in result]
 
 
-def _goal(rows: list[dict], expert_share: float, percent: float) -> dict[str, Any]:
-    """Find the converted row that comes closest to the control with so many bytes."""
-    rows = [row for row in rows if row["kind"] == "convert" and row["percent_above_control"]]
+def _goal(rows: list[dict], expert_share: float, percent: float, against: str) -> dict[str, Any]:
+    """Find the converted row that comes closest to the control, or the source, with so many bytes."""
+    distance = f"percent_above_{against}"
+    rows = [row for row in rows if row["kind"] == "convert" and row[distance]]
     able = [row for row in rows if row["expert_share"] <= expert_share + NEAR]
-    best = min(able, key=lambda row: row["percent_above_control"]["mean"], default=None)
-    goal = {"expert_share": expert_share, "percent": percent, "best": best and best["name"]}
-    goal |= {"found": best and best["percent_above_control"], "above_source": best and best["percent_above_source"]}
-    return goal | {"is_met": best and best["percent_above_control"]["mean"] <= percent}
+    best = min(able, key=lambda row: row[distance]["mean"], default=None)
+    goal = {"expert_share": expert_share, "percent": percent, "against": against, "best": best and best["name"]}
+    goal |= {"found": best and best[distance], "above_source": best and best["percent_above_source"]}
+    return goal | {"is_met": best and best[distance]["mean"] <= percent}
 
 
 def _goal_line(goal: dict[str, Any]) -> str:
-    aim = "- {expert_share:.0%} of the expert bytes, within {percent:g} % of the control's perplexity: ".format(**goal)
+    model = {"control": "the control", "source": "the untouched source"}[goal["against"]]
+    aim = f"- {goal['expert_share']:.0%} of the expert bytes, within {goal['percent']:g} % of {model}'s perplexity: "
     if goal["best"] is None:
         return aim + "not measured"
     found, above_source = (plus_minus(goal[name], 2, " %", "+") for name in ("found", "above_source"))
     verdict = "met" if goal["is_met"] else "missed"
-    return aim + f"{verdict}, {found} (`{goal['best']}`; {above_source} above the untouched source)"
+    also = f"; {above_source} above the untouched source" if goal["against"] == "control" else ""
+    return aim + f"{verdict}, {found} (`{goal['best']}`{also})"
 
 
 def _order(row: dict[str, Any]) -> tuple:
