@@ -54,7 +54,7 @@ def markdown(summary: dict[str, Any]) -> str:
     head = (
         f"Held-out loss in nats per token (`{summary['command']}`). Source: {summary['training']['tokens']:,} tokens "
         f"of training; healing budget: {steps['1.0'] * tokens:,} tokens, {settings['heal_share']:.0%} of them, "
-        "source as teacher at half the loss (or all of it: teacher alone), peak learning rate "
+        "source as teacher at half the loss (all of it: teacher alone, and `make study-healing`), peak learning rate "
         f"{settings['heal_learning_rate']:g}. Control: the source with the same tokens, perplexity "
         f"{plus_minus(summary['control_perplexity'], 2)}; untouched {summary['source_perplexity']:.2f}. Mean ± sample "
         "standard deviation over the seeds of calibration text and healing, whose tokens are in % of the source's."
