@@ -67,6 +67,12 @@ def fresh_python(wheel, tmp_path_factory):
     return python
 
 
+def test_workers_are_told_of_groups(request):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process: nothing to group")
+    assert request.node.nodeid.endswith("@wheel")  # else every worker makes the slow fixtures
+
+
 def test_wheel_holds_every_file_of_the_roots_and_nothing_else(wheel):
     expected = {
         path.relative_to(root).as_posix()

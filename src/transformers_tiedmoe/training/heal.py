@@ -135,7 +135,7 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
                 report = run.report()
             except Diverged as error:
                 saved = run.rescue()
-                work.keep = False  # the next run, with other arguments, is not to find this one
+                work.keep = bool(run.fsdp)  # else the next run, with other arguments, is not to find this one
                 raise Diverged(f"{error}. {saved}") from error
             if state.is_main_process:
                 work.complete(report)
@@ -218,6 +218,8 @@ class _Run:
 
         The others wait for the first process: one that ends takes the rest with it.
         """
+        if self.fsdp:
+            return f"Its checkpoints are left in {self.checkpoints}; under FSDP2 none is made a model"
         said = self._rescue() if self.is_main else "The first process says what was saved"
         PartialState().wait_for_everyone()
         return said
