@@ -10,24 +10,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from tiedmoe_demo.figures import peak_bytes
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.fused_loss import FusedLoss
 from transformers_tiedmoe.training.live_teacher import LiveTeacher
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Return the most bytes that torch held at once on the CPU in `step`, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def steps(vocab_size: int, tokens: int, hidden_size: int, chunk_size: int | None) -> dict[str, Callable[[], object]]:

@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from study.jobs import one_thread, quick_text
 from tables import RESULTS, mean_of, parser_of, plus_minus, table, write_results
 from timing import by_clock, interleave, machine, spread, versions
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from tiedmoe_demo import DemoConfig
+from tiedmoe_demo.figures import peak_bytes
 from tiedmoe_demo.train_source import train_tokenizer
 from transformers_tiedmoe import TiedMoeForCausalLM
 from transformers_tiedmoe.audit.memory_training import activation_bytes
@@ -160,18 +160,6 @@ def computed_memory(config: Any, batch: int, block: int) -> dict[str, int]:
     states = sum(4 * p.numel() * (1 if group["use_muon"] else 2) for group in groups for p in group["params"])
     activations = activation_bytes(model, batch, block)
     return {"weights": weights, "gradients": weights, "optimizer": states, "activations": activations}
-
-
-def peak_bytes(call) -> int:
-    """Return the most bytes that torch's CPU allocator holds at a time during `call`, beside what it held."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    live = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def summarize(study: Study, runs: list[dict], steps: list[dict]) -> dict:

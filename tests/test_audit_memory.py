@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +28,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tiedmoe_demo.figures import peak_bytes
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.audit import memory
 from transformers_tiedmoe.audit.memory import MemoryOptions
@@ -63,18 +63,6 @@ def subject_of(config, path="") -> Subject:
 def parameters_of(config):
     model = build_skeleton(config)
     return count_parameters(list_tensors(model, subject_of(config), {}))
-
-
-def peak_bytes(step) -> int:
-    """Return the most bytes that torch's CPU allocator holds at a time while `step` runs, beside what it held."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    live = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def training_step(model, tokens):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -84,15 +85,20 @@ def peak_training_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> int
         before = torch.cuda.memory_allocated()
         _train_two_steps(model, input_ids)
         return weights + torch.cuda.max_memory_allocated() - before
+    return weights + peak_bytes(lambda: _train_two_steps(model, input_ids))
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Return the most bytes that torch's CPU allocator holds at a time while `step` runs, beside what it held."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes to stderr when it starts and ends
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _train_two_steps(model, input_ids)
+        step()
+    held = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()
-        peak = max(peak, taken)
-    return weights + peak
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def _train_two_steps(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
