@@ -21,6 +21,7 @@ from transformers_tiedmoe import hub
 from transformers_tiedmoe.audit import schema
 from transformers_tiedmoe.cards import CardConfig, pick_model, write_card
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.manifest import MANIFEST
 
 pytestmark = pytest.mark.xdist_group("cards")  # one worker makes the fixture once
 
@@ -141,11 +142,11 @@ def test_a_card_of_somebody_else_is_not_replaced(tied):
 def test_names_that_others_chose_are_text(tied, tmp_path):
     """Of models, texts, tasks and notes; in the body no Markdown and no HTML, in the metadata what the Hub takes."""
     audit = make_audit(tmp_path / "audit", ("source", EVIL), EVIL, EVIL, EVIL, EVIL)
-    manifest = json.loads((tied / hub.MANIFEST).read_text())
+    manifest = json.loads((tied / MANIFEST).read_text())
     manifest["source"] = {"name": EVIL, "commit": "`<b>", "headers_and_config_sha256": EVIL}
     manifest["conversion"]["methods"] = [[EVIL, EVIL]]
     manifest["versions"] = {"transformers-tiedmoe": EVIL}
-    (tied / hub.MANIFEST).write_text(json.dumps(manifest))
+    (tied / MANIFEST).write_text(json.dumps(manifest))
     card = ModelCard(write_card(CardConfig(str(tied), audit=audit, audited_as=EVIL))["card"])
     prose = card.text.partition("```")[0]
     assert "# Owned" not in re.sub(r"\\.", "", prose)
@@ -160,9 +161,9 @@ def test_names_that_others_chose_are_text(tied, tmp_path):
 
 
 def test_a_manifest_of_another_form_is_refused(tied):
-    manifest = json.loads((tied / hub.MANIFEST).read_text())
+    manifest = json.loads((tied / MANIFEST).read_text())
     manifest["conversion"]["sizes"] = {"parameters_before": "<b>"}
-    (tied / hub.MANIFEST).write_text(json.dumps(manifest))
+    (tied / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(TiedMoeError, match=r"another form than we write, at conversion\.sizes"):
         write_card(CardConfig(str(tied)))
 

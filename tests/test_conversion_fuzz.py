@@ -26,9 +26,9 @@ from test_conversion_mxfp4 import save_mxfp4
 from tiedmoe_conversion import ConversionRecipe, execute, make_plan
 from tiedmoe_conversion.checkpoint.quantised import SUFFIXES
 from tiedmoe_conversion.plan import Plan
-from transformers_tiedmoe import hub
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.journal import append
+from transformers_tiedmoe.manifest import check_manifest
 from transformers_tiedmoe.training import text_files
 from transformers_tiedmoe.training.data import load_blocks
 from transformers_tiedmoe.workdir import open_work
@@ -311,7 +311,7 @@ def test_manifest(data):
                 "verification": {}, "versions": {}, "files": {"a": digest}}  # fmt: skip
     manifest[data.draw(st.sampled_from(sorted(manifest)))] = data.draw(anything)
     with contextlib.suppress(TiedMoeError):
-        found = hub.check_manifest(manifest, "folder/tiedmoe_conversion.json")
+        found = check_manifest(manifest, "folder/tiedmoe_conversion.json")
         assert isinstance(found["source"].get("name"), str | None)
         assert all(isinstance(each["tensor"] + each["reason"], str) for each in found["dropped"])
         assert all(isinstance(each, dict) and ".." not in Path(name).parts for name, each in found["files"].items())

@@ -252,9 +252,9 @@ def test_untie_does_not_go_on_with_a_conversion(source):
 
 def test_other_versions_are_refused(source, monkeypatch):
     interrupt(source)
-    from transformers_tiedmoe import hub
+    from transformers_tiedmoe import manifest
 
-    monkeypatch.setattr(hub, "version", lambda name: "0.0")
+    monkeypatch.setattr(manifest, "version", lambda name: "0.0")
     with unchanged_disk(source.parent), pytest.raises(TiedMoeError, match=r"differs in its versions: .* is '0.0'"):
         execute(plan_of(source))
 

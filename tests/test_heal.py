@@ -19,7 +19,7 @@ from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, workdir
 from transformers_tiedmoe.adapters import find_adapter
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
-from transformers_tiedmoe.hub import read_manifest
+from transformers_tiedmoe.manifest import read_manifest
 from transformers_tiedmoe.training.data import load_blocks, perplexity
 from transformers_tiedmoe.training.distillation import distillation_loss
 from transformers_tiedmoe.training.fsdp import check_checkpoint, check_units

@@ -19,10 +19,11 @@ import transformers_tiedmoe
 from tiedmoe_conversion import ConversionRecipe, convert
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import source_config
-from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, __version__, hub
+from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM, __version__, hub, model_card
 from transformers_tiedmoe.cards import CardConfig, write_card
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.files import file_digest
+from transformers_tiedmoe.manifest import MANIFEST, read_manifest, save_manifest
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
@@ -129,7 +130,7 @@ def test_card_shows_names_as_plain_text(tmp_path):
 )
 def test_licence_is_a_name_and_a_link_to_a_page_or_a_file(tmp_path, fields, kept):
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(fields)}---\n# Source\n")
-    assert hub.read_licence(str(tmp_path)) == kept
+    assert model_card.read_licence(str(tmp_path)) == kept
 
 
 def test_stub_refuses_a_package_older_than_what_wrote_the_checkpoint(tmp_path, monkeypatch):
@@ -143,9 +144,9 @@ def test_stub_refuses_a_package_older_than_what_wrote_the_checkpoint(tmp_path, m
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{", '"x"'])
 def test_manifest_of_another_type_is_refused(tmp_path, text):
-    (tmp_path / hub.MANIFEST).write_text(text)
+    (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(TiedMoeError, match=r"expected the JSON object that a conversion wrote"):
-        hub.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 HEALING = {
@@ -163,15 +164,15 @@ def test_healed_folder_says_where_it_comes_from(tmp_path):
     save_source(tmp_path / "source")
     (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
     convert(ConversionRecipe(source=str(tmp_path / "source"), output=str(tmp_path / "tied"), method="average"))
-    made = hub.read_manifest(str(tmp_path / "tied"))
+    made = read_manifest(str(tmp_path / "tied"))
     healed = tmp_path / "healed"
-    shutil.copytree(tmp_path / "tied", healed, ignore=shutil.ignore_patterns("README.md", hub.MANIFEST))
+    shutil.copytree(tmp_path / "tied", healed, ignore=shutil.ignore_patterns("README.md", MANIFEST))
     text = tmp_path / "text.txt"
     text.write_text("text")
     config = AutoConfig.from_pretrained(healed)
     healing = {**HEALING, "data": str(text)}
-    hub.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {"config.json": {"bytes": 1}})
-    manifest, card = hub.read_manifest(str(healed)), ModelCard.load(healed / "README.md")
+    model_card.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {"config.json": {"bytes": 1}})
+    manifest, card = read_manifest(str(healed)), ModelCard.load(healed / "README.md")
     assert manifest["made_by"] == "tiedmoe heal"
     assert (manifest["source"], manifest["recipe"]) == (made["source"], made["recipe"])
     assert manifest["healing"] == HEALING
@@ -215,9 +216,7 @@ def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
         calibration_block_size=settings.block_size,
     )  # fmt: skip
     (tmp_path / "tied").mkdir()
-    hub.save_manifest(
-        tmp_path / "tied", "tiedmoe convert", {"recipe": recipe.to_dict(), "source": {"name": "source"}}, {}
-    )
+    save_manifest(tmp_path / "tied", "tiedmoe convert", {"recipe": recipe.to_dict(), "source": {"name": "source"}}, {})
     (tokens,) = re.findall(r"Held out, ([\d,]+) tokens", card)
     losses, perplexities = (
         re.findall(rf"\| {name}[^|]*\| ([\d.]+) \| ([\d.]+) \|", card)[0] for name in ("loss", "perplexity")
@@ -235,7 +234,7 @@ def test_the_card_of_the_demo_is_what_the_demo_writes(tmp_path):
     healed = tmp_path / "healed"
     healed.mkdir()
     config.save_pretrained(healed)
-    hub.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {})
+    model_card.save_healed(healed, "healed", str(tmp_path / "tied"), config, healing, {})
     shutil.copytree(CARDS / "figures", tmp_path / "audit" / "figures")
     for name in ("loads", "active"):  # of one model: in the audit with its number, the third
         if (path := tmp_path / "audit" / "figures" / f"{name}.png").exists():

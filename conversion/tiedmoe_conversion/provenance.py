@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from transformers_tiedmoe import hub
+from transformers_tiedmoe import manifest, model_card
 from transformers_tiedmoe.audit.metrics import perplexity
+from transformers_tiedmoe.hub import public_name
 
 from .checkpoint.reader import Source
 
@@ -28,7 +29,7 @@ def identity(
     return {
         "recipe": {"command": command, **recipe, **folders, "output": None},
         "source": {"commit": source.commit, "headers_and_config": source.fingerprint(), **source.stamps()},
-        "versions": hub.versions(),
+        "versions": manifest.versions(),
         "plan": {"tensors": digest.hexdigest()},
     }
 
@@ -43,8 +44,8 @@ def save_manifest(plan: "Plan", folder: Path, files: Mapping[str, Any], fields: 
         fields: what `card_facts` gave, and `verification`: what was found when the output was read again.
     """
     dropped = [{"tensor": name, "reason": reason} for name, reason in plan.dropped]
-    digests = {name: found for name, found in files.items() if name != hub.MANIFEST}
-    hub.save_manifest(folder, COMMAND, {**fields, "dropped": dropped}, digests)
+    digests = {name: found for name, found in files.items() if name != manifest.MANIFEST}
+    manifest.save_manifest(folder, COMMAND, {**fields, "dropped": dropped}, digests)
 
 
 def save_card(plan: "Plan", folder: Path, facts: Mapping[str, Any]) -> None:
@@ -55,9 +56,9 @@ def save_card(plan: "Plan", folder: Path, facts: Mapping[str, Any]) -> None:
         folder: of the checkpoint.
         facts: as `card_facts`.
     """
-    licence = hub.read_licence(str(plan.source.opened.folder))
+    licence = model_card.read_licence(str(plan.source.opened.folder))
     title = PurePath(plan.recipe.output).name
-    hub.save_card(folder, title, {"made_by": COMMAND, **facts}, plan.config, licence=licence)
+    model_card.save_card(folder, title, {"made_by": COMMAND, **facts}, plan.config, licence=licence)
 
 
 def card_facts(plan: "Plan", measured: Mapping[str, Any] | None = None, text_digest: str = "") -> dict[str, Any]:
@@ -69,11 +70,11 @@ def card_facts(plan: "Plan", measured: Mapping[str, Any] | None = None, text_dig
         text_digest: of the calibration text's tokens.
     """
     source, recipe, summary = plan.source.opened, public_recipe(plan), plan.summary()
-    conversion = hub.Conversion(
+    conversion = model_card.Conversion(
         methods=[(method.name, method.summary) for method, _ in plan.recipe.steps],
         residual_rank=plan.recipe.residual_rank,
         is_lossless=plan.is_lossless,
-        sizes=hub.Sizes(**{name: summary[name] for name in hub.Sizes.model_fields}),
+        sizes=model_card.Sizes(**{name: summary[name] for name in model_card.Sizes.model_fields}),
         measured=_measured(recipe, measured, text_digest) if measured else None,
     )
     return {
@@ -92,7 +93,7 @@ def public_recipe(plan: "Plan") -> dict[str, Any]:
     source, recipe = plan.source.opened, plan.recipe.to_dict()
     return {
         **recipe,
-        "calibration": recipe["calibration"] and hub.public_name(recipe["calibration"]),
+        "calibration": recipe["calibration"] and public_name(recipe["calibration"]),
         "source": source.name if source.commit is not None else PurePath(source.name).name,
         "output": PurePath(plan.recipe.output).name,
         "revision": source.commit,
@@ -101,10 +102,10 @@ def public_recipe(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> hub.Measured:
+def _measured(recipe: Mapping[str, Any], measured: Mapping[str, Any], text_digest: str) -> model_card.Measured:
     """Return what the card shows of `measure`'s report: sums over layers and pools."""
     slots, experts = measured["dead_slots"].values(), measured["dead_experts"].values()
-    return hub.Measured(
+    return model_card.Measured(
         tokens=measured["tokens"],
         text=str(recipe["calibration"]),
         digest=text_digest,

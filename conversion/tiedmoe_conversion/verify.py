@@ -21,7 +21,7 @@ from transformers.utils import logging
 from transformers_tiedmoe import TiedMoeConfig
 from transformers_tiedmoe.families import expert_layers
 from transformers_tiedmoe.files import file_digest
-from transformers_tiedmoe.hub import MANIFEST, check_manifest
+from transformers_tiedmoe.manifest import MANIFEST, check_manifest
 
 from .checkpoint.quantised import BlockScaled
 from .checkpoint.reader import Source, open_source, regular_file

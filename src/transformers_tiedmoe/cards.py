@@ -1,7 +1,7 @@
 """`tiedmoe card`: the model card of any saved model, with what an audit found of it.
 
-The card itself is rendered by `hub.render_card`, as of every checkpoint that we write. Here is what an audit adds: its
-findings and figures to the text, its losses and tasks to the metadata, as the `model-index` that the Hub shows.
+The card itself is rendered by `model_card.render_card`, as of every checkpoint that we write. Here is what an audit
+adds: its findings and figures to the text, its losses and tasks to the metadata, as the `model-index` of the Hub.
 """
 
 import math
@@ -19,7 +19,9 @@ from .audit import findings
 from .audit.schema import Audit, Domain, Interval, ModelAudit
 from .errors import TiedMoeError
 from .files import atomic_write_json, atomic_write_text, expand, file_digest
-from .hub import CARD, MANIFEST, is_hub_id, plain, public_name, read_licence, read_manifest, render_card
+from .hub import is_hub_id, public_name
+from .manifest import MANIFEST, read_manifest
+from .model_card import CARD, plain, read_licence, render_card
 from .training.pretrained import load_config
 
 AUDIT = "audit.json"

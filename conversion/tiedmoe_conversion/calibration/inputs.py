@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from transformers_tiedmoe.hub import versions
+from transformers_tiedmoe.manifest import versions
 from transformers_tiedmoe.run_folder import Folder
 from transformers_tiedmoe.workdir import open_folder
 

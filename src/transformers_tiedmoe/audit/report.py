@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..files import atomic_write_text
-from ..hub import plain
+from ..model_card import plain
 from . import drawing, findings, overview, plots, tables, units
 from .findings import Finding
 from .schema import Audit, ModelAudit

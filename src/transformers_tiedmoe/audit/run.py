@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from ..errors import TiedMoeError
 from ..files import expand
-from ..hub import fingerprint, public_name, versions
+from ..hub import public_name
+from ..manifest import fingerprint, versions
 from ..output_place import check_output
 from ..run_folder import Work
 from ..training.data import check_tokens, load_last_blocks, load_texts, tokens_digest

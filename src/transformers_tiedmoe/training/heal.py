@@ -34,7 +34,8 @@ from ..audit.routing import layer_experts
 from ..auto_files import settle_tokenizer
 from ..errors import TiedMoeError
 from ..files import atomic_write_json
-from ..hub import MANIFEST, fingerprint, read_manifest, save_healed, versions
+from ..manifest import MANIFEST, fingerprint, read_manifest, versions
+from ..model_card import save_healed
 from ..output_place import check_output, was_renamed
 from ..routing import active_experts
 from ..run_folder import Work

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import TiedMoeError
 from ..files import check_apart
-from ..hub import fingerprint
+from ..manifest import fingerprint
 from .arguments import TiedMoeTrainingArguments
 from .distillation import Teacher
 from .documents import refuse_crossing
