@@ -1,9 +1,11 @@
 """The study's runs in one JSON-able summary, and that as a table and a picture."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 from tables import mean_of, plus_minus, table
 
@@ -15,11 +17,18 @@ Found = dict[tuple[int, float], dict[str, Any]]  # by seed and share of the heal
 GOALS = ((0.75, 0.5, "control"), (0.50, 3.0, "control"))
 HEALING_GOALS = ((0.75, 0.5, "source"), (0.50, 2.0, "source"))
 NEAR = 0.005  # a router, a slot map: what still counts as that share
-# Okabe and Ito's colours, told apart by people who are colour-blind as well, and two greys.
-COLOURS = ("#E69F00", "#D55E00", "#009E73", "#000000", "#0072B2", "#CC79A7", "#56B4E9", "0.45", "0.7")
-MARKERS = "oDs^vPX"
-LINEAR_BELOW = 0.01  # nats; a logarithmic scale above
-TICKS = (-0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+# What a kind of row is drawn in, and called where that has to be said. Okabe and Ito's colours.
+KINDS = {
+    "convert": ("#0072B2", ""),
+    "prune": ("#D55E00", "healed, the control of fewer experts in every layer"),
+    "source": ("0.45", "the source, with the same tokens"),
+    "scratch": ("#009E73", "tied from scratch, with all tokens of both"),
+}
+AFTER_DOT = {"marker": "o", "markersize": 7}
+BEFORE_DOT = {"marker": "o", "markersize": 6, "markerfacecolor": "white"}
+WAY_DOT = {"marker": "|", "markersize": 6}
+LINEAR_BELOW = 1  # %; a logarithmic scale above
+TICKS = (-1, 0, 1, 3, 10, 30, 100, 300)
 
 
 def summarize(
@@ -135,53 +144,54 @@ def _order(row: dict[str, Any]) -> tuple:
 
 
 def figure_of(summary: dict[str, Any]) -> Figure:
-    """Draw `summary`, of `summarize`."""
-    figure = Figure(figsize=(15, 6.2), layout="constrained", dpi=130)
-    before, after, healing = figure.subplots(1, 3)
-    after.sharex(before)
-    for axes in (before, after, healing):
-        # The good methods lie between a thousandth and a tenth of a nat, the bad ones ten times above.
-        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
-        axes.yaxis.set_major_locator(FixedLocator(TICKS))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.axhline(0, color="0.4", linewidth=1)
-        axes.set_ylabel("nats per token, logarithmic above 0.01")
-        axes.grid(alpha=0.3)
-    percent = 100 * summary["settings"]["heal_share"]
-    rows = [row for row in summary["rows"] if row["kind"] != "source"]
-    series = list(dict.fromkeys(row["series"] for row in rows))
-    families = list(dict.fromkeys(map(_family, series)))
-    for name in series:
-        own = sorted((row for row in rows if row["series"] == name), key=lambda row: row["expert_share"])
-        relatives = [each for each in series if _family(each) == _family(name)]
-        style = {"linewidth": 1.2, "markersize": 6, "alpha": 0.85}
-        style["color"] = COLOURS[families.index(_family(name)) % len(COLOURS)]
-        style["marker"] = MARKERS[relatives.index(name) % len(MARKERS)]
-        style["linestyle"] = {"convert": ":" if own[0]["heal"] else "-"}.get(own[0]["kind"], "--")
-        _draw_sizes(before, own, "0.0", style | {"label": name})
-        _draw_sizes(after, own, "1.0", style | {"label": name})
-        above = own[0]["loss_above_control"].items()
-        points = [(percent * float(share), each["mean"]) for share, each in above if each]
-        if len(points) > 1:
-            healing.plot(*zip(*points), **style)
-    for axes, when in ((before, "before healing"), (after, "after all of the healing budget")):
-        axes.set_xlabel("expert bytes, % of the source's")
-        axes.set_title(f"Loss above the control's, {when}")
-    healing.set_xlabel("healing, % of the source's training tokens")
-    healing.set_title("What healing does, smallest size of each")
-    handles = {label: handle for axes in (before, after) for handle, label in zip(*axes.get_legend_handles_labels())}
-    ordered = [name for name in series if name in handles]
-    figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=6, fontsize=9)
+    """Draw `summary`, of `summarize`: a line a row, from its perplexity before healing to that after."""
+    rows = [row for row in sorted(summary["rows"], key=_order) if row["loss"]["1.0"]]
+    halves = [[row for row in rows if (row["expert_share"] > 0.6) == is_large] for is_large in (True, False)]
+    longest = max(map(len, halves))
+    figure = Figure(figsize=(13, 2.2 + 0.26 * longest), layout="constrained", dpi=130)
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, half in zip(panels, halves):
+        for place, row in enumerate(half):
+            _draw_row(axes, -place, row, summary)
+        axes.set_yticks([-place for place in range(len(half))], [_name(row) for row in half])
+        axes.set_ylim(0.6 - longest, 0.6)  # both panels' rows have one height
+        axes.set_xscale(
+            "symlog", linthresh=LINEAR_BELOW, linscale=0.6
+        )  # good methods within 1 %, bad ones a hundred times above
+        axes.xaxis.set_major_locator(FixedLocator(TICKS))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.axvline(0, color="0.2", linewidth=1)
+        axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_xlabel("perplexity above the untouched source, %")
+    panels[0].set_title("Two thirds of the expert bytes, or more", loc="left")
+    panels[1].set_title("Half of the expert bytes", loc="left")
+    healed = f"healed on {summary['settings']['heal_share']:.0%} of the source's tokens"
+    styles = [("before healing", "0.2", BEFORE_DOT), ("on the way", "0.2", WAY_DOT)]
+    styles += [(text or healed, colour, AFTER_DOT) for colour, text in KINDS.values()]
+    handles = [Line2D([], [], linestyle="", label=text, color=colour, **dot) for text, colour, dot in styles]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _family(series: str) -> str:
-    """Return the first word, by which series share a colour."""
-    return series.replace(",", " ").replace(";", " ").split()[0]
+def _name(row: dict[str, Any]) -> str:
+    size = "" if row["size"].endswith("of every layer") else f" ({row['size']})"
+    return f"{row['series']}{size}  {row['expert_share']:.0%}"
 
 
-def _draw_sizes(axes, rows: list[dict], share: str, style: dict[str, Any]) -> None:
-    found = [(100 * row["expert_share"], above) for row in rows if (above := row["loss_above_control"][share])]
-    points = [(size, above["mean"], above["standard_deviation"] or 0) for size, above in found]
-    if points:
-        axes.errorbar(*zip(*points), capsize=2, **style)
+def _draw_row(axes, y: float, row: dict[str, Any], summary: dict[str, Any]) -> None:
+    def above(loss: float) -> float:
+        return 100 * (math.exp(loss) / summary["source_perplexity"] - 1)
+
+    losses = {float(share): loss for share, loss in row["loss"].items() if loss and float(share) <= 1}
+    points = [above(losses[share]["mean"]) for share in sorted(losses)]
+    colour, _ = KINDS[row["kind"]]
+    axes.plot(points, [y] * len(points), color=colour, linewidth=1, alpha=0.5)
+    axes.plot(points[1:-1], [y] * len(points[1:-1]), linestyle="", color=colour, **WAY_DOT)
+    if len(points) > 1:
+        axes.plot(points[0], y, color=colour, **BEFORE_DOT)
+    seeds = [above(loss) for loss in losses[1.0]["values"]]
+    axes.plot([min(seeds), max(seeds)], [y, y], color=colour, linewidth=4, alpha=0.4, solid_capstyle="butt")
+    axes.plot(points[-1], y, color=colour, **AFTER_DOT)
+    axes.text(1.02, y, f"{points[-1]:+.2f} %", transform=axes.get_yaxis_transform(), va="center")
