@@ -14,13 +14,15 @@ from accelerate.utils import DistributedType, load_fsdp_model, load_fsdp_optimiz
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from transformers_tiedmoe.training.checkpoints import RecordCheckpoints
 from transformers_tiedmoe.training.heal import HealConfig, _Run, heal
+from transformers_tiedmoe.training.outcome import Diverged
 
 OPTIONS = {"max_steps": 4, "save_steps": 2, "block_size": 16, "batch_size": 2, "learning_rate": 1e-2}
-OPTIONS |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "logging_steps": 1}
+OPTIONS |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "fused_loss": True}
+OPTIONS |= {"logging_steps": 1}
 
 
 FOLDERS = {"model": "pytorch_model_fsdp_0", "optimizer": "optimizer_0"}
@@ -32,9 +34,9 @@ class Killed(BaseException):
     """What ends a run in the middle."""
 
 
-def run(tied: str, text: str, output: str, state_dict_type: str) -> dict:
+def run(tied: str, text: str, output: str, state_dict_type: str, **fields) -> dict:
     os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type
-    args = HealConfig(tied, text, output, **OPTIONS)
+    args = HealConfig(tied, text, output, **OPTIONS | fields)
     # accelerate shards on GPUs and their like alone; all that it does then works on the CPU, too
     PartialState().distributed_type = DistributedType.MULTI_GPU
     return heal(args)
@@ -70,6 +72,23 @@ def check_heal(tied: str, text: str) -> None:
     assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
     for name in ("before", "after", "history"):
         assert whole[name] == killed[name], (name, whole[name], killed[name])
+
+
+def check_rescue(tied: str, text: str) -> None:
+    """Let the loss of the second process be no number in the fourth step; nothing is saved after the second."""
+    original = Trainer.training_step
+
+    def step(self, *args):
+        loss = original(self, *args)
+        return loss * torch.nan if self.args.process_index == 1 and self.state.global_step == 3 else loss
+
+    Trainer.training_step = step
+    try:
+        run(tied, text, "nan", "SHARDED_STATE_DICT", fused_loss=False)
+    except Diverged as error:
+        print(f"diverged: {error}", flush=True)
+    finally:
+        Trainer.training_step = original
 
 
 def model_and_optimizer(tied: str) -> tuple:

@@ -1,5 +1,6 @@
 """Tied models over several processes, for real: two CPU processes under torchrun."""
 
+import json
 import os
 import re
 import subprocess
@@ -70,6 +71,23 @@ def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes)
     heal(HealConfig(str(folder / "tied"), str(folder / "text.txt"), str(folder / "alone"), **options))
     for name, tensor in load_file(folder / "alone/model.safetensors").items():
         torch.testing.assert_close(whole[name], tensor, rtol=0.02, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_heal_under_fsdp2_that_diverges_keeps_the_last_good_checkpoint(two_processes):
+    """A loss that is NaN in the second process alone ends both; the first makes a whole model of the shards."""
+    folder, done = two_processes
+    message = "diverged: the healing diverged: by step 4 the loss is no number any more: lower learning_rate."
+    assert done.stdout.count(message) == 2, done.stdout + done.stderr[-3000:]
+    report = json.loads((folder / "nan.diverged/heal.json").read_text())
+    assert report["steps"] == 2
+    _, validation = load_blocks(folder / "text.txt", make_tokenizer(), block_size=16)
+    rescued = AutoModelForCausalLM.from_pretrained(folder / "nan.diverged")
+    found = perplexity(rescued, validation)["loss"]
+    assert found == pytest.approx(report["after"]["loss"], abs=1e-4)
+    assert found < report["before"]["loss"]
+    assert not (folder / ".nan.partial").exists()
 
 
 @pytest.mark.slow

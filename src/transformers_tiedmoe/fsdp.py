@@ -48,6 +48,46 @@ def gather_once_per_group(forward: Callable) -> Callable:
     return gathering
 
 
+def end_with_loss(head: nn.Module | None, is_asked: Callable[[], bool]) -> Callable[[Tensor], Tensor] | None:
+    """Let the FSDP2 unit of a model's head end with a loss that calls the head more than once.
+
+    accelerate makes the final norm and the head one unit. FSDP2 ends it when both have run, and takes a later call of
+    the head for another pass: its backward reduces and frees the unit, the norm's weight included, before the norm's
+    own backward reads that.
+
+    Args:
+        head: of a causal LM.
+        is_asked: whether this forward computes such a loss, rather than logits.
+
+    Returns:
+        What the loss has to go through, in the same forward; None if `head` is no unit of FSDP2, or of the root's.
+    """
+    if head is None or not _is_unit(head):
+        return None
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(head)  # type: ignore[attr-defined]  # its decorator adds it
+    try:
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for module in state._modules:
+            module.register_forward_pre_hook(functools.partial(_begin, state), prepend=True, with_kwargs=True)
+    except AttributeError as error:
+        raise _other_torch(error) from error
+
+    def end(module: nn.Module, args: Any, output: Any) -> Any:
+        return output if is_asked() else state._post_forward(module, args, output)
+
+    head.register_forward_hook(end)
+    return lambda loss: state._post_forward(head, (), loss)
+
+
+def _begin(state: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    if state._training_state.name != "FORWARD":
+        return state._pre_forward(module, args, kwargs)
+    return _cast(state._mp_policy, args), kwargs
+
+
 def _is_unit(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)  # importing it takes over a second
 
@@ -70,17 +110,25 @@ def _span_group(pool: Any, views: list[nn.Module]) -> None:
         views[-1].register_forward_hook(state._post_forward)
         policy = state._mp_policy
     except AttributeError as error:
-        raise TiedMoeError(
-            f"this torch has another FSDP2 than the one of torch 2.11 to 2.13 that pools know ({error}); install one "
-            "of these"
-        ) from error
+        raise _other_torch(error) from error
     for view in others:
         view.register_forward_pre_hook(functools.partial(_enter, pool, policy))
 
 
 def _enter(pool: Any, policy: Any, view: nn.Module, args: tuple) -> tuple:
     pool.unshard()
+    return _cast(policy, args)
+
+
+def _cast(policy: Any, args: tuple) -> tuple:
     if not (policy.cast_forward_inputs and policy.param_dtype):
         return args
     is_float = [isinstance(each, Tensor) and each.is_floating_point() for each in args]
     return tuple(each.to(policy.param_dtype) if cast else each for each, cast in zip(args, is_float, strict=True))
+
+
+def _other_torch(error: AttributeError) -> TiedMoeError:
+    return TiedMoeError(
+        f"this torch has another FSDP2 than the one of torch 2.11 to 2.13 that this package knows ({error}); install "
+        "one of these"
+    )

@@ -55,11 +55,6 @@ def fsdp_plugin(args: Any) -> FullyShardedDataParallelPlugin | None:
             "use DDP (--multi_gpu), where frozen weights need no gradients and no optimizer states",
         ),
         (
-            args.fused_loss,
-            "FSDP with fused_loss, which calls the head in chunks, between which FSDP2 frees it",
-            "leave fused_loss out",
-        ),
-        (
             args.parallel_mode != ParallelMode.DISTRIBUTED,
             "FSDP in one process",
             "start several by `accelerate launch --num_processes N`, or leave FSDP out",

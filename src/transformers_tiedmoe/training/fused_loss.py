@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import TiedMoeError
+from ..fsdp import end_with_loss
 from .data import sequence_losses
 from .distillation import Teacher
 
@@ -65,6 +66,7 @@ class FusedLoss:
         self.chunk_size = chunk_size or _chunk_size(model)
         self._asked: dict[str, Any] | None = None
         self._hidden: torch.Tensor | None = None
+        self._end: Any = None
         self._hook = model.base_model.register_forward_hook(self._keep)
         model.loss_function = self
 
@@ -94,6 +96,7 @@ class FusedLoss:
 
     def _run(self, forward, inputs: Mapping[str, Any], **asked: Any) -> torch.Tensor:
         self._asked = asked
+        self._end = self._end or end_with_loss(self.model.get_output_embeddings(), lambda: self._asked is not None)
         try:
             return forward({**inputs, "logits_to_keep": 1})
         finally:
@@ -122,7 +125,8 @@ class FusedLoss:
             total = self._sums(flat[0], flat[1], teacher, flat[2:])
             items = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
             sums = list(total / (items.to(total.device) if isinstance(items, torch.Tensor) else items))
-        return torch.stack([*sums, torch.zeros_like(sums[0])])
+        losses = torch.stack([*sums, torch.zeros_like(sums[0])])
+        return self._end(losses) if self._end else losses
 
     def _sums(self, hidden, labels, teacher, targets) -> torch.Tensor:
         """Return summed cross-entropy and divergence `[2]` of tokens: hidden `[N, H]`, labels `[N]`."""

@@ -136,7 +136,7 @@ def heal(args: TiedMoeTrainingArguments, progress: Progress | None = None) -> di
                 report = run.report()
             except Diverged as error:
                 saved = run.rescue()
-                work.keep = bool(run.fsdp)  # else the next run, with other arguments, is not to find this one
+                work.keep = False  # the next run, with other arguments, is not to find this one
                 raise Diverged(f"{error}. {saved}") from error
             if state.is_main_process:
                 work.complete(report)
@@ -219,15 +219,14 @@ class _Run:
 
         The others wait for the first process: one that ends takes the rest with it.
         """
-        if self.fsdp:
-            return f"Its checkpoints are left in {self.checkpoints}; under FSDP2 none is made a model"
         said = self._rescue() if self.is_main else "The first process says what was saved"
         PartialState().wait_for_everyone()
         return said
 
     def _rescue(self) -> str:
         args = self.args
-        self.trainer.model.to("cpu")  # its place is needed
+        if not self.fsdp:
+            self.trainer.model.to("cpu")  # its place is needed
         for checkpoint in sound_checkpoints(self.checkpoints):
             self._tell(f"looking at {checkpoint.name}")
             self.checkpoint = checkpoint
@@ -354,7 +353,7 @@ class _Run:
         )
         bare = self.model.get_base_model() if args.lora else self.model
         batch_tokens = args.per_device_train_batch_size * (args.block_size or 0)
-        trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, False if self.fsdp else args.fused_loss)
+        trainer.fused, why_not = fuse(bare, self.validation, batch_tokens, args.fused_loss)
         self.warnings += [why_not] if why_not else []
         if trainer.fused and not getattr(self.teacher, "has_head", True):
             self.warnings.append("the teacher's logits exist for whole batches: its head cannot be run by itself")
@@ -381,7 +380,7 @@ class _Run:
             self.health.restore(self.trainer.state)
         if self.annealing:
             self.annealing.restore(self.model, self.trainer.state)
-        self.model.to(self.args.device)
+        self.model.to("cpu" if self.fsdp else self.args.device)  # which may not hold the whole model
 
     def _final_model(self, work: Work) -> PreTrainedModel:
         """Return the model to evaluate and save: adapters merged, every tensor in the dtype of its file."""
