@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import transformers
 from families import tiny_config
 from fsdp2_heal_worker import check_example, check_heal, check_rescue, check_states
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,6 +47,8 @@ CASES = {
     ("ddp", "tiedmoe", False, ""): ONCE_PER_POOL,
     ("ddp, gradients as bucket views", "tiedmoe", None, ""): ONCE_PER_POOL,  # our kernels add into the buckets
 }
+if transformers.__version__ < "5.18":  # soft routing is refused there
+    CASES = {case: expected for case, expected in CASES.items() if case[-1] != "soft"}
 
 
 def tied_model(implementation: str, what: str) -> TiedMoeForCausalLM:
