@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import transformers_tiedmoe  # noqa: F401  the Auto classes learn of tied models
+from transformers_tiedmoe.audit.metrics import perplexity
 from transformers_tiedmoe.training.data import load_blocks, sequence_losses
 from transformers_tiedmoe.training.parameter_groups import pool_parameter_groups
 
@@ -82,7 +83,7 @@ def main():
                 break
     accelerator.print("evaluating")
     after = evaluate(model, held_out, accelerator)
-    accelerator.print(f"held-out perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}")
+    accelerator.print(f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}")
 
     weights = accelerator.get_state_dict(model)  # every process takes part where the weights are sharded
     if accelerator.is_main_process:

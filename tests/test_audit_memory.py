@@ -37,18 +37,23 @@ from transformers_tiedmoe.audit.memory_parameters import Tensor, count_parameter
 from transformers_tiedmoe.audit.memory_training import activation_bytes, plan_training
 from transformers_tiedmoe.audit.subject import Subject, build_skeleton, layers_of, open_subject
 from transformers_tiedmoe.errors import TiedMoeError
+from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
 
 BATCH, BLOCK, CONTEXT, VOCABULARY = 2, 64, 100, 96
-# torch's CPU kernel that keeps no attention weights wants keys and values of one size; GPUs have one that does not
-EQUAL_HEADS = {"deepseek_v3": {"v_head_dim": 16}, "kimi_linear": {"v_head_dim": 16}}
-OTHER_KERNELS = {  # on the CPU, than those of GPUs that are predicted
-    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa",
-}  # fmt: skip
 CONVOLUTIONS = {"inkling_text", "inkling2_text"}  # oneDNN's take room of their own
 
 
-def config_of(family: str, **fields):
-    return tiny_config(family, **{**EQUAL_HEADS.get(family, {}), **fields})
+def config_of(family: str):
+    """A tiny config with keys and values of one size.
+
+    Of two sizes torch's CPU attends by a kernel that keeps every attention weight; GPUs have one that does not, which
+    is what is predicted.
+    """
+    sizes = tiny_config(family).to_dict()
+    is_latent = "v_head_dim" in sizes
+    return tiny_config(
+        family, **({"v_head_dim": sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]} if is_latent else {})
+    )
 
 
 def tied(config, **fields):
@@ -110,8 +115,12 @@ def test_activations_are_those_of_a_real_step(family, checkpointing):
     assert_activations(config_of(family), checkpointing)
 
 
-def test_activations_of_a_tied_model():
-    assert_activations(tied(tiny_config("qwen3_moe"), group_size=2, skip_first=1, skip_last=1), False)
+SOFT = {"routing": "softmoe", "softmoe": {"budget": 9, "alpha": 0.05}}
+
+
+@pytest.mark.parametrize("fields", [{}, {"residual_rank": 4}, SOFT], ids=["pools", "residual", "soft"])
+def test_activations_of_a_tied_model(fields):
+    assert_activations(tied(tiny_config("qwen3_moe"), group_size=2, skip_first=1, skip_last=1, **fields), False)
 
 
 def test_activations_under_autocast():
@@ -128,7 +137,7 @@ def test_activations_under_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(moe_families()) - OTHER_KERNELS - CONVOLUTIONS - {"gemma4"}))
+@pytest.mark.parametrize("family", sorted(set(moe_families()) - CONVOLUTIONS - {"gemma4"}))
 def test_activations_of_every_family(family):
     for checkpointing in (False, True):
         assert_activations(config_of(family), checkpointing)
@@ -196,6 +205,22 @@ def test_training_is_that_of_a_real_adamw_step(group_size):
     step = training_step(model, tokens)
     total += peak_bytes(lambda: (step(), optimizer.step()))
     assert found.total_bytes == pytest.approx(total, rel=0.05)
+
+
+def test_muons_states_are_those_of_its_own_optimizer():
+    """Residuals of tied layers, norms, biases, embeddings and the budget of soft routing are AdamW's there."""
+    config = tied(tiny_config("olmoe"), group_size=2, residual_rank=2, **SOFT)
+    options = MemoryOptions(batch_size=BATCH, block_size=BLOCK, precision="float32")
+    found = next(
+        each
+        for each in memory.measure(subject_of(config), options).training
+        if (each.strategy, each.optimizer) == ("one", "muon")
+    )
+    model, _ = real_model(config)
+    optimizer = Muon(muon_parameter_groups(model))
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert found.optimizer_bytes == sum(state.nbytes for state in states)
 
 
 # The published numbers of parameters, in billions: all of them, and those that a token uses. gpt-oss leaves the
@@ -318,10 +343,10 @@ def fake_tensors():
     """A root, two layers that read a pool, and one with its own experts."""
     return [
         Tensor("embed.weight", (10, 10), "embedding", None, 1, 100),
-        Tensor("layers.0.attn.weight", (20, 10), "attention", 0, 1, 200),
-        Tensor("layers.1.attn.weight", (20, 10), "attention", 1, 1, 200),
-        Tensor("expert_pools.0.up", (4, 10, 10), "experts", 0, 2, 400, pool=0, last=1),
-        Tensor("layers.2.experts.up", (4, 10, 5), "experts", 2, 1, 100),
+        Tensor("layers.0.attn.weight", (20, 10), "attention", 0, 1, 200, is_muons=True),
+        Tensor("layers.1.attn.weight", (20, 10), "attention", 1, 1, 200, is_muons=True),
+        Tensor("expert_pools.0.up", (4, 10, 10), "experts", 0, 2, 400, pool=0, last=1, is_muons=True),
+        Tensor("layers.2.experts.up", (4, 10, 5), "experts", 2, 1, 100, is_muons=True),
         Tensor("layers.2.norm.weight", (10,), "norm", 2, 1, 10),
     ]
 

@@ -99,9 +99,9 @@ def test_quantiles_of_a_histogram_are_those_of_the_numbers():
     numbers = torch.randint(0, 9, (1001,))
     histogram = torch.bincount(numbers)
     assert metrics.histogram_mean(histogram) == pytest.approx(float(numbers.double().mean()))
-    for share in (0.5, 0.95, 0.99):
+    for percent in (50, 95, 99):
         ordered = numbers.sort().values
-        assert metrics.histogram_quantile(histogram, share) == ordered[math.ceil(share * 1001) - 1]
+        assert metrics.histogram_quantile(histogram, percent) == ordered[math.ceil(percent * 1001 / 100) - 1]
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (math.log(50), 50.0), (1000.0, math.inf)])

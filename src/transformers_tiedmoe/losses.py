@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import CompileableContextVar, OutputRecorder
 
+from .audit.metrics import num_active
 from .errors import TiedMoeError
 
 _recorded = CompileableContextVar("tiedmoe_router_logits")  # {"routings": [...]}: by name, as transformers' collector
@@ -222,7 +223,7 @@ def add_router_losses(family_forward: Callable) -> Callable:
 
 def _active_experts(routings: Sequence[Routing], mask: torch.Tensor | None) -> torch.Tensor:
     """Return the mean number of experts that a token of this forward uses, `[L]`."""
-    used = [(routing.chosen < routing.scores.shape[-1]).sum(-1, keepdim=True).float() for routing in routings]
+    used = [num_active(routing.chosen, routing.scores.shape[-1])[:, None].float() for routing in routings]
     weight = None if mask is None else mask.reshape(-1)
     return torch.cat([_mean(each, weight).to(used[0].device) for each in used]).detach()
 

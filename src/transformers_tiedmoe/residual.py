@@ -3,6 +3,7 @@
 The idea is LoRA's (arXiv 2106.09685, section 4.1), here one pair of factors for every slot of a layer's router.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +46,8 @@ def experts_with_residual(
     output = torch.zeros_like(hidden_states)
     up_name = "gate_up_proj" if pool.has_gate else "up_proj"
     num_slots = residual.factors["down_proj"][0].shape[0]
-    for slot in residual.router_index.unique().tolist():
-        if slot == num_slots:  # the sentinel of an inactive slot
-            continue
-        token, k = torch.where(residual.router_index == slot)
-        row = top_k_index[token[0], k[0]]
+    for slot, token, k in _calls(residual.router_index, num_slots):
+        row = 0 if token.is_meta else int(top_k_index[token[0], k[0]])
         state = _project(pool, up_name, hidden_states[token], row, slot, residual)
         state = pool._apply_gate(state) if pool.has_gate else pool.act_fn(state)
         state = _project(pool, "down_proj", state, row, slot, residual)
@@ -60,7 +58,18 @@ def experts_with_residual(
     return output
 
 
-def _project(pool: Any, name: str, state: torch.Tensor, row: torch.Tensor, slot: int, residual: Residual):
+def _calls(router_index: torch.Tensor, num_slots: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield each slot in use, its tokens and their columns; on the meta device, which holds no choices, even ones."""
+    if router_index.is_meta:
+        even = torch.empty(-(-router_index.numel() // num_slots), dtype=torch.int64, device="meta")
+        yield from ((slot, even, even) for slot in range(num_slots))
+        return
+    for slot in router_index.unique().tolist():
+        if slot != num_slots:  # the sentinel of an inactive slot
+            yield slot, *torch.where(router_index == slot)
+
+
+def _project(pool: Any, name: str, state: torch.Tensor, row: int, slot: int, residual: Residual):
     weight, (b, a) = getattr(pool, name)[row], (factor[slot] for factor in residual.factors[name])
     if pool.is_transposed:  # [in, out]
         state = state @ weight + (state @ b) @ a

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from transformers_tiedmoe import TiedMoeConfig
-from transformers_tiedmoe.audit.metrics import expert_counts, routing_agreement
+from transformers_tiedmoe.audit.metrics import expert_counts, num_dead, routing_agreement
 
 from ..layout.source_model import SourceModel, family_model
 from ..layout.tied_view import LayerTensors
@@ -44,15 +44,13 @@ def measure_conversion(
     }
     dead_experts, dead_slots = {}, {}
     for p, group in enumerate(groups):
-        reached = torch.zeros(widths[p], dtype=torch.bool)
+        counts = torch.zeros(widths[p], dtype=torch.int64)
         for layer in group:
-            chosen = expert_counts(tied_routing[layer], num_slots) > 0
+            chosen, in_source = (expert_counts(each[layer], num_slots) for each in (tied_routing, source_routing))
             rows = output.slot_map(f"{source.experts[layer]}.")
-            slot_map = torch.arange(num_slots) if rows is None else torch.tensor(rows)
-            reached[slot_map[chosen]] = True
-            in_source = expert_counts(source_routing[layer], num_slots) > 0
-            dead_slots[str(layer)] = {"source": int((~in_source).sum()), "tied": int((~chosen).sum()), "of": num_slots}
-        dead_experts[str(p)] = {"dead": int((~reached).sum()), "of": len(reached)}
+            counts.index_add_(0, torch.arange(num_slots) if rows is None else torch.tensor(rows), chosen.cpu())
+            dead_slots[str(layer)] = {"source": num_dead(in_source), "tied": num_dead(chosen), "of": num_slots}
+        dead_experts[str(p)] = {"dead": num_dead(counts), "of": len(counts)}
     return {
         "tokens": calibration.held_out.numel(),
         "loss_before": before,

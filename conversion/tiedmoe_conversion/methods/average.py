@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from transformers_tiedmoe.audit.metrics import num_dead
+
 from .base import Group, Memory, Pool, register_method
 
 PIECE = 1 << 15  # elements; on larger pieces torch uses several threads, which wait for each other
@@ -65,7 +67,7 @@ def _mean(rows: Sequence[torch.Tensor], shares: Sequence[float] | None) -> None:
 
 
 def _note_unrouted(group: Group, counts: torch.Tensor) -> None:
-    unrouted = (counts == 0).sum().item()
+    unrouted = num_dead(counts)
     if unrouted:
         group.note(
             f"{unrouted} of {group.num_experts} experts have no calibration tokens in any layer: their mean is uniform"

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 
+from transformers_tiedmoe.audit.metrics import expert_counts
+
 from ..errors import ConversionError, did_you_mean
 from ..layout.neurons import ExpertFunction, Experts
 
@@ -58,8 +60,7 @@ class RoutedInputs:
 
     def counts(self, num_experts: int) -> torch.Tensor:
         """Count how many tokens to fit on chose each slot, int64 `[E]`."""
-        chosen = self.top_k_index[: self.num_fit].flatten()
-        return torch.bincount(chosen[chosen < num_experts], minlength=num_experts)
+        return expert_counts(self.top_k_index[: self.num_fit], num_experts)
 
 
 class LayerExperts(Protocol):

@@ -64,7 +64,7 @@ def measure(
 
 def distribution(histogram: torch.Tensor) -> Distribution:
     """Summarise `histogram [N]`, whose entry n counts tokens that use n experts."""
-    quantiles = {f"p{percent}": metrics.histogram_quantile(histogram, percent / 100) for percent in (50, 95, 99)}
+    quantiles = {f"p{percent}": metrics.histogram_quantile(histogram, percent) for percent in (50, 95, 99)}
     most = int(histogram.nonzero().max())
     return Distribution(mean=metrics.histogram_mean(histogram), max=most, **quantiles)
 

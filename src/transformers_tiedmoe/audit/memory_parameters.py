@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling_tiedmoe import TiedExperts
+from ..training.muon import muon_matrices
 from .routing import layer_experts
 from .schema import COMPONENTS, LayerMemory, Parameters
 from .subject import Subject
@@ -32,6 +33,7 @@ class Tensor:
         active: parameters that one token uses, over all reads.
         pool: the pool that it is of.
         last: the last layer that reads that pool.
+        is_muons: whether Muon takes it, which leaves the rest to AdamW.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Tensor:
     active: float
     pool: int | None = None
     last: int | None = None
+    is_muons: bool = False
 
     @property
     def num(self) -> int:
@@ -64,6 +67,7 @@ def list_tensors(model: PreTrainedModel, subject: Subject, top_k: dict[int, int]
     readers = _readers(model)
     head = model.get_output_embeddings()
     of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    matrices = muon_matrices(model)
     tensors = []
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
@@ -76,8 +80,8 @@ def list_tensors(model: PreTrainedModel, subject: Subject, top_k: dict[int, int]
             shares = [used.get(index, 0.0) / parameter.shape[0] if path in readers else 1.0 for index in layers]
             active = parameter.numel() * sum(shares)
             pool = int(name.split("expert_pools.")[1].split(".")[0]) if "expert_pools." in name else None
-            shape = tuple(parameter.shape)
-            tensors.append(Tensor(name, shape, "experts", layers[0], len(layers), active, pool, layers[-1]))
+            shape, is_muons = tuple(parameter.shape), parameter in matrices
+            tensors.append(Tensor(name, shape, "experts", layers[0], len(layers), active, pool, layers[-1], is_muons))
             continue
         component = "head" if id(parameter) in of_head else _component(name, model, modules)
         reads = 1
@@ -85,7 +89,8 @@ def list_tensors(model: PreTrainedModel, subject: Subject, top_k: dict[int, int]
             parameter is other for other in model.get_input_embeddings().parameters()
         ):  # tied word embeddings
             component, reads = "embedding", 2
-        tensors.append(Tensor(name, tuple(parameter.shape), component, layer, reads, float(parameter.numel())))
+        active, is_muons = float(parameter.numel()), parameter in matrices
+        tensors.append(Tensor(name, tuple(parameter.shape), component, layer, reads, active, is_muons=is_muons))
     return tensors
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ..training.parameter_groups import NO_DECAY
 from .memory_parameters import Tensor
 from .meta_run import counted_on_meta, recomputing_on_meta
 
@@ -197,15 +196,9 @@ def plan_training(
 def state_numbers(tensor: Tensor, optimizer: Optimizer) -> int:
     """Return how many numbers an optimizer keeps of a parameter.
 
-    AdamW keeps two of each (arXiv 1711.05101, algorithm 2). Muon keeps a momentum of every matrix and of every
-    expert's matrix, and leaves embeddings, head, biases, norms and convolutions to AdamW (Jordan et al., 2024, "Muon:
-    an optimizer for hidden layers").
+    AdamW keeps two of each (arXiv 1711.05101, algorithm 2), and Muon the momentum of what it takes: `muon_matrices`.
     """
-    if optimizer == "adamw":
-        return 2 * tensor.num
-    is_matrix = len(tensor.shape) == (3 if tensor.component == "experts" else 2)
-    is_hidden = tensor.component not in ("embedding", "head") and not NO_DECAY.search(tensor.name)
-    return tensor.num if is_matrix and is_hidden else 2 * tensor.num
+    return tensor.num if optimizer == "muon" and tensor.is_muons else 2 * tensor.num
 
 
 def _ring(num_gpus: int) -> float:

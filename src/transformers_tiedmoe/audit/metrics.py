@@ -199,7 +199,7 @@ def agreeing_choices(
     """
     is_active = reference < num_experts
     agrees = (reference[:, :, None] == other[:, None, :]).any(-1) & is_active
-    return agrees.sum(-1), is_active.sum(-1)
+    return agrees.sum(-1), num_active(reference, num_experts)
 
 
 def routing_agreement(reference: torch.Tensor, other: torch.Tensor, num_experts: int) -> float:
@@ -227,9 +227,14 @@ def agreement_by_chance(counts: torch.Tensor, other_tokens: torch.Tensor, num_to
 # Numbers of active experts
 
 
-def histogram_quantile(histogram: torch.Tensor, share: float) -> int:
-    """Return the smallest number n such that at least `share` of the items of `histogram [N]` are n or less."""
-    return int((histogram.cumsum(0) < share * histogram.sum()).sum())
+def num_active(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return how many experts each token uses: `[..., K]` gives int64 `[...]`."""
+    return (top_k_index < num_experts).sum(-1)
+
+
+def histogram_quantile(histogram: torch.Tensor, percent: int) -> int:
+    """Return the smallest number n such that `percent` % of the items of `histogram [N]`, or more, are n or less."""
+    return int((100 * histogram.cumsum(0) < percent * histogram.sum()).sum())
 
 
 def histogram_mean(histogram: torch.Tensor) -> float:

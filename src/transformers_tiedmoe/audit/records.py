@@ -192,8 +192,7 @@ class _Recorder:
                 "all of them: such a model cannot be audited, except by --memory-only"
             )
         self.seen.append(layer)
-        is_active = choices.slots < choices.num_slots
-        used = is_active.sum(-1)
+        used = metrics.num_active(choices.slots, choices.num_slots)
         self._append(("counts", layer), self._counts_by_block(choices.slots, choices.num_slots))
         self._add(("active", layer), torch.bincount(used))
         self._add(("positions", layer), used.reshape(self.shape).sum(0))

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import initialization as init
 from transformers.utils import logging
 
+from ..audit import metrics
 from ..errors import TiedMoeError
 from ..families import is_experts, restore_module
 from ..losses import record_routing, scores_of
@@ -143,7 +144,7 @@ class SoftRouter(nn.Module):
         record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
         watches = not torch.compiler.is_compiling()
         if watches and index.device.type == "cpu":  # nothing waits: leave columns out that no token uses
-            used = int((index < self.num_scores).sum(-1).max()) if len(index) else 1
+            used = int(metrics.num_active(index, self.num_scores).max()) if len(index) else 1
             weights, index = weights[:, :used], index[:, :used]
         if watches:
             self.counts = Counts.of(self.num_scores, index.device) if self.counts is None else self.counts
@@ -308,16 +309,15 @@ def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, floa
         if router.counts is None:
             continue
         counts, cut = router.counts.tokens.double().cpu(), router.counts.cut.tolist()
-        cumulative, tokens = counts.cumsum(0), counts.sum()
-        numbers = torch.arange(len(counts), dtype=torch.float64)
-        quantiles = {f"p{q}": float((cumulative < tokens * q / 100).sum()) for q in (50, 95, 99)}
-        mean = float((numbers * counts).sum() / tokens)
+        quantiles = {f"p{percent}": float(metrics.histogram_quantile(counts, percent)) for percent in (50, 95, 99)}
+        mean = metrics.histogram_mean(counts)
         with torch.no_grad():
             owner = router._owner[0]
             k = float(owner.expert_budget(router.place, owner.config.softmoe))
         used = {"layer": router.layer, "k": k, "mean": mean, **quantiles, "flops": mean * router.expert_flops}
-        dead = int((router.counts.experts == 0).sum())
-        found.append({**used, "tokens": int(tokens), "dead": dead, "tokens_cut": cut[0], "experts_cut": cut[1]})
+        dead = metrics.num_dead(router.counts.experts)
+        cuts = {"tokens_cut": cut[0], "experts_cut": cut[1]}
+        found.append({**used, "tokens": int(counts.sum()), "dead": dead, **cuts})
         if reset:
             router.counts = None
     return found

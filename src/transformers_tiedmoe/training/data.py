@@ -6,7 +6,6 @@ otherwise leak into the validation set.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HFValidationError
 
+from ..audit import metrics
 from ..errors import TiedMoeError
 from .text_files import COMPRESSIONS, KINDS, kind_of, read_rows
 
@@ -199,7 +199,7 @@ def perplexity(model, dataset: datasets.Dataset, batch_size: int = 8) -> dict[st
     if tokens == 0:
         raise TiedMoeError("perplexity needs at least one token to predict, but the dataset holds none")
     loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens}
 
 
 def load_texts(data: str | Path, text_column: str) -> tuple[datasets.Dataset, bool]:

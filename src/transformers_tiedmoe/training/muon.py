@@ -141,7 +141,7 @@ def muon_parameter_groups(
     Raises:
         TiedMoeError: no parameter is a matrix that Muon may train.
     """
-    matrices = _matrices(model)
+    matrices = muon_matrices(model)
     if not matrices:
         raise TiedMoeError(
             "Muon finds no trainable matrix of a layer in this model; expected experts or attention to be trained: "
@@ -156,8 +156,8 @@ def muon_parameter_groups(
     return groups
 
 
-def _matrices(model: PreTrainedModel) -> set[nn.Parameter]:
-    """Return the trainable parameters that Muon takes."""
+def muon_matrices(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the trainable parameters that Muon takes, of a model on any device; AdamW takes the others."""
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()
     embeddings |= set(head.parameters()) if head is not None else set()
