@@ -209,6 +209,7 @@ def test_sizes_have_three_digits(number, text):
 
 def test_layers_are_written_as_spans():
     assert [units.span(each) for each in ([4, 5, 6], [4, 6], [3], [])] == ["4–6", "4 and 6", "3", ""]
+    assert [units.runs(each) for each in ([0, 4, 5, 6, 9], [3, 4], [])] == ["0, 4–6 and 9", "3–4", ""]
 
 
 def test_a_long_name_keeps_both_ends():

@@ -2,11 +2,11 @@
 
 A part of a layer is replaced by its neighbour's and the loss taken again on the same blocks. Experts of two layers
 share no numbering, so they are matched by their outputs first (`metrics.best_match`). A plan takes what replacing the
-experts costs for what tying costs, adds it up over neighbours, and lets `grouping.best_choices` choose.
+experts costs for what tying costs (`group_cost`), and lets `grouping.best_choices` choose.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..grouping import Candidate, Choice, best_choices
 from ..training.data import sequence_losses
+from . import units
 from .bootstrap import interval
 from .metrics import best_match, linear_cka
 from .replacement import MoeLayer, Place, are_alike, moe_layers, other_experts, other_module
@@ -219,7 +220,7 @@ class _Measurement:
                 layers=tuple(layer.index for layer in run),
                 width=run[0].num_experts,
                 saved=self._expert_bytes(run[1:]),
-                loss=sum(costs[a.index, b.index] for a, b in pairwise(run)),
+                loss=group_cost([costs[a.index, b.index] for a, b in pairwise(run)]),
             )
             for run in runs
             if all((a.index, b.index) in costs and are_alike(a.experts, b.experts) for a, b in pairwise(run))
@@ -261,12 +262,22 @@ def pair_costs(replacements: list[Replacement]) -> dict[tuple[int, int], float]:
     return costs
 
 
+def group_cost(steps: Sequence[float]) -> float:
+    """Return what it costs that layers share experts, by what each two neighbours among them cost, in order.
+
+    One layer's experts serve all of them, so that every other layer pays each step on the way to that one; it is the
+    layer for which this adds up to the least. Of two or three layers it is the sum of the steps.
+    """
+    places = range(len(steps) + 1)
+    return min(sum(sum(steps[min(one, each) : max(one, each)]) for each in places) for one in places)
+
+
 def _reason(choice: Choice, layers: list[MoeLayer], costs: Mapping[tuple[int, int], float]) -> str:
     """Say what a plan ties, what it leaves alone and at which cost."""
     tied = {layer for each in choice.candidates for layer in each.layers}
     groups = ", ".join(f"{each.layers[0]}-{each.layers[-1]} +{each.loss:.4f}" for each in choice.candidates)
-    alone = [str(layer.index) for layer in layers if layer.index not in tied]
-    kept = f"experts of their own in {', '.join(alone)}" if alone else "no layer left with experts of its own"
+    alone = [layer.index for layer in layers if layer.index not in tied]
+    kept = f"experts of their own in {units.runs(alone)}" if alone else "no layer left with experts of its own"
     dearest = max(costs, key=lambda pair: costs[pair])
     return (
         f"Layers that share a pool, and what one's experts, unfitted, in the place of the others' add in nats per "

@@ -68,6 +68,17 @@ def span(layers: Sequence[int]) -> str:
     return join([str(layer) for layer in layers])
 
 
+def runs(layers: Sequence[int]) -> str:
+    """Write ascending layer indices with neighbours together: "0, 4–7 and 11"."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return join([span(each) if len(each) > 1 else str(each[0]) for each in found])
+
+
 def join(words: Sequence[str]) -> str:
     """Write an enumeration: "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
