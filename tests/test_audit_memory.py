@@ -6,6 +6,7 @@ equal to it but for some bytes, so 5 % leaves no room for a tensor of the model 
 
 import dataclasses
 import gc
+import json
 
 import huggingface_hub
 import pytest
@@ -304,6 +305,27 @@ def test_stored_bytes_are_those_of_the_file(dtype, name, tmp_path):
     content = (tmp_path / "model.safetensors").read_bytes()
     header = int.from_bytes(content[:8], "little")
     assert memory.stored_bytes(open_subject(str(tmp_path))) == {name: len(content) - 8 - header}
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-4]), r"is truncated: it has [\d,]+ of [\d,]+ bytes"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "file is truncated"),
+        (lambda file: file.rename(file.with_name("model-1.safetensors")), "No such file.*model-2.safetensors"),
+        (lambda file: file.with_name("model.safetensors.index.json").write_text("{"), "cannot read the headers"),
+    ],
+    ids=["cut", "header cut", "shard missing", "index broken"],
+)
+def test_damaged_weight_files_are_an_error(damage, match, tmp_path):
+    save_source(tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    damage(tmp_path / "model.safetensors")
+    if "index" in match or "headers" in match:
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    with pytest.raises(TiedMoeError, match=f"{match}.*copy or download them again"):
+        memory.stored_bytes(open_subject(str(tmp_path)))
 
 
 def save_quantised(folder) -> None:

@@ -284,3 +284,12 @@ def test_push_to_hub_of_a_model_sends_what_the_auto_classes_load(tied, tmp_path,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_file_is_neither_a_model_nor_a_folder_to_write_into(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(TiedMoeError, match="file is a file; expected the folder of a checkpoint"):
+        write_card(CardConfig(model=str(tmp_path / "file")))
+    save_source(tmp_path / "model")
+    with pytest.raises(TiedMoeError, match=r"file cannot be made: File exists.*choose another one"):
+        write_card(CardConfig(model=str(tmp_path / "model"), output=str(tmp_path / "file")))

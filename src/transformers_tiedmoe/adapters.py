@@ -12,13 +12,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
 
 from .errors import TiedMoeError
+from .files import misplaced
 
 ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 
 def find_adapter(model: str | Path, revision: str | None = None) -> str | None:
-    """Return the name of an adapter's file in `model`, a folder or hub id; None if there is none."""
+    """Return the name of an adapter's file in `model`, a folder or hub id; None if there is none.
+
+    Raises:
+        TiedMoeError: it is neither.
+    """
     folder = Path(model)
+    if (why := misplaced(model)) is not None:
+        raise TiedMoeError(why)
     for name in ADAPTER_FILES:
         if folder.is_dir():
             if (folder / name).exists():

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from .audit import findings
 from .audit.schema import Audit, Domain, Interval, ModelAudit
 from .errors import TiedMoeError
-from .files import atomic_write_json, atomic_write_text, expand, file_digest
+from .files import atomic_write_json, atomic_write_text, disk_errors_explained, expand, file_digest, misplaced
 from .hub import is_hub_id, public_name
 from .manifest import MANIFEST, read_manifest
 from .model_card import CARD, plain, read_licence, render_card
@@ -63,7 +63,10 @@ def write_card(config: CardConfig) -> dict[str, Any]:
         OSError: no such model; a folder that cannot be written.
         TiedMoeError: no such audit, a model that it does not know, a README.md that somebody else wrote.
     """
-    model, manifest = expand(config.model), read_manifest(expand(config.model))
+    model = expand(config.model)
+    if (why := misplaced(model)) is not None:
+        raise TiedMoeError(why)
+    manifest = read_manifest(model)
     audited, results, figures = None, [], {}
     if config.audit is not None:
         folder = Path(expand(config.audit))
@@ -76,8 +79,9 @@ def write_card(config: CardConfig) -> dict[str, Any]:
     if config.output is None:
         return {"card": card.content, "files": []}
     output = Path(expand(config.output))
-    _refuse_to_replace(output, config.overwrite)
-    return {"card": card.content, "files": _write(card, output, figures)}
+    with disk_errors_explained(output, "nothing was written"):
+        _refuse_to_replace(output, config.overwrite)
+        return {"card": card.content, "files": _write(card, output, figures)}
 
 
 def read_audit(folder: Path) -> Audit:

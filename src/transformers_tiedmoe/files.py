@@ -26,6 +26,17 @@ def expand(path: str | Path) -> str:
     return os.path.expanduser(path)
 
 
+def misplaced(model: str | Path) -> str | None:
+    """Say why a model's name is neither a folder nor can be a hub id: it is a file, or a path that leads nowhere."""
+    path, name = Path(expand(model)), str(model)
+    if path.is_dir():
+        return None
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        what = "is a file" if path.exists() else "does not exist"
+        return f"{model} {what}; expected the folder of a checkpoint, or a Hugging Face Hub id"
+    return None
+
+
 def resolved(folder: str | Path) -> Path:
     """Return the absolute path of a folder to be written; a link as its last part is not followed."""
     text = expand(folder)
@@ -201,7 +212,19 @@ def disk_errors_explained(output: Path, left: str) -> Iterator[None]:
                 f"cannot write {output}: {os.strerror(number)}{f' ({where})' if where else ''}; choose another "
                 f"folder, or change who may read and write; {left}"
             ) from error
+        if isinstance(error, OSError) and _is_folder_of(output, error.filename):
+            raise TiedMoeError(
+                f"the folder {output} cannot be made: {error.strerror} ({error.filename}); choose another one; {left}"
+            ) from error
         raise
+
+
+def _is_folder_of(output: Path, name: Any) -> bool:
+    """Tell whether an error's file is the output, the folder that it is made in, or one of those that it lies in."""
+    if not isinstance(name, (str, Path)):
+        return False
+    path, own = Path(os.path.abspath(name)), Path(os.path.abspath(output))
+    return path in {own, own.with_name(f".{own.name}.partial"), *own.parents} or path.parent == own
 
 
 def _error_number(error: Exception) -> int | None:

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from transformers_tiedmoe.adapters import refuse_adapter
 from transformers_tiedmoe.auto_files import load_tokenizer, settle_tokenizer
+from transformers_tiedmoe.files import misplaced
 
 from ..errors import ConversionError
 from .buffers import Buffers
@@ -318,9 +319,8 @@ def open_source(source: str, revision: str | None = None, allow_pickle: bool = F
         if revision is not None:
             raise ConversionError(f"{source} is a local folder, which has no revision {revision!r}; leave it out")
         return Source(source, folder, allow_pickle=allow_pickle)
-    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ConversionError(f"{source} {what}; expected the folder of a checkpoint, or a Hugging Face Hub id")
+    if (why := misplaced(source)) is not None:
+        raise ConversionError(why)
     snapshot = Path(_ask_hub(source, snapshot_download, source, revision=revision, allow_patterns=list(SMALL_FILES)))
     return Source(source, snapshot, commit=snapshot.name, allow_pickle=allow_pickle)
 

@@ -111,17 +111,15 @@ def stored_bytes(subject: Subject) -> dict[str, int]:
     """Return the bytes of a checkpoint's tensors by dtype as safetensors names them, from its headers.
 
     Packed values and their scales count as they are stored. Empty for a config without weights.
+
+    Raises:
+        TiedMoeError: a file in a local folder is missing, truncated or damaged.
     """
     folder = Path(subject.path)
-    if not subject.path:
+    if not subject.path or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
         return {}
     try:
-        if folder.is_dir():
-            if not any(folder.glob("*.safetensors")):
-                return {}
-            metadata = huggingface_hub.get_local_safetensors_metadata(folder)
-        else:
-            metadata = huggingface_hub.get_safetensors_metadata(subject.path)
+        files = _local_headers(folder) if folder.is_dir() else _hub_headers(subject.path)
     except (
         OSError,
         huggingface_hub.errors.HFValidationError,
@@ -130,10 +128,30 @@ def stored_bytes(subject: Subject) -> dict[str, int]:
         subject.notes.append(f"the headers of the weights could not be read: {type(error).__name__}: {error}")
         return {}
     found: Counter[str] = Counter()
-    for file in metadata.files_metadata.values():
+    for file in files.values():
         for tensor in file.tensors.values():
             found[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
     return dict(found)
+
+
+def _hub_headers(name: str) -> dict[str, Any]:
+    return huggingface_hub.get_safetensors_metadata(name).files_metadata
+
+
+def _local_headers(folder: Path) -> dict[str, Any]:
+    """Return the headers of a folder's weight files, each of which is there and whole."""
+    expected = "expected whole safetensors files, as their header and index say: copy or download them again"
+    try:
+        files = huggingface_hub.get_local_safetensors_metadata(folder).files_metadata
+    except (OSError, ValueError, huggingface_hub.errors.SafetensorsParsingError) as error:
+        raise TiedMoeError(f"cannot read the headers of {folder}: {error}; {expected}") from error
+    for name, found in files.items():
+        with open(folder / name, "rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+        size = header + max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+        if (actual := (folder / name).stat().st_size) < size:
+            raise TiedMoeError(f"{folder / name} is truncated: it has {actual:,} of {size:,} bytes; {expected}")
+    return files
 
 
 def _inference(

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..auto_files import load_tokenizer
 from ..errors import TiedMoeError, reading
+from ..files import misplaced
 from ..loading import check_folder
 from .data import perplexity
 
@@ -19,10 +20,19 @@ def load_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
     """Load a config; without `trust_remote_code` no code or kernel that the checkpoint names is loaded.
 
     Raises:
-        TiedMoeError: it names kernels of the Hub.
+        TiedMoeError: there is no such folder, its config cannot be read, or it names kernels of the Hub.
     """
+    if (why := misplaced(model)) is not None:
+        raise TiedMoeError(why)
     with reading(f"the config of {model}"):
-        fields, _ = PreTrainedConfig.get_config_dict(model)
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(model)
+        except OSError as error:
+            if not Path(model).is_dir():
+                raise  # of the Hub
+            raise TiedMoeError(f"{error} Expected a complete checkpoint as transformers saves it") from error
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"config.json holds a {type(fields).__name__} and no object")
     named = str(fields.get("_attn_implementation") or fields.get("attn_implementation") or "")
     if "/" in named and not trust_remote_code:
         raise TiedMoeError(
