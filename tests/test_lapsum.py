@@ -43,8 +43,9 @@ def all_k(num_experts):
         0.9 * num_experts,
         num_experts - 1,
         num_experts - 0.5,
+        num_experts,  # every p is a 1
     }
-    return sorted(k for k in found if 0 < k < num_experts)
+    return sorted(k for k in found if 0 < k <= num_experts)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -93,6 +94,23 @@ def test_gradients_where_every_density_underflows():
     torch.testing.assert_close(k.grad, torch.ones_like(k))
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 1.0])
+def test_all_of_them_belong_wholly(alpha):
+    """k is the number of scores, as a number or a tensor: then p moves with k alone."""
+    scores, k = torch.randn(3, 5).requires_grad_(), torch.tensor(5.0).requires_grad_()
+    for p in (soft_top_k(scores, 5, alpha), soft_top_k(scores, k, alpha)):
+        assert p.equal(torch.ones(3, 5))
+    (p * torch.arange(5)).sum().backward()
+    assert scores.grad.abs().max() == 0
+    torch.testing.assert_close(k.grad, torch.tensor(3 * 2.0))
+    assert soft_top_k(torch.randn(2, 1), 1, alpha).equal(torch.ones(2, 1))
+
+
+def test_a_k_that_is_no_number_gives_none():
+    """In training the loss tells; it is no index out of range."""
+    assert soft_top_k(torch.randn(2, 5), torch.tensor(torch.nan), 0.1).isnan().all()
+
+
 def test_alpha_to_zero_is_the_top_k_and_ties_share():
     scores = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     third = torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 0], dtype=torch.float64)
@@ -134,11 +152,12 @@ def test_compiles_as_one_graph(backend):
 @pytest.mark.parametrize(
     ("k", "alpha", "message"),
     [
-        (0, 1.0, "k=0; expected a number between 0 and the 4 scores"),
-        (4, 1.0, "k=4; expected"),
+        (0, 1.0, "k=0; expected a number above 0 and at most 4, the number of scores"),
+        (4.1, 1.0, "k=4.1; expected"),
         (float("nan"), 1.0, "k=nan"),
         (2, 0.0, "alpha=0.0; expected a number above 0: for 0 take the family's own top-k"),
         (2, float("nan"), "alpha=nan"),
+        (2, 1e-300, "alpha=1e-300"),
     ],
 )
 def test_what_is_out_of_range_is_refused(k, alpha, message):

@@ -21,15 +21,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def rows_of(num_scores, alpha, device):
-    """Ordinary scores, ties, all equal, one huge, two ruled out by -inf; k from one to nearly all, also integers."""
-    scores = torch.randn(6, num_scores)
+    """Ordinary scores, ties, all equal, one huge, two ruled out by -inf; k from one to all, also integers."""
+    scores = torch.randn(7, num_scores)
     scores[1] = scores[1].round()
     scores[2] = 0.0
     scores[3, 0] = 1e4 * alpha
     if num_scores > 4:
         scores[4, 1:3] = -torch.inf
-    k = torch.tensor([1.0, 1.5, num_scores / 2, 2.0, 2.5, num_scores - 0.5]).clamp(max=num_scores - 0.5)
-    return scores.to(device), k.to(device), torch.full((6,), alpha, device=device)
+    k = torch.tensor([1.0, 1.5, num_scores / 2, 2.0, 2.5, num_scores - 0.5, num_scores]).clamp(max=num_scores)
+    k[:6] = k[:6].clamp(max=num_scores - 0.5)
+    return scores.to(device), k.to(device), torch.full((7,), alpha, device=device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

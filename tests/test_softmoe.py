@@ -160,6 +160,12 @@ def test_group_limits_stay():
     _, _, index = routers(model)[1](torch.randn(40, 32))
     assert index.shape == (40, 4)
     assert all(len({int(i) // 2 for i in row if i < 8}) == 2 for row in index)
+    most = soft_model("deepseek_v3", fields=fields, layers=[4.0] * 5)  # all that are left
+    _, _, index = routers(most)[1](torch.randn(40, 32))
+    assert index.shape == (40, 4)
+    assert (index < 8).all()
+    with pytest.raises(TiedMoeError, match=r"softmoe\.budget=21; expected a number of at least 5 and at most 20"):
+        soft_model("deepseek_v3", fields=fields, budget=21)
 
 
 # What users do with it
@@ -482,6 +488,10 @@ def test_trainer_trains_it_and_saves_what_loads(tokens, tmp_path):
         ({"layers": [2, 2, 2, 2, 2, 2], "budget": 11}, "softmoe.budget=11, but softmoe.layers sum to 12"),
         ({"alpha": -0.1}, "softmoe.alpha=-0.1; expected a number of at least 0"),
         ({"alpha": float("inf")}, "softmoe.alpha=inf"),
+        ({"alpha": 10**400}, "softmoe.alpha=1000.*; expected a number of at least 0"),
+        ({"alpha": 1e-300}, "softmoe.alpha=1e-300; expected 0, the family's top-k, or at least 1e-30"),
+        ({"target_alpha": 1e-300}, "softmoe.target_alpha=1e-300"),
+        ({"layers": [2, 2, 2, 2, 2, 4.5]}, r"softmoe.layers\[5\]=4.5; expected a number of at least 1 and at most 4"),
         ({"threshold": 0}, "softmoe.threshold=0; expected a number above 0 and below 1"),
         ({"threshold": 1}, "softmoe.threshold=1"),
         ({"cap": 5}, "softmoe.cap=5; expected a number of at least 1 and at most 4"),
@@ -497,6 +507,21 @@ def test_trainer_trains_it_and_saves_what_loads(tokens, tmp_path):
 def test_options_out_of_range_are_refused(softmoe, message):
     with pytest.raises(ValueError, match=message):
         TiedMoeConfig.from_family(tiny_config("olmoe"), **TYING, routing="softmoe", softmoe=softmoe)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_top_k_that_the_router_cannot_have_is_refused(top_k):
+    config = tiny_config("olmoe", num_experts_per_tok=top_k)
+    with pytest.raises(TiedMoeError, match=f"num_experts_per_tok={top_k}; expected 1 to 4, the experts that a token"):
+        TiedMoeConfig.from_family(config, groups=[], routing="softmoe", softmoe={"budget": 12})
+
+
+@pytest.mark.parametrize("softmoe", [{"budget": 24}, {"budget": 24, "learn_budget": False}, {"layers": [4] * 6}])
+def test_a_budget_of_all_experts_uses_them_all(softmoe, tokens):
+    model = soft_model(**softmoe)
+    model(tokens).logits.sum().backward()
+    assert [(each["k"], each["p50"], each["mean"]) for each in active_experts(model)] == [(4, 4, 4)] * 6
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_an_older_transformers_is_told(monkeypatch):
@@ -560,6 +585,15 @@ def test_scores_that_are_no_numbers_are_refused_on_a_gpu(how):
     assert done.returncode != 0
     assert NOT_FINITE in done.stderr
     assert "device-side assert" in done.stderr
+
+
+def test_shares_that_are_no_numbers_are_refused(tokens):
+    """But in training, where the loss is no number then."""
+    model = soft_model()
+    model.base_model.expert_budget.theta.data[2] = torch.nan
+    with pytest.raises(TiedMoeError, match=r"its share of the budget is no finite number; .* expert_budget\.theta"):
+        model(tokens)
+    assert model.train()(tokens, labels=tokens).loss.isnan()
 
 
 def test_a_checkpoint_of_other_layers_is_refused(tmp_path):

@@ -31,6 +31,7 @@ from transformers_tiedmoe.training.pretrained import load_model
 from transformers_tiedmoe.training.trainer import HealTrainer
 
 SOFT = {"routing": "softmoe", "method": "union"}
+TIED = {"group_size": 2, "skip_first": 1, "skip_last": 1, "method": "union"}
 QUICK = {"max_steps": 8, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
 
 
@@ -42,20 +43,27 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize(
-    ("family", "group_size"), [("olmoe", 1), ("olmoe", 2), ("mixtral", 2), ("deepseek_v3", 2), ("gpt_oss", 2)]
+    ("family", "tying"),
+    [("olmoe", {}), *((family, TIED) for family in ("olmoe", "mixtral", "deepseek_v3", "gpt_oss"))],
 )
-def test_a_conversion_starts_as_the_source(family, group_size, tmp_path):
+def test_a_conversion_starts_as_the_source(family, tying, tmp_path):
+    """Tied, or by the routing alone: then every layer keeps its experts as they are."""
     save_source(tmp_path / "source", family)
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
     save_tokenizer(tmp_path / "source")
-    skip = 3 if group_size == 1 else 1  # of six layers: nothing is tied
-    tying = {"group_size": group_size, "skip_first": skip, "skip_last": skip}
-    recipe = ConversionRecipe(str(tmp_path / "source"), str(tmp_path / "soft"), **tying, **SOFT, budget_active=0.75)
+    recipe = ConversionRecipe(
+        str(tmp_path / "source"), str(tmp_path / "soft"), routing="softmoe", budget_active=0.75, **tying
+    )
     assert convert(recipe)["verification"]["lossless"]["compared"] == "logits"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "soft", dtype="auto")
     tokens = torch.randint(3, 90, (2, 9))
     expected = logits(source, tokens)
     assert logits(model, tokens).equal(expected)
+    assert bool(model.config.groups) == bool(tying)
+    assert ("expert_pools" in str(model.state_dict().keys())) == bool(tying)
+    card = (tmp_path / "soft" / "README.md").read_text()
+    assert "Soft routing ([SoftMoE]" in card
+    assert ("softly routed; every layer has its own experts" in card) == (not tying)
     soft, num_layers = model.config.softmoe, len(model.base_model.expert_budget.theta)
     assert (soft["alpha"], soft["budget"]) == (0, 2 * num_layers)
     assert (soft["target_active"], soft["target_budget"]) == (1.5 * num_layers, 1.125 * num_layers)
@@ -283,6 +291,7 @@ def held_out_loss(folder, data):
 
 def test_untying_bakes_a_top_k_and_says_what_it_costs(soft, data, tmp_path):
     copied = copy_with(soft, tmp_path / "soft", alpha=1e-3, threshold=0.2)
+    edit_config(copied, output_router_logits=True)  # as whoever trained with a balance loss has it
     with pytest.raises(
         ConversionError,
         match=r"is routed softly \(alpha=0.001\): its tokens use different numbers of experts. A 'olmoe' config says "
@@ -361,11 +370,34 @@ def test_a_plan_says_where_soft_routing_goes(tmp_path):
         ({"routing": "soft"}, "routing='soft'; expected top_k or softmoe"),
         ({"budget_active": 0.75}, "budget_active=0.75 has no effect with routing='top_k'"),
         ({"routing": "softmoe", "budget_active": 0}, "budget_active=0; expected a share such as 0.75"),
+        (
+            {"routing": "softmoe", "group_size": 1, "method": "average"},
+            "method='average' has no effect with routing='softmoe' and group_size=1, which tie nothing; leave it out",
+        ),
     ],
 )
 def test_recipes_that_are_refused(fields, message):
     with pytest.raises(ConversionError, match=message):
-        ConversionRecipe("in", "out", method="union", **fields)
+        ConversionRecipe("in", "out", **{"method": "union", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (1, "union")),
+        ({"skip_first": 1}, (1, "union")),
+        ({"group_size": 1}, (1, "union")),
+        ({"method": "average"}, (2, "average")),
+        ({"pool_experts": 8, "calibration": "text"}, (2, "least_squares")),
+        ({"group_size": 2, "calibration": "text"}, (2, "least_squares")),
+        ({"routing": "top_k", "calibration": "text"}, (2, "least_squares")),
+    ],
+)
+def test_soft_routing_ties_nothing_unless_something_is_said_of_tying(fields, expected):
+    recipe = ConversionRecipe("in", "out", **{"routing": "softmoe", **fields})
+    assert (recipe.group_size, recipe.method) == expected
+    assert recipe.ties_nothing == (expected[0] == 1)
+    assert ConversionRecipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_a_budget_below_one_expert_a_layer_is_refused(tmp_path):

@@ -45,7 +45,7 @@ def bake(opened: Source, config: TiedMoeConfig, top_k: int | None, data: str | N
             )
         return None
     is_per_layer = config.family in PER_LAYER
-    most = _most(config)
+    most = config.most_experts_per_token
     if top_k is not None and not 1 <= top_k <= most:
         raise ConversionError(
             f"top_k={top_k}; expected 1 to {most}, the experts that a token of {opened.name} can have"
@@ -82,15 +82,6 @@ def bake(opened: Source, config: TiedMoeConfig, top_k: int | None, data: str | N
         "loss_before": before["loss"],
         "loss_after": after["loss"],
     }
-
-
-def _most(config: Any) -> int:
-    """Return how many experts a token can have by the narrowest router and the family's limit of groups."""
-    pools = zip(config.pool_num_experts, config.slot_maps)
-    widths = [size for size, is_mapped in pools if not is_mapped]
-    num_experts = min([getattr(config, config.num_experts_field), *widths])
-    num_groups = getattr(config, "n_group", None) or 1
-    return num_experts // num_groups * min(num_groups, getattr(config, "topk_group", None) or num_groups)
 
 
 def _rounded(mean: float, most: int) -> int:

@@ -30,7 +30,7 @@ def show_plan(plan: Any) -> RenderableType:
         reasons.setdefault(reason, []).append(name)
     return Group(
         Text(f"{recipe.source} ({plan.config.family}) -> {recipe.output}", style="bold"),
-        pools,
+        *([pools] if plan.groups else []),
         Text(f"layers that keep their own experts: {_span(untied) if untied else 'none'}"),
         totals,
         Text(

@@ -202,7 +202,7 @@ def _groups(recipe: ConversionRecipe, family_config: PreTrainedConfig) -> list[l
         group_size=recipe.group_size,
         skip_first=recipe.skip_first,
         skip_last=recipe.skip_last,
-        groups=None if recipe.groups is None else [list(group) for group in recipe.groups],
+        groups=[] if recipe.ties_nothing else recipe.groups,
     )
     if not config.groups and recipe.routing == "top_k":
         raise ConversionError(

@@ -30,7 +30,9 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class ConversionRecipe:
-    """How to turn a source checkpoint into a tied one.
+    """How to turn a source checkpoint into a tied one, a softly routed one, or one that is both.
+
+    `routing="softmoe"` without a field on tying ties nothing: `group_size` is then 1.
 
     Every field's `metadata["help"]` is the help of the command-line flag that is made from it.
 
@@ -40,13 +42,17 @@ class ConversionRecipe:
 
     source: kinds.Source = field(metadata={"help": "The untied checkpoint: a local folder or a Hugging Face Hub id."})
     output: kinds.Folder = field(metadata={"help": "The folder to write; it must be new or empty."})
-    group_size: kinds.Positive = _option(2, "Consecutive MoE layers that share one pool of experts.")
+    group_size: kinds.Positive = _option(
+        None, "Consecutive MoE layers that share one pool of experts: 2, or with softmoe, and nothing on tying, 1."
+    )
     skip_first: kinds.Count = _option(2, "MoE layers left untied at the start.")
     skip_last: kinds.Count = _option(2, "MoE layers left untied at the end.")
     groups: kinds.Groups = _option(
         None, "Layer indices per pool, such as [[2, 3], [4, 5]]; overrides the three numbers above."
     )
-    method: kinds.MethodName = _option("least_squares", f"How a group's experts become a pool: {', '.join(NAMES)}.")
+    method: kinds.MethodName = _option(
+        None, f"How a group's experts become a pool: {', '.join(NAMES)}; least_squares by default."
+    )
     method_options: kinds.Options = field(
         default_factory=dict, metadata={"help": 'The method\'s own options, such as {"layer": "last"}.'}
     )
@@ -100,12 +106,22 @@ class ConversionRecipe:
     )
 
     def __post_init__(self):
+        self._fill_in()
         fields_class: Any = type(self)  # which mypy takes for unhashable
         for name, (adapter, expected) in _adapters(fields_class).items():
             # The class is frozen.
             object.__setattr__(self, name, checked(name, getattr(self, name), adapter, expected))
         self._check_methods()
         self._check_together()
+
+    def _fill_in(self) -> None:
+        """Choose what is left out: soft routing alone ties nothing, and then no expert is made anew."""
+        named = (self.groups, self.method, self.pool_experts, self.budget, self.max_loss)
+        ties = self.routing != "softmoe" or self.residual_rank or self.then or any(each is not None for each in named)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", 2 if ties else 1)  # the class is frozen
+        if self.method is None:
+            object.__setattr__(self, "method", "union" if self.ties_nothing else "least_squares")
 
     def _check_methods(self) -> None:
         from .errors import did_you_mean
@@ -130,6 +146,11 @@ class ConversionRecipe:
             raise refusal(
                 f"budget_active={self.budget_active} has no effect with routing={self.routing!r}; give "
                 "routing=softmoe, or leave it out"
+            )
+        if self.ties_nothing and self.method != "union":
+            raise refusal(
+                f"method={self.method!r} has no effect with routing='softmoe' and group_size=1, which tie nothing; "
+                "leave it out, or give a group_size of at least 2"
             )
         if self.chooses_groups:
             given = [name for name in ("groups", "pool_experts") if getattr(self, name) is not None]
@@ -164,6 +185,12 @@ class ConversionRecipe:
     def chooses_groups(self) -> bool:
         """Whether groups and pool sizes are left to `budget` or `max_loss`."""
         return self.budget is not None or self.max_loss is not None
+
+    @property
+    def ties_nothing(self) -> bool:
+        """Whether every layer keeps its own experts as they are, and only its routing changes."""
+        makes = self.groups or self.pool_experts or self.residual_rank or self.then or self.chooses_groups
+        return self.routing == "softmoe" and self.group_size == 1 and not makes
 
     @property
     def is_lossless(self) -> bool:

@@ -263,7 +263,8 @@ def convert(recipe, progress: ProgressCall) -> tuple[dict, Any]:
     from tiedmoe_conversion.display import show_measured
 
     report = convert(recipe, progress, Console(stderr=True).print)
-    shown: list[Any] = [*report["notes"], f"The tied model is in {recipe.output}."]
+    kind = "softly routed" if recipe.ties_nothing else "tied"
+    shown: list[Any] = [*report["notes"], f"The {kind} model is in {recipe.output}."]
     return report, [*([show_measured(report["measured"])] if "measured" in report else []), *shown]
 
 

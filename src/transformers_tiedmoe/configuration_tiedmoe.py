@@ -190,6 +190,15 @@ class TiedMoeConfig(PreTrainedConfig):
         top_k = getattr(self, self.top_k_field)
         return top_k[layer] if isinstance(top_k, (list, tuple)) else top_k
 
+    @property
+    def most_experts_per_token(self) -> int:
+        """How many experts a token can have, by the narrowest router and the family's limit of groups."""
+        pools: Any = zip(self.pool_num_experts, self.slot_maps)  # type: ignore[arg-type]
+        widths = [size for size, is_mapped in pools if not is_mapped]
+        num_experts = min([getattr(self, self.num_experts_field), *widths])
+        num_groups = getattr(self, "n_group", None) or 1
+        return num_experts // num_groups * min(num_groups, getattr(self, "topk_group", None) or num_groups)
+
     def group_of(self, layer: int) -> int | None:
         """Return the pool that `layer` reads, or None if it is untied."""
         return next((p for p, group in enumerate(self.groups or []) if layer in group), None)
@@ -294,12 +303,13 @@ class TiedMoeConfig(PreTrainedConfig):
             raise TiedMoeError(
                 "routing='softmoe' keeps a router in every layer; leave 'router' out of tied_components"
             )
-        # The narrowest router decides what a layer can have: an untied layer's, or that of a pool without slot maps.
-        pools: Any = zip(self.pool_num_experts, self.slot_maps)  # type: ignore[arg-type]
-        widths = [size for size, is_mapped in pools if not is_mapped]
-        num_experts = min([getattr(self, self.num_experts_field), *widths])
-        top_k = sum(map(self.experts_per_token_of, moe_layers)) / len(moe_layers)
-        options = SoftMoeOptions.of(self.softmoe or {}, len(moe_layers), num_experts, top_k)
+        top_k, most = [self.experts_per_token_of(layer) for layer in moe_layers], self.most_experts_per_token
+        if not 1 <= min(top_k) <= max(top_k) <= most:
+            raise TiedMoeError(
+                f"{self.top_k_field}={getattr(self, self.top_k_field)}; expected 1 to {most}, the experts that a "
+                "token can choose among"
+            )
+        options = SoftMoeOptions.of(self.softmoe or {}, len(moe_layers), most, sum(top_k) / len(moe_layers))
         self.softmoe = options.to_dict()
 
     def _one_per_pool(self, name: str, value: Any, kind: type, least: int = 0, most: int = 0) -> list:

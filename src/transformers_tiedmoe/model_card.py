@@ -168,6 +168,7 @@ def render_card(
         "groups": getattr(config, "groups", None) or [],
         "pool_num_experts": getattr(config, "pool_num_experts", None) or [],
         "is_tied": is_tied,
+        "softmoe": getattr(config, "softmoe", None),
         "has_licence": bool(licence),
         "recipe": recipe,
         "fence": _fence(recipe),

@@ -39,13 +39,13 @@ def forward_kernel(
     above_sum = tl.sum(tl.where(above, down, 0.0), axis=0)
     left = k - tl.sum(above.to(tl.float32), axis=0)
     root = tl.abs(left) + tl.sqrt(left * left + below_sum * above_sum)
-    # the logarithm of an empty sum is not used
-    log_below = tl.log(tl.where(below_sum > 0, below_sum, 1.0))
+    # the logarithm of an empty sum is not used, but where k is all scores: each of them is a 1
+    log_below = tl.where(below_sum > 0, tl.log(tl.where(below_sum > 0, below_sum, 1.0)), -2e6)
     log_above = tl.log(tl.where(above_sum > 0, above_sum, 1.0))
     log_root = tl.log(tl.where(root > 0, root, 1.0))
     b = tl.where(left > 0, log_below - log_root, log_root - log_above)
     b = tl.where(left == 0, 0.5 * (log_below - log_above), b)
-    z = tl.maximum((scores - reference) / alpha - b, -1e6)
+    z = tl.minimum(tl.maximum((scores - reference) / alpha - b, -1e6), 1e6)
     half = 0.5 * tl.exp(-tl.abs(z))
     tl.store(p_TE + t * E + place, tl.where(z < 0, half, 1 - half), mask=is_score)
     tl.store(z_TE + t * E + place, z, mask=is_score)
@@ -58,16 +58,16 @@ def backward_kernel(grad_TE, z_TE, alpha_T, dscores_TE, dk_T, dalpha_T, E, strid
     place = tl.arange(0, BLOCK_E)
     is_score = place < E
     grad = tl.load(grad_TE + t * E + place, mask=is_score, other=0.0)
-    z = tl.load(z_TE + t * E + place, mask=is_score, other=-1e6)  # the least there is: no density
+    z = tl.load(z_TE + t * E + place, mask=is_score, other=0.0)
     alpha = tl.load(alpha_T + t * stride_alpha)
-    near = -tl.abs(z)
+    near = tl.where(is_score, -tl.abs(z), -2e6)  # farther than any score: no share, also if k is all of them
     # the mean by the densities, as a softmax: right where every density underflows
     share = tl.exp(near - tl.max(near, axis=0))
     mean = tl.sum(share * grad, axis=0) / tl.sum(share, axis=0)
     per_score = 0.5 * tl.exp(near) * (grad - mean) / alpha
     tl.store(dscores_TE + t * E + place, per_score, mask=is_score)
     tl.store(dk_T + t, mean)
-    tl.store(dalpha_T + t, -tl.sum(tl.where(is_score, per_score * z, 0.0), axis=0))
+    tl.store(dalpha_T + t, -tl.sum(per_score * z, axis=0))
 
 
 def soft_top_k_forward(

@@ -18,7 +18,7 @@ MAX_SCORES = 1024  # of a row, as the kernels take
 
 
 def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
-    """Return the soft membership of every score in the top k: `p [..., E]` in (0, 1), with `p.sum(-1) == k`.
+    """Return the soft membership of every score in the top k: `p [..., E]` from 0 to 1, with `p.sum(-1) == k`.
 
     Differentiable in `scores`, `k` and `alpha` (LapSum, arXiv 2503.06242). For alpha to 0 it comes to the top k; equal
     scores share what is left. The error of a p is about eps * |s_i - s_j| / alpha at most, over the scores near the
@@ -26,7 +26,7 @@ def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | tor
 
     Args:
         scores: `[..., E]` floating; finite, or -inf for what is ruled out if more than k are left.
-        k: how many, `0 < k < E`: a number, or a tensor that broadcasts to `[...]`.
+        k: how many, `0 < k <= E`, where E makes all of them a 1: a number, or a tensor that broadcasts to `[...]`.
         alpha: the temperature, above 0: a number, or a tensor that broadcasts to `[...]`. Small is sharp.
 
     Returns:
@@ -36,11 +36,11 @@ def soft_top_k(scores: torch.Tensor, k: float | torch.Tensor, alpha: float | tor
         ValueError: a number `k` or `alpha` out of range. Tensors are not looked at: that would wait for a device.
     """
     num_experts = scores.shape[-1]
-    if not isinstance(k, torch.Tensor) and not 0 < k < num_experts:
-        raise ValueError(f"k={k}; expected a number between 0 and the {num_experts} scores, both excluded")
-    if not isinstance(alpha, torch.Tensor) and not alpha > 0:
-        raise ValueError(f"alpha={alpha}; expected a number above 0: for 0 take the family's own top-k")
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if not isinstance(k, torch.Tensor) and not 0 < k <= num_experts:
+        raise ValueError(f"k={k}; expected a number above 0 and at most {num_experts}, the number of scores")
+    if not isinstance(alpha, torch.Tensor) and not alpha > torch.finfo(dtype).tiny:
+        raise ValueError(f"alpha={alpha}; expected a number above 0: for 0 take the family's own top-k")
     k, alpha = (  # `full` makes a number where the scores are; `as_tensor` copies it there, which no CUDA graph holds
         each.to(scores.device, dtype) if isinstance(each, torch.Tensor) else scores.new_full((), each, dtype=dtype)
         for each in (k, alpha)
@@ -108,7 +108,7 @@ def _distances(scores: torch.Tensor, k: torch.Tensor, alpha: torch.Tensor) -> to
     ordered = _descending(scores)
     # b lies within log(E / 2f) above and log(k / 2(1 - f)) below the score that the fraction f of k belongs to.
     # Farther scores are a 0 or a 1, wherever they are.
-    reference = ordered.gather(-1, k.ceil().long() - 1)
+    reference = ordered.gather(-1, (k.ceil().long() - 1).clamp(0, scores.shape[-1] - 1))  # within, if k is NaN
     far = 300.0 if scores.dtype == torch.float64 else 80.0  # exp(far) times the number of scores stays finite
     x = ((ordered - reference) / alpha).clamp(-far, far)
     up, down = torch.exp(x), torch.exp(-x)
@@ -123,4 +123,5 @@ def _distances(scores: torch.Tensor, k: torch.Tensor, alpha: torch.Tensor) -> to
     root = left.abs() + torch.sqrt(left * left + p * q)
     b = torch.where(left > 0, p.log() - root.log(), root.log() - q.log())
     b = torch.where(left == 0, 0.5 * (p.log() - q.log()), b)
-    return ((scores - reference) / alpha - b).clamp(min=-1e6)  # a score of -inf, an expert that is ruled out, is a 0
+    # A score of -inf, an expert that is ruled out, is a 0; if k is all of them, b is -inf and each score a 1.
+    return ((scores - reference) / alpha - b).clamp(-1e6, 1e6)

@@ -8,6 +8,9 @@ from typing import Any
 
 from ..errors import TiedMoeError
 
+LEAST_ALPHA = 1e-30  # but for 0: float32 scores are divided by it
+FARTHEST = 1e30  # from 0, of any number: what float32 holds
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftMoeOptions:
@@ -76,13 +79,14 @@ class SoftMoeOptions:
             budget=budget,
             learn_budget=self.learn_budget and layers is None and cap > 1,
             layers=layers,
-            alpha=_number("alpha", self.alpha),
+            alpha=_alpha("alpha", self.alpha),
             threshold=_number("threshold", self.threshold, above=True, most=1),
             cap=cap,
         )
+        if options.target_alpha is not None:
+            _alpha("target_alpha", options.target_alpha)
         most = num_layers * cap
         for name, least, highest in (
-            ("target_alpha", 0.0, math.inf),
             ("target_budget", num_layers, most),
             ("target_active", num_layers, num_layers * num_experts),
         ):
@@ -119,8 +123,15 @@ def most_active(k: float, threshold: float, num_experts: int) -> int:
     return min(num_experts, max(1, math.ceil(k / threshold) - 1))
 
 
+def _alpha(name: str, value: object) -> float:
+    alpha = _number(name, value)
+    if 0 < alpha < LEAST_ALPHA:
+        raise TiedMoeError(f"softmoe.{name}={alpha}; expected 0, the family's top-k, or at least {LEAST_ALPHA:g}")
+    return alpha
+
+
 def _number(name: str, value: object, least: float = 0.0, most: float = math.inf, above: bool = False) -> float:
-    is_number = type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    is_number = type(value) in (int, float) and -FARTHEST <= value <= FARTHEST  # type: ignore[operator]
     if not is_number or not (least < value < most if above else least <= value <= most):  # type: ignore[operator]
         bounds = f"above {least:g}" if above else f"of at least {least:g}"
         bounds += f" and {'below' if above else 'at most'} {most:g}" if most < math.inf else ""

@@ -120,7 +120,9 @@ class SoftRouter(nn.Module):
         soft = owner.config.softmoe
         if self.fixed_top_k is not None:
             with Selection([], self.num_scores, self.family_top_k, self.fixed_top_k):
-                return super().forward(hidden_states, *args, **kwargs)
+                logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
+            record_routing(logits, scores_of(self), index)
+            return (logits, weights, index, *rest)
         if soft["alpha"] == 0:
             logits, weights, index, *rest = super().forward(hidden_states, *args, **kwargs)
             record_routing(logits, scores_of(self), index)
@@ -139,7 +141,11 @@ class SoftRouter(nn.Module):
         if not self.training:  # where the loss tells, and a GPU is still needed to save what is good
             check_finite(scores, self.place)
         k = owner.expert_budget(self.place, soft)
-        p = soft_top_k(scores, k if isinstance(k, float) else k.to(scores.device), soft["alpha"])
+        if isinstance(k, torch.Tensor):
+            k = k.to(scores.device)
+            if not self.training:
+                check_share(k, self.place)
+        p = soft_top_k(scores, k, soft["alpha"])
         weights, index = combine(p, weights, index, soft["threshold"], self.normalises)
         record_routing(logits, lambda _: p / p.sum(-1, keepdim=True), index)
         watches = not torch.compiler.is_compiling()
@@ -224,12 +230,26 @@ def check_finite(scores: torch.Tensor, place: int) -> None:
     Raises:
         TiedMoeError: there is a NaN or +inf among them.
     """
-    message = (  # CUDA takes at most 254 characters
+    _expect(
+        (scores < torch.inf).all(),
         f"layer {place} with experts: the router's scores are not all finite; expected numbers: the model has "
-        "diverged, or its checkpoint is damaged"
+        "diverged, or its checkpoint is damaged",
     )
+
+
+def check_share(k: torch.Tensor, place: int) -> None:
+    """Raise if a layer's learned share of the budget is no number, as `check_finite` does for scores."""
+    _expect(
+        k.isfinite(),
+        f"layer {place} with experts: its share of the budget is no finite number; expected finite ones in "
+        "expert_budget.theta: the model has diverged, or its checkpoint is damaged",
+    )
+
+
+def _expect(holds: torch.Tensor, message: str) -> None:
+    """Raise `TiedMoeError` with the message, of which CUDA takes at most 254 characters."""
     try:
-        torch._assert_async((scores < torch.inf).all(), message)
+        torch._assert_async(holds, message)
     except RuntimeError as error:
         raise TiedMoeError(message) from error
 
