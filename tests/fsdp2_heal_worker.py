@@ -30,6 +30,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples/heal_accelerate.py"
 EXAMPLE_OPTIONS = ["--max-steps", "4", "--block-size", "16", "--batch-size", "2", "--learning-rate", "1e-2"]
 
 
+KINDS = {"": {}, "lora-": {"lora": True, "lora_rank": 2}}  # of healing, by the first part of a folder's name
+
+
 class Killed(BaseException):
     """What ends a run in the middle."""
 
@@ -42,7 +45,7 @@ def run(tied: str, text: str, output: str, state_dict_type: str, **fields) -> di
     return heal(args)
 
 
-def run_killed(step: int, *args: str) -> None:
+def run_killed(step: int, *args: str, **fields) -> None:
     original = RecordCheckpoints.on_save
 
     def kill(self, arguments, state, control, **kwargs):
@@ -53,7 +56,7 @@ def run_killed(step: int, *args: str) -> None:
 
     RecordCheckpoints.on_save = kill
     try:
-        run(*args)
+        run(*args, **fields)
     except Killed:
         print("killed after", step, flush=True)
     finally:
@@ -64,14 +67,15 @@ def check_heal(tied: str, text: str) -> None:
     """Heal into the current folder: "whole" runs through, "killed" is killed after two steps and after the last."""
     collect, sharded = _Run._collect, []
     _Run._collect = lambda self, model: sharded.append(isinstance(model, FSDPModule)) or collect(self, model)
-    whole = run(tied, text, "whole", "FULL_STATE_DICT")
-    run_killed(2, tied, text, "killed", "SHARDED_STATE_DICT")
-    run_killed(4, tied, text, "killed", "SHARDED_STATE_DICT")
-    killed = run(tied, text, "killed", "SHARDED_STATE_DICT")
-    assert sharded == [True, True]
-    assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
-    for name in ("before", "after", "history"):
-        assert whole[name] == killed[name], (name, whole[name], killed[name])
+    for prefix, fields in KINDS.items():
+        whole = run(tied, text, f"{prefix}whole", "FULL_STATE_DICT", **fields)
+        run_killed(2, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+        run_killed(4, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+        killed = run(tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+        assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
+        for name in ("before", "after", "history", "parameters", "trainable_parameters"):
+            assert whole[name] == killed[name], (prefix, name, whole[name], killed[name])
+    assert sharded == [True, True] * len(KINDS)
 
 
 def check_rescue(tied: str, text: str) -> None:

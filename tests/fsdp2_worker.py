@@ -7,6 +7,7 @@ accelerate launch --config_file ../examples/accelerate/fsdp2.yaml fsdp2_worker.p
 """
 
 import contextlib
+import functools
 import sys
 
 import torch
@@ -23,6 +24,7 @@ from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.fsdp import shard_pools
 from transformers_tiedmoe.training.fused_loss import FusedLoss
+from transformers_tiedmoe.training.lora import add_lora
 from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
 
 ONCE_PER_POOL = [1, 1, 2, 2]  # two untied layers, two pools of two layers: how many layers each computation is of
@@ -42,6 +44,7 @@ CASES = {
     ("fsdp2, bfloat16", "grouped_mm", False, ""): [],
     ("fsdp2", "tiedmoe", None, "all but experts"): ONCE_PER_POOL,  # no input of the first experts has a gradient
     ("fsdp2", "tiedmoe", None, "soft"): ONCE_PER_POOL,  # the budget's numbers are sharded, too
+    ("fsdp2", "eager", False, "lora"): [],  # pools are frozen; adapters are not sharded with them
     ("ddp", "tiedmoe", False, "soft"): ONCE_PER_POOL,
     ("ddp", "tiedmoe", None, ""): ONCE_PER_POOL,
     ("ddp", "tiedmoe", False, ""): ONCE_PER_POOL,
@@ -58,22 +61,29 @@ def tied_model(implementation: str, what: str) -> TiedMoeForCausalLM:
     model = TiedMoeForCausalLM(config).train()
     model.set_experts_implementation(implementation)
     model.to(torch.float32 if implementation == "grouped_mm" else torch.float64)
+    if what == "lora":
+        model = add_lora(model, rank=2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would give A no gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.double()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(what != "all but experts" or "expert" in name)
     return model
 
 
-def spread(model: TiedMoeForCausalLM, wrapper: str, mesh) -> torch.nn.Module:
+def spread(model: torch.nn.Module, wrapper: str, mesh) -> torch.nn.Module:
     options = {"mesh": mesh}
     if "bfloat16" in wrapper:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if wrapper.startswith("ddp"):
         return DistributedDataParallel(model, gradient_as_bucket_view="bucket views" in wrapper)
-    shard_pools(model, **options)
-    for layer in model.model.layers:
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    shard_pools(bare, **options)
+    for layer in bare.model.layers:
         fully_shard(layer, **options)
     if "fused" in wrapper:  # as accelerate does
-        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
+        fully_shard([bare.model.norm, bare.lm_head], reshard_after_forward=False, **options)
     return fully_shard(model, **options)
 
 
@@ -95,44 +105,61 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
 
+BATCHES = [torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+
+@functools.cache
+def gradients_alone(implementation: str, what: str) -> dict[str, torch.Tensor]:
+    model = tied_model(implementation, what)
+    for tokens in BATCHES:
+        model(tokens, labels=tokens).loss.backward()
+    return gradients(model)
+
+
+def gradients_of_torch(implementation: str, wrapper: str, mesh) -> dict[str, torch.Tensor]:
+    """Return the gradients of FSDP2 as torch has it: in bfloat16 one process rounds elsewhere."""
+    model = tied_model(implementation, "")
+    for pool in model.expert_pools:
+        pool._spans_its_group = True
+    spread(model, wrapper, mesh)
+    for i, tokens in enumerate(BATCHES):
+        model.set_requires_gradient_sync(i == 1)
+        model(mine(tokens), labels=mine(tokens)).loss.backward()
+    return gradients(model)
+
+
+def mine(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.chunk(2)[dist.get_rank()]
+
+
 def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
     wrapper, implementation, use_reentrant, what = case
     of_one = "grouped_mm" if implementation == "grouped_mm" else "eager"
-    alone, mine = tied_model(of_one, what), tied_model(implementation, what)
+    want = gradients_of_torch(of_one, wrapper, mesh) if "bfloat16" in wrapper else gradients_alone(of_one, what)
+    model = tied_model(implementation, what)
     if use_reentrant is not None:
-        mine.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        mine.enable_input_require_grads()
-    is_bf16 = "bfloat16" in wrapper  # compared with FSDP2 as torch has it: one process rounds elsewhere
-    if is_bf16:
-        for pool in alone.expert_pools:
-            pool._spans_its_group = True
-        spread(alone, wrapper, mesh)
-    traffic = Traffic(sum(each.numel() for each in mine.expert_pools[0].parameters()))
-    mine = spread(mine, wrapper, mesh)
-    fused = FusedLoss(mine, chunk_size=8) if "fused" in wrapper else None
-    batches = [torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+    pool = {n: each.numel() for n, each in model.named_parameters() if "expert_pools.0." in n and "lora_" not in n}
+    traffic = Traffic(sum(pool.values()))
+    model = spread(model, wrapper, mesh)
+    fused = FusedLoss(model, chunk_size=8) if "fused" in wrapper else None
     computed.clear()
-    for i, tokens in enumerate(batches):  # two microbatches, the gradient reduced at the second
-        my_tokens = tokens.chunk(2)[dist.get_rank()]
-        if is_bf16:
-            alone.set_requires_gradient_sync(i == 1)
-        alone_tokens = my_tokens if is_bf16 else tokens
-        alone(alone_tokens, labels=alone_tokens).loss.backward()
+    for i, tokens in enumerate(BATCHES):  # two microbatches, the gradient reduced at the second
         if wrapper.startswith("fsdp2"):
-            mine.set_requires_gradient_sync(i == 1)
-        with mine.no_sync() if wrapper.startswith("ddp") and i == 0 else contextlib.nullcontext(), traffic:
-            inputs = {"input_ids": my_tokens, "labels": my_tokens}
-            loss = fused.training_loss(lambda each: mine(**each).loss, inputs)[0] if fused else mine(**inputs).loss
+            model.set_requires_gradient_sync(i == 1)
+        with model.no_sync() if wrapper.startswith("ddp") and i == 0 else contextlib.nullcontext(), traffic:
+            inputs = {"input_ids": mine(tokens), "labels": mine(tokens)}
+            loss = fused.training_loss(lambda each: model(**each).loss, inputs)[0] if fused else model(**inputs).loss
             gathered = traffic.gathered
             loss.backward()
-        if wrapper.startswith(
-            "fsdp2"
-        ):  # two pools, in forward and in backward; none is reduced before the second microbatch
-            units = 4 if what == "all but experts" else 2  # the untied layers then reduce as much as a pool
+        if wrapper.startswith("fsdp2"):
+            # two pools, in forward and in backward; none is reduced before the second microbatch
+            units = {"all but experts": 4, "lora": 0}.get(what, 2)  # the untied layers then reduce as much as a pool
             found = (gathered, traffic.gathered, traffic.reduced)
             assert found == (4 * i + 2, 4 * i + 4, units * i), (case, found)
     assert sorted(computed) == sorted(2 * expected), (case, computed)
-    got, want = gradients(mine), gradients(alone)
+    got = gradients(model)
     assert got.keys() == want.keys()
     for name in want:
         bound = (2e-6 if of_one == "grouped_mm" or what == "soft" else 1e-12) * float(want[name].abs().max())

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import make_text, make_tokenizer, save_tied
-from fsdp2_heal_worker import OPTIONS, load_alone, model_and_optimizer, save_alone, step
+from fsdp2_heal_worker import KINDS, OPTIONS, load_alone, model_and_optimizer, save_alone, step
 from fsdp2_worker import CASES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -55,22 +55,29 @@ def test_fsdp2_and_ddp_have_the_gradients_of_one_process(two_processes):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("two_processes")
-def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes, kind):
     """Killed after steps 2 and 4 of 4, checkpoints in shards: as one with whole checkpoints that runs through.
 
-    And to rounding as in one process, which trains on the same blocks in the same order.
+    And to rounding as in one process, which trains on the same blocks in the same order. Adapters, on pools too, are
+    merged in shards.
     """
     folder, done = two_processes
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("killed after") == 4  # two kills of two processes
-    whole, killed = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed"))
+    assert done.stdout.count("killed after") == 4 * len(KINDS)  # two kills of two processes
+    whole, killed = (load_file(folder / f"{kind}{name}/model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(whole[name].equal(killed[name]) for name in whole)
     assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16}
-    options = OPTIONS | {"batch_size": 4}
-    heal(HealConfig(str(folder / "tied"), str(folder / "text.txt"), str(folder / "alone"), **options))
-    for name, tensor in load_file(folder / "alone/model.safetensors").items():
-        torch.testing.assert_close(whole[name], tensor, rtol=0.02, atol=1e-3, msg=name)
+    options, alone = OPTIONS | {"batch_size": 4} | KINDS[kind], folder / f"{kind}alone"
+    report = heal(HealConfig(str(folder / "tied"), str(folder / "text.txt"), str(alone), **options))
+    counted = json.loads((folder / f"{kind}whole/heal.json").read_text())
+    for name in ("parameters", "trainable_parameters"):
+        assert counted[name] == report[name]
+    for file in ("model.safetensors", *(["adapter/adapter_model.safetensors"] if kind else [])):
+        found = load_file(folder / f"{kind}whole" / file)
+        for name, tensor in load_file(alone / file).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=1e-3, msg=f"{file} {name}")
 
 
 @pytest.mark.slow

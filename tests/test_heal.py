@@ -530,7 +530,6 @@ def test_heal_that_diverges_saves_nothing(tied, data, output):
             "fsdp_activation_checkpointing: false and give gradient_checkpoint",
         ),
         ({"CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
-        ({}, {"lora": True}, r"use FSDP with lora, .*; use DDP \(--multi_gpu\)"),
         ({}, {}, "use FSDP in one process; start several by `accelerate launch --num_processes N`"),
     ],
 )

@@ -30,7 +30,7 @@ def shard_pools(model: Any, **options: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard  # takes over a second to import
 
-    for pool in model.expert_pools:
+    for pool in map(_bare, model.expert_pools):
         fully_shard(pool, **options)
 
 
@@ -39,7 +39,7 @@ def gather_once_per_group(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def gathering(self, *args, **kwargs):
-        for p, pool in enumerate(self.expert_pools):
+        for p, pool in enumerate(map(_bare, self.expert_pools)):
             if _is_unit(pool) and not getattr(pool, "_spans_its_group", False):
                 _span_group(pool, [each for each in self.modules() if getattr(each, "pool_index", None) == p])
                 pool._spans_its_group = True
@@ -86,6 +86,13 @@ def _begin(state: Any, module: nn.Module, args: tuple, kwargs: dict) -> tuple:
     if state._training_state.name != "FORWARD":
         return state._pre_forward(module, args, kwargs)
     return _cast(state._mp_policy, args), kwargs
+
+
+def _bare(module: Any) -> Any:
+    """Return the module below peft's adapters: they add to weights that have to be whole by then."""
+    while (below := getattr(module, "base_layer", None)) is not None:
+        module = below
+    return module
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -14,10 +14,12 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedModel
 from transformers.training_args import ParallelMode
 
 from ..errors import TiedMoeError
+from .lora import without_adapters
 
 SHARDS, WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"  # what accelerate writes into a checkpoint
 
@@ -48,11 +50,6 @@ def fsdp_plugin(args: Any) -> FullyShardedDataParallelPlugin | None:
             plugin.cpu_ram_efficient_loading,
             "loading in one process alone, but the others check the weights, too",
             "set fsdp_cpu_ram_efficient_loading: false",
-        ),
-        (
-            args.lora,
-            "FSDP with lora, which adds to weights that are in pieces then",
-            "use DDP (--multi_gpu), where frozen weights need no gradients and no optimizer states",
         ),
         (
             args.parallel_mode != ParallelMode.DISTRIBUTED,
@@ -94,9 +91,15 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
         )
 
 
-def read_shards(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Read the weights of a checkpoint in shards into a whole `model`, in this process alone."""
-    load({"model": model.state_dict()}, storage_reader=FileSystemReader(checkpoint / SHARDS), no_dist=True)
+def read_shards(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Read the weights of a checkpoint in shards into a whole `model`, of a peft model its adapters, in this process."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(model)
+    else:
+        weights = model.state_dict()
+    load({"model": weights}, storage_reader=FileSystemReader(checkpoint / SHARDS), no_dist=True)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -107,15 +110,38 @@ def is_sharded(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def round_shards(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
     """Round every weight of a sharded `model` to what a dtype can hold, by name; all stay as wide as they are."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what FSDP2 has kept whole since the last forward is a copy
-    for name, parameter in model.named_parameters():
+    _reshard(model)
+    for name, parameter in without_adapters(dict(model.named_parameters())).items():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         local.copy_(local.to(dtypes[name]))
 
 
-def collect(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def merge_adapters(model: torch.nn.Module) -> None:
+    """Merge the adapters of a sharded peft `model` by peft's own code, one adapted module whole at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _reshard(model)
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        own = [layer.get_base_layer(), *layer.lora_A.values(), *layer.lora_B.values()]
+        shards = [(module, name, each) for module in own for name, each in module.named_parameters(recurse=False)]
+        for module, name, shard in shards:
+            module._parameters[name] = torch.nn.Parameter(shard.full_tensor(), requires_grad=False)
+        layer.merge()
+        for module, name, shard in shards:
+            whole = module._parameters[name].data
+            merged = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
+            shard.to_local().copy_(merged.to_local())
+            module._parameters[name] = shard
+
+
+def collect(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """Return the whole weights of a sharded `model` on the first process's CPU; all processes have to call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # tensors, without extra state
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what FSDP2 has kept whole since the last forward is a copy

@@ -9,11 +9,9 @@ A killed run goes on from its last checkpoint when it is called again.
 import contextlib
 import copy
 import math
-import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from transformers import (
 )
 
 from ..adapters import load_merged, refuse_adapter
-from ..audit.metrics import perplexity as perplexity_of
 from ..audit.routing import layer_experts
 from ..auto_files import settle_tokenizer
 from ..errors import TiedMoeError
@@ -47,10 +44,11 @@ from .checkpoints import RecordCheckpoints, last_sound, sound_checkpoints, step_
 from .data import perplexity
 from .documents import refuse_crossing
 from .fused_loss import fuse
-from .lora import add_lora, check_adapters
+from .lora import add_lora, check_adapters, without_adapters
 from .mixed_dtypes import read_rounded, replaced
 from .outcome import Diverged, free_name, is_worse, refuse_diverged, refuse_worse, worse_in_words
 from .pretrained import check_saved, load_config, load_model, open_tokenizer, sample_loss
+from .report import held_out, held_out_before, history_of, software, warnings_of_experts
 from .router_health import RouterHealth
 from .soft_routing import AnnealRouting
 from .streaming import read_text
@@ -201,12 +199,14 @@ class _Run:
         logs = trainer.state.log_history  # of the killed runs as well
         of_this_run = [log for log in logs if log["step"] > step_of(self.checkpoint) or not self.checkpoint]
         seconds = time.perf_counter() - start - sum(log.get("eval_runtime", 0) for log in of_this_run)
-        history = self._history()  # without the evaluation that follows
+        history = history_of(self.trainer.state.log_history)  # without the evaluation that follows
         self._tell("evaluating", done=args.max_steps)
         model = self._final_model(self.work)
         active_experts(model, reset=True)
-        after = _held_out(trainer.evaluate())
-        refuse_diverged(self._before(), after, self.config.get_text_config().vocab_size)
+        after = held_out(trainer.evaluate())
+        refuse_diverged(
+            held_out_before(self.trainer.state.log_history), after, self.config.get_text_config().vocab_size
+        )
         report = self._describe(model, after, history, seconds)
         whole = self._collect(model) if fsdp.is_sharded(model) else None  # by all processes
         if self.is_main:
@@ -232,7 +232,7 @@ class _Run:
             self.checkpoint = checkpoint
             self.model = self.trainer.model = self._load_model()
             self._take_over(checkpoint)
-            if self._perplexity(self.model)["loss"] < self._before()["loss"]:
+            if self._perplexity(self.model)["loss"] < held_out_before(self.trainer.state.log_history)["loss"]:
                 break
         else:
             return "Nothing was saved, as no checkpoint was better than the model before"
@@ -240,7 +240,9 @@ class _Run:
         with open_work(output, {"rescued": {"from": str(args.output_dir)}}) as work:
             model = self._final_model(work)
             active_experts(model, reset=True)
-            report = self._describe(model, self._perplexity(model), self._history(), seconds=0.0)
+            report = self._describe(
+                model, self._perplexity(model), history_of(self.trainer.state.log_history), seconds=0.0
+            )
             self._save(model, report, work, output.name)
             work.complete(report)
         return (
@@ -254,22 +256,14 @@ class _Run:
         with self.trainer.accelerator.autocast():
             return perplexity(model, self.validation, self.args.eval_batch_size)
 
-    def _before(self) -> dict[str, Any]:
-        """Return the held-out loss before the first step, of this run or of the one that it continues."""
-        logs = self.trainer.state.log_history
-        return _held_out(next(log for log in logs if log["step"] == 0 and "eval_loss" in log))
-
-    def _history(self) -> list[dict[str, Any]]:
-        logs = self.trainer.state.log_history
-        return [_history_entry(log) for log in logs if "loss" in log or "eval_loss" in log]
-
     def _describe(self, model: PreTrainedModel, after: dict, history: list, seconds: float) -> dict[str, Any]:
         """Return the report of a final model."""
-        args, state, before = self.args, self.trainer.state, self._before()
+        args, state = self.args, self.trainer.state
+        before = held_out_before(state.log_history)
         if is_worse(before, after):
             self.warnings.append(worse_in_words(before, after))
         used = active_experts(model) if self.is_soft else []
-        self._warn_of_experts(used)
+        self.warnings += warnings_of_experts(used, self.config)
         self.warnings += self.annealing.warnings(state.global_step) if self.annealing else []
         return {
             "before": before,
@@ -283,7 +277,7 @@ class _Run:
             * args.block_size,
             "seconds": round(seconds, 2),
             "resumed_from_step": step_of(self.checkpoint),
-            "parameters": model.num_parameters(),
+            "parameters": sum(each.numel() for each in without_adapters(dict(model.named_parameters())).values()),
             "trainable_parameters": self.trainable,
             "history": history,
             "warnings": [*self.warnings, *self.health.warnings],
@@ -292,7 +286,7 @@ class _Run:
             "device": str(args.device),
             "fused_loss": self.trainer.fused is not None,
             "config": args.identity,
-            "versions": _versions(),
+            "versions": software(),
         }
 
     def _tell(self, what: str, done: int | None = None) -> None:
@@ -312,17 +306,17 @@ class _Run:
         if self.checkpoint and not args.lora and not (self.checkpoint / fsdp.SHARDS).is_dir():
             model = load_model(str(self.checkpoint), args.trust_remote_code)
         if args.lora:
-            return add_lora(model, args.lora_rank, args.lora_target_modules, args.lora_target_parameters)
-        for module in model.modules():
+            model = add_lora(model, args.lora_rank, args.lora_target_modules, args.lora_target_parameters)
+        for module in () if args.lora else model.modules():
             frozen = "norm" in type(module).__name__.lower() and not args.train_norms
             for parameter in module.parameters(recurse=False):
                 # In bfloat16 an update smaller than 1/256 of a weight is lost.
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(not frozen)
-        if not self.checkpoint:
+        if not self.checkpoint and not args.lora:
             for name, tensor in self.rounded.items():
                 _tensors(model)[name].data.copy_(tensor)
-        elif (self.checkpoint / fsdp.SHARDS).is_dir():
+        elif self.checkpoint and (self.checkpoint / fsdp.SHARDS).is_dir():
             fsdp.read_shards(self.checkpoint, model)
         return model
 
@@ -372,7 +366,7 @@ class _Run:
     def _take_over(self, checkpoint: Path) -> None:
         """Restore the state of a checkpoint from which no step is trained; its full weights are loaded already."""
         self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.args.lora:
+        if self.args.lora and not (checkpoint / fsdp.SHARDS).is_dir():
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
@@ -386,10 +380,14 @@ class _Run:
         """Return the model to evaluate and save: adapters merged, every tensor in the dtype of its file."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if hasattr(model, "merge_and_unload"):
+            adapter = fsdp.collect(model, trained_only=True) if fsdp.is_sharded(model) else None  # by all processes
             if self.is_main:
                 with work.draft() as draft:
-                    model.save_pretrained(draft / "adapter")
-            self.trainer.model = model = model.merge_and_unload()
+                    model.save_pretrained(draft / "adapter", state_dict=adapter)
+            if fsdp.is_sharded(model):
+                fsdp.merge_adapters(model)
+            else:
+                self.trainer.model = model = model.merge_and_unload()
         if fsdp.is_sharded(model):
             fsdp.round_shards(model, self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()})
         for name, tensor in () if fsdp.is_sharded(model) else _tensors(model).items():
@@ -407,19 +405,7 @@ class _Run:
         """
         loss = sample_loss(model, self.validation, self.args)
         dtypes = self.dtypes | {name: tensor.dtype for name, tensor in self.rounded.items()}
-        return {name: tensor.to(dtypes[name]) for name, tensor in fsdp.collect(model).items()}, loss
-
-    def _warn_of_experts(self, layers: list[dict[str, float]]) -> None:
-        """Warn of what soft routing lost on the held-out text."""
-        if cut := sum(each["tokens_cut"] for each in layers):
-            share, experts = cut / sum(each["tokens"] for each in layers), sum(each["experts_cut"] for each in layers)
-            self.warnings.append(
-                f"max_active={self.config.softmoe['max_active']} took {experts / cut:.1f} experts each from "
-                f"{share:.1%} of the held-out tokens, over all layers; raise it in config.json's softmoe, or leave it "
-                "out"
-            )
-        if dead := {each["layer"]: each["dead"] for each in layers if each["dead"]}:
-            self.warnings.append(f"experts that no held-out token used, by layer: {dead}")
+        return {name: each.to(dtypes[name]) for name, each in without_adapters(fsdp.collect(model)).items()}, loss
 
     def _save(self, model: PreTrainedModel, report: dict, work: Work, title: str, whole: tuple | None = None) -> None:
         """Write the model and all that goes with it; raise if the saved model differs from the one in memory.
@@ -428,7 +414,8 @@ class _Run:
         """
         with work.draft() as draft:
             with replaced(model, {} if whole else self.rounded):
-                model.save_pretrained(draft, state_dict=dict(whole[0]) if whole else None)  # which it empties
+                bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+                bare.save_pretrained(draft, state_dict=dict(whole[0]) if whole else None)  # which it empties
             self.tokenizer.save_pretrained(draft)
             settle_tokenizer(self.tokenizer, draft)
             atomic_write_json(draft / REPORT, report)
@@ -479,19 +466,3 @@ def _with_block_size(args: TiedMoeTrainingArguments, config: PreTrainedConfig) -
     args = copy.copy(args)
     args.block_size = args.block_size or int(min(DEFAULT_BLOCK_SIZE, known))
     return args
-
-
-def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    loss = metrics["eval_loss"]
-    return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": metrics["eval_tokens"]}
-
-
-def _history_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("step", "loss", "eval_loss", "active_experts", "dead_experts", "tokens_cut")
-    return {name: entry[name] for name in names if name in entry}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **versions()} | {
-        name: version(name) for name in ("accelerate", "datasets")
-    }

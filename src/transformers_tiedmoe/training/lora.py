@@ -5,13 +5,16 @@ peft at most warns of a target that matches nothing if another one does, and not
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import TiedMoeError
+
+_T = TypeVar("_T")
 
 
 def add_lora(
@@ -67,6 +70,15 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def without_adapters(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """Return what a peft model holds by name, under the names of the model that it wraps and without adapters."""
+    kept = {name: each for name, each in tensors.items() if "lora_" not in name and ".original_module." not in name}
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", ""): each
+        for name, each in kept.items()
+    }
 
 
 def check_adapters(model: nn.Module) -> None:
