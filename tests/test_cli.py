@@ -535,7 +535,7 @@ def test_heal_takes_every_flag_of_trainer_and_a_config_whose_fields_the_command_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--deepspeed", "x.json"], "deepspeed='x.json' is not supported by healing: use FSDP2"),
+        (["--deepspeed", "x.json"], "deepspeed='x.json' is not supported by healing: with ZeRO-1"),
         (["--fsdp", "full_shard"], "healing was told to use FSDP in one process; start several by `accelerate launch"),
         (["--push_to_hub"], "push_to_hub=True is not supported by healing: upload the finished folder"),
         (["--lr_scheduler_type", "square"], "transformers' TrainingArguments refuse this: square is not a valid"),

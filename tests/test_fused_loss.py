@@ -157,7 +157,14 @@ def test_heal_with_the_fused_loss_ends_where_it_does_without(places, tmp_path, m
                          "model.rotary_emb": "cpu", "lm_head": "cpu"})  # fmt: skip
     reports = {}
     for name, fields in {"whole": {}, "fused": {"fused_loss": True}}.items():
-        options = {"max_steps": 3, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "lora": True}
+        options = {
+            "max_steps": 3,
+            "block_size": 16,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "lora": True,
+            "lora_rank": 4,
+        }
         options |= {"teacher": source, "teacher_dtype": "bfloat16", "teacher_device": device, **fields}
         reports[name] = heal(HealConfig(model, data, str(tmp_path / name), **options))
         assert reports[name]["fused_loss"] is (name == "fused")

@@ -363,7 +363,10 @@ def test_heal_of_a_model_with_nan(tmp_path, data, output):
     ("fields", "message"),
     [
         ({"block_size": 65}, r"block_size=65, but .* knows 64 positions; lower it"),
-        ({"lora": True, "lora_rank": 10**9}, "lora_rank=1000000000, but the model's hidden size is 16"),
+        (
+            {"lora": True, "lora_rank": 10**9},
+            "lora_rank=1000000000, but .*self_attn.q_proj is a matrix of 16 by 16; expected at most 16",
+        ),
     ],
 )
 def test_heal_refuses_what_the_model_cannot(fields, message, tied, data, output):

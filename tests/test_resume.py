@@ -21,7 +21,13 @@ SOFT = {
     "softmoe": {"alpha": 0.01, "target_alpha": 0.03, "target_budget": 6.0, "target_active": 7.0},
 }
 ACCUMULATION = {"batch_size": 2, "gradient_accumulation_steps": 2}
-STREAMING = {"streaming": True, "validation_blocks": 2, "separate_documents": True, "fused_loss": True}
+STREAMING = {
+    "streaming": True,
+    "validation_blocks": 2,
+    "shuffle_buffer": 3,
+    "separate_documents": True,
+    "fused_loss": True,
+}
 HERE = Path(__file__).parent
 SAME = ("before", "after", "steps", "tokens", "history", "warnings", "is_worse", "trainable_parameters")
 

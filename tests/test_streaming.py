@@ -78,6 +78,27 @@ def test_streamed_text_is_read_as_far_as_it_is_asked_for_and_begins_anew(places,
     assert len(given) <= 2 * text_data.ROWS_AT_ONCE + 2
 
 
+def test_a_shuffle_buffer_gives_every_block_once_a_pass_in_an_order_of_its_own(places, tokenizer):
+    rows = {}
+    for size, seed in ((0, 0), (3, 0), (3, 0), (3, 1), (10**6, 0)):
+        train, _, _ = read_text(arguments(places, shuffle_buffer=size, data_seed=seed), tokenizer, 320)
+        found = [tuple(row["labels"].tolist()) for row in itertools.islice(train, 2 * len(list(blocks_of(train))))]
+        assert rows.setdefault((size, seed), found) == found
+    in_order = rows[0, 0]
+    half = len(in_order) // 2
+    for key in ((3, 0), (3, 1), (10**6, 0)):
+        first, second = rows[key][:half], rows[key][half:]
+        assert sorted(first) == sorted(second) == sorted(in_order[:half])
+        assert len({tuple(first), tuple(second), tuple(in_order[:half])}) == 3
+    assert rows[3, 0] != rows[3, 1]
+    # the block that is given as number n is one of the first n + 3 of the text
+    assert all(block in in_order[: n + 3] for n, block in enumerate(rows[3, 0][:half]))
+
+
+def blocks_of(train):
+    return itertools.islice(stream_blocks(train.texts, train.tokenizer, train.block_size), train.skip, None)
+
+
 def test_streaming_from_the_hub_and_its_splits(places, tokenizer, monkeypatch):
     calls = []
 
@@ -114,6 +135,8 @@ def test_streaming_from_the_hub_and_its_splits(places, tokenizer, monkeypatch):
         ({"dataloader_num_workers": 2}, "streaming has one reader"),
         ({"teacher_cache": "c", "teacher": "t"}, "leave teacher_cache out"),
         ({"streaming": False, "validation_split": "v"}, "validation_split=v needs streaming"),
+        ({"streaming": False, "shuffle_buffer": 8}, "shuffle_buffer=8 needs streaming"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer=-1 must not be negative"),
         ({"validation_blocks": 0}, "validation_blocks=0, but it must be at least 1"),
     ],
 )

@@ -50,9 +50,18 @@ FREE = (
     *("ddp_timeout", "ddp_backend", "per_device_eval_batch_size", "eval_accumulation_steps", "resume_from_checkpoint"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_on_start", "dataloader_in_order"),
 )
+INSTEAD = (
+    "use FSDP2 (examples/accelerate/fsdp2.yaml), or --multi_gpu where every process holds weights and optimizer whole"
+)
+# ZeRO-2 was tried by hand: gradients equal one process's. The way from its checkpoints to a model never was.
+DEEPSPEED = (
+    "with ZeRO-1 and ZeRO-2 its engine clips, steps and writes checkpoints itself, from which healing was never seen "
+    "to continue bit by bit or to rescue a model; ZeRO-3 also splits the weights, which healing reads, rounds and "
+    f"compares whole; {INSTEAD}"
+)
 # Trainer's arguments that healing decides itself, or does not support; each with the reason.
 REFUSED = {
-    "deepspeed": "use FSDP2 (examples/accelerate/fsdp2.yaml), or `accelerate launch --multi_gpu`",
+    "deepspeed": DEEPSPEED,
     "push_to_hub": "upload the finished folder with `hf upload ACCOUNT/MODEL OUTPUT`",
     "resume_from_checkpoint": "the same command started again goes on by itself",
     "save_only_model": "a killed run could not go on without the optimizer",
@@ -126,6 +135,9 @@ class TiedMoeTrainingArguments(TrainingArguments):
     text_column: str = _ours("text", "Column of the text, if the data has columns.")
     validation_fraction: float = _ours(0.05, "Share of the text, from its end, that is held out.")
     streaming: bool = _ours(False, "Read and tokenize the text while training, in its order, again when it ends.")
+    shuffle_buffer: int = _ours(
+        0, "With streaming: sequences in memory from which the next one is drawn, by data_seed or seed; 0: in order."
+    )
     validation_blocks: int = _ours(64, "With streaming: sequences at the text's start that are held out.")
     validation_split: str | None = _ours(None, "With streaming from the Hub: the split to hold out from instead.")
     separate_documents: bool = _ours(
@@ -236,11 +248,10 @@ class TiedMoeTrainingArguments(TrainingArguments):
         for name, reason in REFUSED.items():
             if value := getattr(self, name, None):
                 raise TiedMoeError(f"{name}={value!r} is not supported by healing: {reason}")
-        for plugin in ("DEEPSPEED", "MEGATRON_LM"):
+        for plugin, reason in (("DEEPSPEED", DEEPSPEED), ("MEGATRON_LM", f"it has its own models; {INSTEAD}")):
             if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
                 raise TiedMoeError(
-                    f"accelerate launch was told to shard the weights by {plugin}, which heal does not support; use "
-                    "FSDP2 (examples/accelerate/fsdp2.yaml), or --multi_gpu where every process holds them whole"
+                    f"accelerate launch was told to use {plugin}, which heal does not support: {reason}"
                 )
         for name in (
             "max_steps",
@@ -260,7 +271,7 @@ class TiedMoeTrainingArguments(TrainingArguments):
         for name in ("teacher_weight", "validation_fraction", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TiedMoeError(f"{name}={getattr(self, name)}, but it is a share and must lie between 0 and 1")
-        for name in ("eval_steps", "logging_steps", "weight_decay", "warmup_steps"):
+        for name in ("eval_steps", "logging_steps", "weight_decay", "warmup_steps", "shuffle_buffer"):
             if (getattr(self, name) or 0) < 0:
                 raise TiedMoeError(f"{name}={getattr(self, name)} must not be negative")
         if self.save_strategy not in ("steps", "no") or self.num_train_epochs != type(self).num_train_epochs:
@@ -280,10 +291,9 @@ class TiedMoeTrainingArguments(TrainingArguments):
             raise TiedMoeError(
                 "streaming has one reader and no end; leave teacher_cache out, and dataloader_num_workers at most 1"
             )
-        if self.validation_split and not self.streaming:
-            raise TiedMoeError(
-                f"validation_split={self.validation_split} needs streaming; ask for it, or leave it out"
-            )
+        for name in ("validation_split", "shuffle_buffer"):
+            if getattr(self, name) and not self.streaming:
+                raise TiedMoeError(f"{name}={getattr(self, name)} needs streaming; ask for it, or leave it out")
         if self.teacher_dtype not in TEACHER_DTYPES:
             raise TiedMoeError(
                 f"teacher_dtype={self.teacher_dtype!r} is unknown; choose one of {', '.join(TEACHER_DTYPES)}"

@@ -92,7 +92,7 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
 
 
 def read_shards(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read the weights of a checkpoint in shards into a whole `model`, of a peft model its adapters, in this process."""
+    """Read a checkpoint in shards into a whole `model`, of a peft model its adapters, in this process alone."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 

@@ -40,7 +40,7 @@ def add_lora(
 
     Raises:
         ImportError: peft is not installed.
-        TiedMoeError: a rank above the model's hidden size, a target that matches nothing, or weights that are
+        TiedMoeError: a rank above that of a matrix to adapt, a target that matches nothing, or weights that are
             quantised.
     """
     try:
@@ -49,17 +49,13 @@ def add_lora(
         raise ImportError(
             "LoRA needs peft, which is not installed; pip install 'transformers-tiedmoe[peft]'"
         ) from error
-    if rank > (hidden_size := model.config.get_text_config().hidden_size):
-        raise TiedMoeError(
-            f"lora_rank={rank}, but the model's hidden size is {hidden_size}; expected at most that, and far less to "
-            "save anything"
-        )
     if modules is None and parameters is None:
         modules, parameters = attention_linears(model), pool_matrices(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    linears = {name: each.weight for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
     _refuse_unmatched("lora_target_modules", modules or (), linears, model)
     _refuse_unmatched("lora_target_parameters", parameters or (), matrices, model)
+    _refuse_rank(rank, _matched(linears, modules or ()) | _matched(matrices, parameters or ()))
     _refuse_quantised(model, parameters or ())
     config = LoraConfig(
         r=rank,
@@ -153,6 +149,20 @@ def _refuse_unmatched(field: str, targets: Collection[str], names: Collection[st
         f"{field}: {', '.join(sorted(nothing))} match nothing that can have an adapter; expected ends of names such "
         f"as {_short(names)[:8]}{told}"
     )
+
+
+def _matched(tensors: Mapping[str, _T], targets: Collection[str]) -> dict[str, _T]:
+    """Return those whose name is a target or ends with one, as peft matches them."""
+    return {n: each for n, each in tensors.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+
+
+def _refuse_rank(rank: int, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_floating_point() and rank > min(weight.shape[-2:]):
+            raise TiedMoeError(
+                f"lora_rank={rank}, but {name} is a matrix of {weight.shape[-2]} by {weight.shape[-1]}; expected at "
+                f"most {min(weight.shape[-2:])}, and far less to save anything: lower it, or leave this target out"
+            )
 
 
 def _refuse_quantised(model: nn.Module, targets: Collection[str]) -> None:

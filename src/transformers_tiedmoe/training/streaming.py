@@ -1,11 +1,12 @@
 """Text that is read while it is trained on: neither all of it nor its tokens are ever in memory or on the disk.
 
-The blocks are those of `data.load_blocks`, in their order, and begin anew when the text ends. A continued run reads
-again what it has seen, and skips it (Trainer's way): it goes on with the very block that an unbroken run would.
+The blocks are those of `data.load_blocks`, in their order or drawn from a buffer, and begin anew when the text ends. A
+continued run reads again what it has seen, and skips it (Trainer's way): it goes on with the very block that an
+unbroken run would.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,18 @@ def read_text(
             raise TiedMoeError(f"{args.data} has not one block of {block_size} tokens to hold out; lower block_size")
         validation = as_blocks(np.concatenate(held_out), block_size)
         skip = 0 if args.validation_split else len(held_out)
-        train = StreamedBlocks(texts, tokenizer, block_size, skip, args.model, vocab_size, args.separate_documents)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        train = StreamedBlocks(
+            texts,
+            tokenizer,
+            block_size,
+            skip,
+            args.model,
+            vocab_size,
+            args.separate_documents,
+            args.shuffle_buffer,
+            seed,
+        )
         check_tokens(args.model, vocab_size, validation)
         identity = texts.identity | {"tokens_sha256": tokens_digest(validation, as_blocks(train.first(), block_size))}
     else:
@@ -118,6 +130,23 @@ def stream_blocks(texts: Texts, tokenizer: Any, block_size: int) -> Iterator[np.
         left = left[used:]
 
 
+def shuffled(blocks: Iterator[np.ndarray], buffer_size: int, seed: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield each block once, drawn from a buffer that the next one fills up: as `shuffle(buffer_size)` of `datasets`.
+
+    That one takes a dataset of its own, whose source it hashes; these blocks come from any iterator.
+    """
+    draw, buffer = np.random.default_rng(seed), []
+    for block in blocks:
+        if len(buffer) < buffer_size:
+            buffer.append(block.copy())  # else it keeps all that was read with it
+        else:
+            place = draw.integers(buffer_size)
+            yield buffer[place]
+            buffer[place] = block.copy()
+    draw.shuffle(buffer)
+    yield from buffer
+
+
 class StreamedBlocks(IterableDataset):
     """The blocks of a text without its first ones, again and again.
 
@@ -129,6 +158,8 @@ class StreamedBlocks(IterableDataset):
         model: its name, for errors.
         vocab_size: of the model; a token beyond it is an error.
         separates: whether to give `document_columns`.
+        buffer_size: of `shuffled`; 0 keeps the text's order.
+        seed: of its order, which is another one each time the text begins anew.
     """
 
     def __init__(
@@ -140,9 +171,12 @@ class StreamedBlocks(IterableDataset):
         model: str,
         vocab_size: int,
         separates: bool = False,
+        buffer_size: int = 0,
+        seed: int = 0,
     ):
         self.texts, self.tokenizer, self.block_size, self.skip = texts, tokenizer, block_size, skip
         self.model, self.vocab_size, self.separates = model, vocab_size, separates
+        self.buffer_size, self.seed = buffer_size, seed
 
     def first(self) -> np.ndarray:
         """Return the first block.
@@ -159,8 +193,9 @@ class StreamedBlocks(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         self.first()
-        while True:
-            for block in itertools.islice(stream_blocks(self.texts, self.tokenizer, self.block_size), self.skip, None):
+        for epoch in itertools.count():
+            blocks = itertools.islice(stream_blocks(self.texts, self.tokenizer, self.block_size), self.skip, None)
+            for block in shuffled(blocks, self.buffer_size, (self.seed, epoch)) if self.buffer_size else blocks:
                 check_largest(self.model, self.vocab_size, int(block.max()))
                 if self.separates:
                     columns = document_columns(block[None], self.tokenizer.eos_token_id)
