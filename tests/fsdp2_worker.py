@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tiedmoe_kernels import torch_backend
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.fsdp import shard_pools
+from transformers_tiedmoe.routing import active_experts
 from transformers_tiedmoe.training.fused_loss import FusedLoss
 from transformers_tiedmoe.training.lora import add_lora
 from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
@@ -159,6 +160,9 @@ def check(case: tuple, expected: list[int], computed: list[int], mesh) -> None:
             found = (gathered, traffic.gathered, traffic.reduced)
             assert found == (4 * i + 2, 4 * i + 4, units * i), (case, found)
     assert sorted(computed) == sorted(2 * expected), (case, computed)
+    if what == "soft":  # between passes, where FSDP2 has the budget's numbers in shards
+        budget = getattr(model, "module", model).config.softmoe["budget"]
+        assert abs(sum(each["k"] for each in active_experts(model)) - budget) < 1e-5 * budget
     got = gradients(model)
     assert got.keys() == want.keys()
     for name in want:

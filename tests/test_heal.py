@@ -533,6 +533,7 @@ def test_heal_that_diverges_saves_nothing(tied, data, output):
             "fsdp_activation_checkpointing: false and give gradient_checkpoint",
         ),
         ({"CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
+        ({"OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params: false"),
         ({}, {}, "use FSDP in one process; start several by `accelerate launch --num_processes N`"),
     ],
 )

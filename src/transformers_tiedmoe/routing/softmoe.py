@@ -63,7 +63,10 @@ class ExpertBudget(nn.Module):
             return soft["layers"][place]
         if self.theta is None:
             return soft["budget"] / self.num_layers
-        return layer_budgets(self.theta.float(), soft["budget"], soft["cap"])[place]
+        theta = (
+            self.theta.full_tensor() if hasattr(self.theta, "full_tensor") else self.theta
+        )  # FSDP2's, between passes
+        return layer_budgets(theta.float(), soft["budget"], soft["cap"])[place]
 
     def most(self, place: int, soft: Mapping[str, Any]) -> float:
         """Return the most that k of this layer can become."""
@@ -315,7 +318,7 @@ def active_experts(model: nn.Module, reset: bool = False) -> list[dict[str, floa
     """Return what each soft layer has used since the last reset, over all tokens, padding included.
 
     Args:
-        model: a tied model with `routing="softmoe"`.
+        model: a tied model with `routing="softmoe"`; where FSDP2 has sharded it, all processes have to call this.
         reset: whether to start counting anew.
 
     Returns:

@@ -12,7 +12,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedModel
@@ -50,6 +50,11 @@ def fsdp_plugin(args: Any) -> FullyShardedDataParallelPlugin | None:
             plugin.cpu_ram_efficient_loading,
             "loading in one process alone, but the others check the weights, too",
             "set fsdp_cpu_ram_efficient_loading: false",
+        ),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "FSDP's CPU offload, which was never tried with it: torch has it only where there is a GPU",
+            "set fsdp_offload_params: false; more processes, lora and gradient_checkpointing take less memory",
         ),
         (
             args.parallel_mode != ParallelMode.DISTRIBUTED,

@@ -135,7 +135,7 @@ def shuffled(blocks: Iterator[np.ndarray], buffer_size: int, seed: Sequence[int]
 
     That one takes a dataset of its own, whose source it hashes; these blocks come from any iterator.
     """
-    draw, buffer = np.random.default_rng(seed), []
+    draw, buffer = np.random.default_rng(seed), list[np.ndarray]()
     for block in blocks:
         if len(buffer) < buffer_size:
             buffer.append(block.copy())  # else it keeps all that was read with it
