@@ -11,30 +11,24 @@ many parameters as g=4, but for its smaller routers. Differences are paired by s
 Kill it and start it again: rows that are there are not run again. Every row runs at a seed before any at the next.
 """
 
+import argparse
 import functools
-import json
-import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from matplotlib.figure import Figure
-from study.jobs import one_thread, quick_text
-from tables import RESULTS, mean_of, parser_of, plus_minus, table, write_results
-from timing import by_clock, interleave, machine, spread, versions
-from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup, set_seed
+from study.jobs import BLOCK, ScratchStudy
+from tables import above_of, mean_of, plus_minus, table, write_results
+from timing import about, by_clock, in_rounds, spread
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
-from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.figures import peak_bytes
-from tiedmoe_demo.train_source import train_tokenizer
 from transformers_tiedmoe import TiedMoeForCausalLM
 from transformers_tiedmoe.audit.memory_training import activation_bytes
-from transformers_tiedmoe.files import atomic_write_json
 from transformers_tiedmoe.presets import RECIPE, preset
-from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.data import perplexity
 from transformers_tiedmoe.training.muon import Muon, muon_parameter_groups
 
 SIZES = {
@@ -43,7 +37,7 @@ SIZES = {
     "max_position_embeddings": 128, "skip_first": 1, "skip_last": 1, "norm_topk_prob": True,
 }  # fmt: skip
 QUICK = {"hidden_size": 32, "num_experts": 8, "vocab_size": 300, "head_dim": 16}
-BATCH, BLOCK, STEPS, HELD_OUT_BLOCKS, ROUNDS = 16, 128, 500, 256, 9
+BATCH, STEPS, ROUNDS = 16, 500, 9
 BASE = "untied"
 # A preset of the paper's and fields of its config; what says most comes first. g=4 leaves 3 of 6 sets of experts.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,32 +49,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "g=4, pools twice as wide": ("g4-2x", {}),
     "g=4, routers too": ("g4", {"tied_components": ["experts", "router"]}),
 }
-MEASURED = (BASE, "g=2", "g=4")  # steps and memory
-PAPERS = {name: f"olmoe-1024-{variant}" for name, variant in zip(MEASURED, ("g1", "g2", "g4"))}
+# Whose steps and memory are measured, and the paper's model of the same tying.
+PAPERS = {BASE: "olmoe-1024-g1", "g=2": "olmoe-1024-g2", "g=4": "olmoe-1024-g4"}
+PARTS = ("forward and backward", "optimizer")
 KINDS = ("weights", "gradients", "optimizer", "activations")
 PAPERS_BATCH = 8  # sequences on one device at once
 
 
-class Study:
-    """The text, the sizes and the folder of a study; every row at a seed leaves a JSON file there."""
-
-    def __init__(self, output: Path, is_quick: bool):
-        self.output, self.steps, self.rounds = output, 8 if is_quick else STEPS, 1 if is_quick else ROUNDS
-        self.papers = {"num_hidden_layers": 6} if is_quick else {}
-        self.sizes = {**SIZES, **(QUICK if is_quick else {})}
-        self.text = str(quick_text(output / "text.txt")) if is_quick else DemoConfig().text
-        if not (output / "tokenizer").exists():
-            train_tokenizer(self.text, self.sizes["vocab_size"]).save_pretrained(output / "tokenizer")
-
-    @functools.cached_property
-    def blocks(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """The blocks to train on and those held out."""
-        train, held_out = load_blocks(self.text, AutoTokenizer.from_pretrained(self.output / "tokenizer"), BLOCK)
-        return train, held_out.select(range(min(HELD_OUT_BLOCKS, len(held_out))))
-
-    def path(self, name: str, seed: int) -> Path:
-        """Return the file of a row at a seed; another number of steps has others."""
-        return self.output / f"{re.sub(r'[^a-z0-9]+', '-', name)}.steps{self.steps}.seed{seed}.json"
+class Study(ScratchStudy):
+    def __init__(self, options: argparse.Namespace):
+        super().__init__(options, SIZES | (QUICK if options.quick else {}), 8 if options.quick else STEPS)
+        self.rounds, self.papers = (1, {"num_hidden_layers": 6}) if options.quick else (ROUNDS, {})
 
     def model(self, name: str, seed: int = 0) -> TiedMoeForCausalLM:
         """Make a row's model from weights at random."""
@@ -96,9 +75,9 @@ class Study:
         """Return the tokens of some blocks, `[B, S]`."""
         return torch.tensor(self.blocks[0][numbers.tolist()]["input_ids"])
 
-    def run(self, name: str, seed: int) -> dict:
+    def train(self, name: str, seed: int) -> dict:
         """Train a row and measure its held-out loss."""
-        start, model = time.process_time(), self.model(name, seed)
+        model = self.model(name, seed)
         optimizer = Muon(muon_parameter_groups(model, RECIPE["lr"], RECIPE["weight_decay"]))
         warmup = min(RECIPE["warmup_steps"], self.steps // 10)
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
@@ -117,31 +96,27 @@ class Study:
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        found = {"row": name, "seed": seed, "loss": perplexity(model, self.blocks[1], BATCH)["loss"]}
-        found |= {"train_loss": statistics.mean(losses[-50:]), "parameters": model.num_parameters()}
-        return found | {"cpu_seconds": round(time.process_time() - start, 1)}
+        loss, train_loss = perplexity(model, self.blocks[1], BATCH)["loss"], statistics.mean(losses[-50:])
+        return {"loss": loss, "train_loss": train_loss, "parameters": model.num_parameters()}
 
     def measure_steps(self) -> list[dict]:
         """Time steps of tied and untied models in turn, and measure their memory; then compute the paper's sizes'."""
         tokens = self.batch(torch.arange(BATCH))
-        models = {name: self.model(name) for name in MEASURED}
+        models = {name: self.model(name) for name in PAPERS}
         optimizers = {name: Muon(muon_parameter_groups(model)) for name, model in models.items()}
-        passes = {name: functools.partial(run_once, model, tokens) for name, model in models.items()}
-        calls = {f"{name}, forward and backward": by_clock(call, time.process_time) for name, call in passes.items()}
+        calls: dict = {(name, PARTS[0]): functools.partial(run_once, model, tokens) for name, model in models.items()}
         for name, optimizer in optimizers.items():
-            calls[f"{name}, optimizer"] = by_clock(lambda number, step=optimizer.step: step(), time.process_time)
-        times = interleave(calls, seconds=0, least=self.rounds + 1, most=self.rounds + 1)
+            calls[name, PARTS[1]] = lambda number, step=optimizer.step: step()
+        times = in_rounds({part: by_clock(call, time.process_time) for part, call in calls.items()}, self.rounds)
         found = []
         for name, model in models.items():
-            parts = ("forward and backward", "optimizer")
-            seconds = {part: spread(times[f"{name}, {part}"][1:]) for part in parts}  # the first is a warm-up
-            states = [t for state in optimizers[name].state.values() for t in state.values() if t.ndim]
             own = computed_memory(model.config, BATCH, BLOCK)
+            states = [t for state in optimizers[name].state.values() for t in state.values() if t.ndim]
             assert own["optimizer"] == sum(state.nbytes for state in states)
-            peak = peak_bytes(passes[name])
-            found.append({"row": name, "seconds": seconds, "bytes": {**own, "activations": peak}})
-            papers = preset(PAPERS[name], **self.papers)
-            found[-1]["papers_bytes"] = computed_memory(papers, PAPERS_BATCH, RECIPE["block_size"])
+            own["activations"] = peak_bytes(calls[name, PARTS[0]])
+            papers = computed_memory(preset(PAPERS[name], **self.papers), PAPERS_BATCH, RECIPE["block_size"])
+            seconds = {part: spread(times[name, part]) for part in PARTS}
+            found.append({"row": name, "seconds": seconds, "bytes": own, "papers_bytes": papers})
         return found
 
 
@@ -162,21 +137,17 @@ def computed_memory(config: Any, batch: int, block: int) -> dict[str, int]:
     return {"weights": weights, "gradients": weights, "optimizer": states, "activations": activations}
 
 
-def summarize(study: Study, runs: list[dict], steps: list[dict]) -> dict:
+def summarize(study: Study) -> dict:
     """Return each row's losses over its seeds, and above those of the untied model at the same seed."""
-    rows = []
-    losses = {(run["row"], run["seed"]): run["loss"] for run in runs}
+    runs, rows = study.found(ROWS), []
     for name in ROWS:
-        own = [run for run in runs if run["row"] == name]
-        above = [run["loss"] - losses[BASE, run["seed"]] for run in own if (BASE, run["seed"]) in losses]
-        if own:
+        if own := [run for run in runs if run["row"] == name]:
+            above = None if name == BASE else above_of(own, [run for run in runs if run["row"] == BASE])
             rows.append({"row": name, "parameters": own[0]["parameters"], "loss": mean_of([r["loss"] for r in own])})
-            rows[-1]["above_untied"] = None if name == BASE else mean_of(above)
+            rows[-1]["above_untied"] = above
     settings = {**study.sizes, **RECIPE, "block_size": BLOCK, "sequences_per_step": BATCH, "steps": study.steps}
-    return {
-        "command": "make study-pretraining", "versions": versions(), "machine": machine(torch.device("cpu")),
-        "settings": settings, "rows": rows, "steps": steps, "runs": runs,
-    }  # fmt: skip
+    found = {"settings": settings, "rows": rows, "steps": study.measured(), "runs": runs}
+    return {"command": "make study-pretraining", **about(), **found}
 
 
 def markdown(summary: dict) -> str:
@@ -229,31 +200,11 @@ def figure_of(summary: dict) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("study-pretraining"), help="what is there is reused")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS / "pretraining_study", help="file name without .json, .md, .png"
-    )
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the results of what is there")
-    parser.add_argument("--quick", action="store_true", help="tiny models and few steps: whether it all works")
-    options = parser.parse_args(arguments)
-    one_thread()
-    study, steps = Study(options.output, options.quick), options.output / "steps.json"
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    jobs = [(name, seed) for seed in seeds for name in ROWS]
-    if not options.report:
-        for name, seed in jobs:
-            if re.search(options.only, name) and not study.path(name, seed).exists():
-                found = study.run(name, seed)
-                atomic_write_json(study.path(name, seed), found)
-                print("{row}, seed {seed}: loss {loss:.4f}, {cpu_seconds:.0f} s".format(**found), flush=True)
-        if not steps.exists():
-            atomic_write_json(steps, study.measure_steps())
-    runs = [json.loads(path.read_text()) for job in jobs if (path := study.path(*job)).exists()]
-    summary = summarize(study, runs, json.loads(steps.read_text()) if steps.exists() else [])
-    write_results(options.results, summary, markdown(summary), figure_of(summary))
+    parser = ScratchStudy.parser(__doc__, "study-pretraining", "pretraining_study")
+    study = Study(parser.parse_args(arguments))
+    study.run_all(ROWS)
+    summary = summarize(study)
+    write_results(study.options.results, summary, markdown(summary), figure_of(summary))
 
 
 if __name__ == "__main__":

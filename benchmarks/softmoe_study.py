@@ -10,30 +10,28 @@ rows that are there are not run again.
     python benchmarks/softmoe_study.py --output quick --quick --results quick/study    # the whole path in a minute
 """
 
-import functools
+import argparse
 import json
-import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import datasets
 import torch
 from matplotlib.figure import Figure
-from study.jobs import quick_text, run_all, study_parser
-from tables import mean_of, plus_minus, table, write_results
-from timing import Timed, by_clock, interleave, machine, paired_ratio, versions
+from study.jobs import BLOCK, ScratchStudy
+from tables import above_of, mean_of, plus_minus, table, write_results
+from timing import Timed, about, by_clock, in_rounds, paired_ratio
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, set_seed
 
 from tiedmoe_conversion import ConversionRecipe, convert
 from tiedmoe_demo import DemoConfig
-from tiedmoe_demo.train_source import train_on_text, train_tokenizer
+from tiedmoe_demo.train_source import train_on_text
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.routing import active_experts
 from transformers_tiedmoe.training.arguments import TiedMoeTrainingArguments
-from transformers_tiedmoe.training.data import load_blocks, perplexity
+from transformers_tiedmoe.training.data import perplexity
 from transformers_tiedmoe.training.heal import heal
 from transformers_tiedmoe.training.soft_routing import AnnealRouting
 
@@ -42,10 +40,9 @@ SIZES = {
     "vocab_size": 1024, "max_position_embeddings": 128, "initializer_range": 0.06, "tie_word_embeddings": True,
     "norm_topk_prob": True, "output_router_logits": True,
 }  # fmt: skip
-STEPS, BATCH, BLOCK, LEARNING_RATE, HELD_OUT_BLOCKS = 600, 16, 128, 5e-3, 256
+STEPS, BATCH, LEARNING_RATE = 600, 16, 5e-3
 ROUNDS = 9  # in which the rows' steps are timed
 ALPHA, MASS = 0.01, 0.75
-TIMES = "step_times.json"
 COLOURS = ("#000000", "#0072B2", "#D55E00")  # Okabe and Ito's
 QUICK_SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_experts": 8, "vocab_size": 300}
 
@@ -59,7 +56,7 @@ class Row:
     is_soft: bool = False
     learns: bool = False
     group_size: int = 1
-    heals: bool = False  # the trained `SOURCE` row, instead of weights at random
+    heals: bool = False  # the trained SOURCE, instead of weights at random
     learning_rate: float = LEARNING_RATE
 
     def config(self, sizes: dict) -> TiedMoeConfig:
@@ -85,50 +82,34 @@ def rows(where: str, top_k: tuple = (), learned: tuple = (), even: tuple = (), *
     ]
 
 
-ROWS = [
+SETTINGS = (
     *rows("untied", (4, 2, 1), (4, 3, 2), (4, 3, 2)),
     *rows("tied", (4, 2), (4, 3, 2), (4, 3, 2), group_size=2),
     # Which top-k of 4 likes better: the control is not to be hobbled.
     *rows("untied at twice the rate", (4,), (4,), learning_rate=2 * LEARNING_RATE),
     *rows("healed", (4, 3), (4, 3), heals=True),
-]
-SOURCE = BASE = ROWS[0]  # what is healed; by whose step the others' are divided
+)
+ROWS = {row.name: row for row in SETTINGS}
+SOURCE = BASE = "top-k, untied, 4"  # what is healed; by whose step the others' are divided
 
 
-@functools.cache
-def blocks(text: str, tokenizer: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the blocks to train on and those held out; a process reads them once."""
-    train, held_out = load_blocks(text, AutoTokenizer.from_pretrained(tokenizer), BLOCK)
-    return train, held_out.select(range(min(HELD_OUT_BLOCKS, len(held_out))))
+class Study(ScratchStudy):
+    def __init__(self, options: argparse.Namespace):
+        sizes, steps, self.rounds = (SIZES | QUICK_SIZES, 20, 2) if options.quick else (SIZES, STEPS, ROUNDS)
+        super().__init__(options, sizes, steps)
 
+    def train(self, name: str, seed: int) -> dict:
+        """Train or heal a row and measure it; of a soft one also, by layer, mass and the experts that tokens use."""
+        row = ROWS[name]
+        model = self.heal(row, seed) if row.heals else self.pretrain(row, seed)
+        active_experts(model, reset=True)
+        found = perplexity(model, self.blocks[1], BATCH)
+        used = active_experts(model)
+        active = mean(each["mean"] for each in used) if row.is_soft else float(row.active)
+        return {"loss": found["loss"], "active": active, "by_layer": used}
 
-class Study:
-    """The text, the sizes and the folder of a study.
-
-    Every row at a seed leaves `NAME.seedN.json` there.
-    """
-
-    def __init__(self, output: Path, is_quick: bool):
-        self.output, self.tokenizer = output, output / "tokenizer"
-        self.sizes, self.steps, self.rounds = (SIZES | QUICK_SIZES, 20, 2) if is_quick else (SIZES, STEPS, ROUNDS)
-        self.text = str(quick_text(output / "text.txt")) if is_quick else DemoConfig().text
-        if not self.tokenizer.exists():
-            train_tokenizer(self.text, self.sizes["vocab_size"]).save_pretrained(self.tokenizer)
-
-    def path(self, row: Row, seed: int, suffix: str = ".json") -> Path:
-        """Return the file, or folder, of a row at a seed."""
-        return self.output / ("".join(c if c.isalnum() else "-" for c in row.name) + f".seed{seed}{suffix}")
-
-    def run(self, job: tuple[Row, int]) -> str:
-        """Train a row, measure it, and keep what was found; say the most of it."""
-        (row, seed), start = job, time.process_time()
-        found = self.heal(row, seed) if row.heals else self.pretrain(row, seed)
-        found = {"row": row.name, "seed": seed, **found, "cpu_seconds": round(time.process_time() - start, 1)}
-        self.path(row, seed).write_text(json.dumps(found))
-        return "{row} seed {seed}: loss {loss:.4f}, {active:.2f} experts, {cpu_seconds:.0f} s".format(**found)
-
-    def pretrain(self, row: Row, seed: int) -> dict:
-        """Train from weights at random, all rows alike; return the held-out loss and what tokens use."""
+    def pretrain(self, row: Row, seed: int) -> TiedMoeForCausalLM:
+        """Train from weights at random, all rows alike."""
         set_seed(seed)
         model = TiedMoeForCausalLM(row.config(self.sizes))
         anneal = [AnnealRouting(model, model.config.softmoe)] if row.is_soft else []
@@ -137,16 +118,16 @@ class Study:
             block_size=BLOCK, seed=seed,
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        train_on_text(model, tokenizer, settings, self.path(row, seed, ".trainer"), lambda *_: None, anneal)
-        model.save_pretrained(self.path(row, seed, ""))
-        return self.measure(row, model)
+        train_on_text(model, tokenizer, settings, self.path(row.name, seed, ".trainer"), lambda *_: None, anneal)
+        model.save_pretrained(self.path(row.name, seed, ""))
+        return model
 
-    def heal(self, row: Row, seed: int) -> dict:
+    def heal(self, row: Row, seed: int) -> TiedMoeForCausalLM:
         """Heal the trained top-k model, seed 0 of it, as it is or made soft; as it was trained it is the teacher."""
-        source, model = self.path(SOURCE, 0, ".source"), self.path(row, seed, ".start")
+        source, model = self.path(SOURCE, 0, ".source"), self.path(row.name, seed, ".start")
         if not source.exists():  # as any OLMoE checkpoint is
             trained = TiedMoeForCausalLM.from_pretrained(self.path(SOURCE, 0, ""))
-            own = OlmoeForCausalLM(OlmoeConfig(**self.sizes, num_experts_per_tok=SOURCE.active))
+            own = OlmoeForCausalLM(OlmoeConfig(**self.sizes, num_experts_per_tok=ROWS[SOURCE].active))
             own.load_state_dict(trained.state_dict())
             own.save_pretrained(source)
             AutoTokenizer.from_pretrained(self.tokenizer).save_pretrained(source)
@@ -163,7 +144,7 @@ class Study:
             else:
                 config["num_experts_per_tok"] = row.active
             (model / "config.json").write_text(json.dumps(config))
-        healed = self.path(row, seed, "")
+        healed = self.path(row.name, seed, "")
         heal(
             TiedMoeTrainingArguments(
                 model=str(model), data=self.text, output_dir=str(healed), teacher=str(source), seed=seed,
@@ -172,53 +153,39 @@ class Study:
                 allow_worse=True, anneal_tolerance=100.0,  # it never waits, as when the reported rows were run
             )
         )  # fmt: skip
-        return self.measure(row, AutoModelForCausalLM.from_pretrained(healed))
+        return AutoModelForCausalLM.from_pretrained(healed)
 
-    def measure(self, row: Row, model: TiedMoeForCausalLM) -> dict:
-        """Measure the held-out loss; of a soft row also, by layer, mass and the experts that tokens use."""
-        active_experts(model, reset=True)
-        found = perplexity(model, blocks(self.text, self.tokenizer)[1], BATCH)
-        used = active_experts(model)
-        active = mean(each["mean"] for each in used) if row.is_soft else float(row.active)
-        return {"loss": found["loss"], "active": active, "by_layer": used}
-
-    def time_steps(self) -> None:
+    def measure_steps(self) -> dict[str, list[float]]:
         """Time a training step's forward and backward of the trained rows in turn, in seconds of the process."""
-        batch = torch.tensor(blocks(self.text, self.tokenizer)[0][:BATCH]["input_ids"])
+        batch = torch.tensor(self.blocks[0][:BATCH]["input_ids"])
 
         def step(path: Path) -> Timed:
             model = TiedMoeForCausalLM.from_pretrained(path).train()
             return by_clock(lambda number: model(input_ids=batch, labels=batch).loss.backward(), time.process_time)
 
-        paths = {row.name: self.path(row, 0, "") for row in ROWS if not row.heals}
-        steps = {name: step(path) for name, path in paths.items() if path.exists()}
-        times = interleave(steps, seconds=0, least=self.rounds + 1, most=self.rounds + 1)
-        times = {name: own[1:] for name, own in times.items()}  # the first is a warm-up
-        (self.output / TIMES).write_text(json.dumps(times))
+        paths = {name: self.path(name, 0, "") for name, row in ROWS.items() if not row.heals}
+        return in_rounds({name: step(path) for name, path in paths.items() if path.exists()}, self.rounds)
 
 
-def summarize(study: Study, runs: list[dict], times: dict[str, list[float]]) -> dict:
+def summarize(study: Study) -> dict:
     """Return what each row used, lost and took over its seeds, JSON-able, and all runs."""
-    by_row = {row.name: [run for run in runs if run["row"] == row.name] for row in ROWS}
+    runs, times = study.found(ROWS), dict(study.measured())
     settings = {"steps": study.steps, "batch": BATCH, "block": BLOCK, "learning_rate": LEARNING_RATE}
-    return {
-        "command": "make study-softmoe", "versions": versions(), "machine": machine(torch.device("cpu")),
-        "settings": {**study.sizes, **settings, "alpha": ALPHA, "mass": MASS},
-        "rows": [row_of(name, by_row, times) for name, own in by_row.items() if own], "runs": runs,
-    }  # fmt: skip
+    settings = {**study.sizes, **settings, "alpha": ALPHA, "mass": MASS}
+    rows = [row_of(name, runs, times) for name in ROWS if any(run["row"] == name for run in runs)]
+    return {"command": "make study-softmoe", **about(), "settings": settings, "rows": rows, "runs": runs}
 
 
-def row_of(name: str, by_row: dict[str, list[dict]], times: dict[str, list[float]]) -> dict:
+def row_of(name: str, runs: list[dict], times: dict[str, list[float]]) -> dict:
     """Return the means of a row's runs: nats above top-k's of 4, seed by seed; by layer, mass and experts used."""
-    own, beside = by_row[name], f"top-k, {name.split(', ')[-2]}, 4"
-    losses = {run["seed"]: run["loss"] for run in by_row[beside]}
-    above = [run["loss"] - losses[run["seed"]] for run in own if run["seed"] in losses]
+    beside = f"top-k, {name.split(', ')[-2]}, 4"
+    own, base = ([run for run in runs if run["row"] == each] for each in (name, beside))
     layers = list(zip(*(run["by_layer"] for run in own)))
-    is_timed = {name, BASE.name} <= times.keys()
+    is_timed = {name, BASE} <= times.keys()
     return {
         "row": name, "seeds": len(own), "active": mean_of([run["active"] for run in own]),
-        "loss": mean_of([run["loss"] for run in own]), "over_top_k": None if name == beside else mean_of(above),
-        "step_over_top_k_4": paired_ratio(times[name], times[BASE.name]) if is_timed else None,
+        "loss": mean_of([run["loss"] for run in own]), "over_top_k": None if name == beside else above_of(own, base),
+        "step_over_top_k_4": paired_ratio(times[name], times[BASE]) if is_timed else None,
         "by_layer": {figure: [mean(run[figure] for run in layer) for layer in layers] for figure in ("k", "mean")},
     }  # fmt: skip
 
@@ -272,21 +239,12 @@ def figure_of(summary: dict) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = study_parser(__doc__, "study-softmoe", "softmoe_study")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
-    options = parser.parse_args(arguments)
-    study = Study(options.output, options.quick)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    jobs = [(row, seed) for seed in seeds for row in ROWS if re.search(options.only, row.name)]
-    # What heals needs the trained source.
-    stages = ([job for job in jobs if job[0].heals == heals and not study.path(*job).exists()] for heals in (0, 1))
-    if all(run_all(study.run, stage, options.workers, options.minutes) for stage in stages):
-        study.time_steps()
-    runs = [json.loads(path.read_text()) for job in jobs if (path := study.path(*job)).exists()]
-    times = study.output / TIMES
-    summary = summarize(study, runs, json.loads(times.read_text()) if times.exists() else {})
-    write_results(options.results, summary, markdown(summary), figure_of(summary))
+    parser = ScratchStudy.parser(__doc__, "study-softmoe", "softmoe_study")
+    study = Study(parser.parse_args(arguments))
+    healed = {name for name, row in ROWS.items() if row.heals}  # they need the trained source
+    study.run_all([name for name in ROWS if name not in healed], healed)
+    summary = summarize(study)
+    write_results(study.options.results, summary, markdown(summary), figure_of(summary))
 
 
 if __name__ == "__main__":

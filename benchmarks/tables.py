@@ -16,6 +16,11 @@ def parser_of(docstring: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def numbers(text: str) -> list[int]:
+    """Return the numbers that "0,1,2" names: a type of argparse."""
+    return [int(number) for number in text.split(",")]
+
+
 def show(done: int, total: int, what: str) -> None:
     """Print how far a training is, five times in all."""
     if done == total or done % max(1, total // 5) == 0:
@@ -61,6 +66,12 @@ def mean_of(values: list[float]) -> dict[str, Any] | None:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}
+
+
+def above_of(runs: list[dict], base: list[dict]) -> dict[str, Any] | None:
+    """Return how far the runs' losses are above those of `base`, by seed."""
+    losses = {run["seed"]: run["loss"] for run in base}
+    return mean_of([run["loss"] - losses[run["seed"]] for run in runs if run["seed"] in losses])
 
 
 def plus_minus(found: dict[str, Any] | None, digits: int, unit: str = "", sign: str = "") -> str:

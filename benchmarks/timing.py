@@ -74,6 +74,12 @@ def interleave(calls: dict[str, Timed], *, seconds: float, least: int, most: int
     return times
 
 
+def in_rounds(calls: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
+    """Time every call in that many rounds, after one that warms up."""
+    times = interleave(calls, seconds=0, least=rounds + 1, most=rounds + 1)
+    return {name: own[1:] for name, own in times.items()}
+
+
 def in_own_process(work: Callable, *arguments: Any) -> Any:
     """Return what `work` returns in a fresh process, with as many threads as this one's torch has."""
     spawned, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
@@ -129,3 +135,8 @@ def machine(device: torch.device) -> dict:
     described |= {"device": gpu.name, "device_memory_gib": round(gpu.total_memory / 2**30, 1)}
     described |= {"multiprocessors": gpu.multi_processor_count, "l2_mib": round(gpu.L2_cache_size / 2**20)}
     return described | {"capability": f"{gpu.major}.{gpu.minor}"}
+
+
+def about() -> dict[str, dict]:
+    """Return what every result tells: versions and machine."""
+    return {"versions": versions(), "machine": machine(torch.device("cpu"))}

@@ -93,7 +93,7 @@ def test_softmoe_study_does_not_run_a_row_again(softmoe, monkeypatch):
 def test_softmoe_study_compares_like_with_like():
     """A tied row has its family's sizes and half of the pools; a soft one is steered to what its top-k uses."""
     sizes = softmoe_study.SIZES
-    rows = {row.name: row.config(sizes) for row in softmoe_study.ROWS}
+    rows = {name: row.config(sizes) for name, row in softmoe_study.ROWS.items()}
     assert rows["top-k, tied, 2"].groups == [[0, 1], [2, 3], [4, 5]]
     assert rows["top-k, untied, 2"].groups == []
     assert rows["soft, even, untied, 3"].softmoe["target_active"] == 3 * sizes["num_hidden_layers"]
@@ -168,7 +168,8 @@ def test_llama_cpp_check_converts_with_the_checkouts_own_script(tmp_path, monkey
 def test_pretraining_study_compares_at_equal_tokens_and_runs_no_row_twice(tmp_path, monkeypatch):
     arguments = ["--output", str(tmp_path), "--results", str(tmp_path / "study"), "--quick", "--seeds", "0"]
     pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
-    monkeypatch.setattr(pretraining_study.Study, "run", None)
+    monkeypatch.setattr(pretraining_study.Study, "train", None)
+    monkeypatch.setattr(pretraining_study.Study, "measure_steps", lambda study: study.measured())
     pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
     summary = json.loads((tmp_path / "study.json").read_text())
     rows = {row["row"]: row for row in summary["rows"]}
