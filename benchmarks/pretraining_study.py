@@ -11,7 +11,6 @@ many parameters as g=4, but for its smaller routers. Differences are paired by s
 Kill it and start it again: rows that are there are not run again. Every row runs at a seed before any at the next.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -37,7 +36,7 @@ SIZES = {
     "max_position_embeddings": 128, "skip_first": 1, "skip_last": 1, "norm_topk_prob": True,
 }  # fmt: skip
 QUICK = {"hidden_size": 32, "num_experts": 8, "vocab_size": 300, "head_dim": 16}
-BATCH, STEPS, ROUNDS = 16, 500, 9
+BATCH = 16
 BASE = "untied"
 # A preset of the paper's and fields of its config; what says most comes first. g=4 leaves 3 of 6 sets of experts.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,9 +56,7 @@ PAPERS_BATCH = 8  # sequences on one device at once
 
 
 class Study(ScratchStudy):
-    def __init__(self, options: argparse.Namespace):
-        super().__init__(options, SIZES | (QUICK if options.quick else {}), 8 if options.quick else STEPS)
-        self.rounds, self.papers = (1, {"num_hidden_layers": 6}) if options.quick else (ROUNDS, {})
+    name, usual, quick = "pretraining", (SIZES, 500, 9), (SIZES | QUICK, 8, 1)
 
     def model(self, name: str, seed: int = 0) -> TiedMoeForCausalLM:
         """Make a row's model from weights at random."""
@@ -114,9 +111,10 @@ class Study(ScratchStudy):
             states = [t for state in optimizers[name].state.values() for t in state.values() if t.ndim]
             assert own["optimizer"] == sum(state.nbytes for state in states)
             own["activations"] = peak_bytes(calls[name, PARTS[0]])
-            papers = computed_memory(preset(PAPERS[name], **self.papers), PAPERS_BATCH, RECIPE["block_size"])
+            papers = preset(PAPERS[name], **({"num_hidden_layers": 6} if self.options.quick else {}))
             seconds = {part: spread(times[name, part]) for part in PARTS}
-            found.append({"row": name, "seconds": seconds, "bytes": own, "papers_bytes": papers})
+            found.append({"row": name, "seconds": seconds, "bytes": own})
+            found[-1]["papers_bytes"] = computed_memory(papers, PAPERS_BATCH, RECIPE["block_size"])
         return found
 
 
@@ -139,14 +137,14 @@ def computed_memory(config: Any, batch: int, block: int) -> dict[str, int]:
 
 def summarize(study: Study) -> dict:
     """Return each row's losses over its seeds, and above those of the untied model at the same seed."""
-    runs, rows = study.found(ROWS), []
+    (runs, steps), rows = study.found(ROWS), []
     for name in ROWS:
         if own := [run for run in runs if run["row"] == name]:
             above = None if name == BASE else above_of(own, [run for run in runs if run["row"] == BASE])
             rows.append({"row": name, "parameters": own[0]["parameters"], "loss": mean_of([r["loss"] for r in own])})
             rows[-1]["above_untied"] = above
     settings = {**study.sizes, **RECIPE, "block_size": BLOCK, "sequences_per_step": BATCH, "steps": study.steps}
-    found = {"settings": settings, "rows": rows, "steps": study.measured(), "runs": runs}
+    found = {"settings": settings, "rows": rows, "steps": steps, "runs": runs}
     return {"command": "make study-pretraining", **about(), **found}
 
 
@@ -200,8 +198,7 @@ def figure_of(summary: dict) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ScratchStudy.parser(__doc__, "study-pretraining", "pretraining_study")
-    study = Study(parser.parse_args(arguments))
+    study = Study(__doc__, arguments)
     study.run_all(ROWS)
     summary = summarize(study)
     write_results(study.options.results, summary, markdown(summary), figure_of(summary))

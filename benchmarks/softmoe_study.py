@@ -10,7 +10,6 @@ rows that are there are not run again.
     python benchmarks/softmoe_study.py --output quick --quick --results quick/study    # the whole path in a minute
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -40,8 +39,7 @@ SIZES = {
     "vocab_size": 1024, "max_position_embeddings": 128, "initializer_range": 0.06, "tie_word_embeddings": True,
     "norm_topk_prob": True, "output_router_logits": True,
 }  # fmt: skip
-STEPS, BATCH, LEARNING_RATE = 600, 16, 5e-3
-ROUNDS = 9  # in which the rows' steps are timed
+BATCH, LEARNING_RATE = 16, 5e-3
 ALPHA, MASS = 0.01, 0.75
 COLOURS = ("#000000", "#0072B2", "#D55E00")  # Okabe and Ito's
 QUICK_SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_experts": 8, "vocab_size": 300}
@@ -94,9 +92,7 @@ SOURCE = BASE = "top-k, untied, 4"  # what is healed; by whose step the others' 
 
 
 class Study(ScratchStudy):
-    def __init__(self, options: argparse.Namespace):
-        sizes, steps, self.rounds = (SIZES | QUICK_SIZES, 20, 2) if options.quick else (SIZES, STEPS, ROUNDS)
-        super().__init__(options, sizes, steps)
+    name, usual, quick = "softmoe", (SIZES, 600, 9), (SIZES | QUICK_SIZES, 20, 2)
 
     def train(self, name: str, seed: int) -> dict:
         """Train or heal a row and measure it; of a soft one also, by layer, mass and the experts that tokens use."""
@@ -169,7 +165,7 @@ class Study(ScratchStudy):
 
 def summarize(study: Study) -> dict:
     """Return what each row used, lost and took over its seeds, JSON-able, and all runs."""
-    runs, times = study.found(ROWS), dict(study.measured())
+    runs, times = study.found(ROWS)
     settings = {"steps": study.steps, "batch": BATCH, "block": BLOCK, "learning_rate": LEARNING_RATE}
     settings = {**study.sizes, **settings, "alpha": ALPHA, "mass": MASS}
     rows = [row_of(name, runs, times) for name in ROWS if any(run["row"] == name for run in runs)]
@@ -181,7 +177,7 @@ def row_of(name: str, runs: list[dict], times: dict[str, list[float]]) -> dict:
     beside = f"top-k, {name.split(', ')[-2]}, 4"
     own, base = ([run for run in runs if run["row"] == each] for each in (name, beside))
     layers = list(zip(*(run["by_layer"] for run in own)))
-    is_timed = {name, BASE} <= times.keys()
+    is_timed = {name, BASE} <= set(times)
     return {
         "row": name, "seeds": len(own), "active": mean_of([run["active"] for run in own]),
         "loss": mean_of([run["loss"] for run in own]), "over_top_k": None if name == beside else above_of(own, base),
@@ -239,8 +235,7 @@ def figure_of(summary: dict) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ScratchStudy.parser(__doc__, "study-softmoe", "softmoe_study")
-    study = Study(parser.parse_args(arguments))
+    study = Study(__doc__, arguments)
     healed = {name for name, row in ROWS.items() if row.heals}  # they need the trained source
     study.run_all([name for name in ROWS if name not in healed], healed)
     summary = summarize(study)

@@ -1,13 +1,13 @@
 """What the studies share: jobs, each run once in a process of one thread, and a small text to try the path on."""
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
 import re
 import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,20 @@ def one_thread() -> None:
 
 
 def run_all(run: Callable, jobs: list, workers: int, minutes: float) -> bool:
-    """Call `run(job)` for every job and print what it returns; whether all were done in time, the others given up."""
-    deadline = time.monotonic() + 60 * minutes
-    for number, said in enumerate(_results(run, jobs, workers) if minutes else ()):
-        print(f"{number + 1}/{len(jobs)} {said}", flush=True)
-        if time.monotonic() > deadline:
-            return number + 1 == len(jobs)
-    return minutes > 0
+    """Call `run(job)` for every job and print what it returns; whether all were done in time, the others given up.
 
-
-def _results(run: Callable, jobs: list, workers: int) -> Iterator:
-    """Yield the results as the jobs end; several workers are processes of their own."""
+    Several workers are processes of their own.
+    """
+    if not minutes:
+        return False
     one_thread()
-    if workers == 1:
-        yield from map(run, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
-        yield from pool.imap_unordered(run, jobs)
-        pool.close()
-        pool.join()
+    deadline, spawn = time.monotonic() + 60 * minutes, multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, one_thread) if workers > 1 else contextlib.nullcontext() as pool:
+        for number, said in enumerate(pool.imap_unordered(run, jobs) if pool else map(run, jobs)):
+            print(f"{number + 1}/{len(jobs)} {said}", flush=True)
+            if time.monotonic() > deadline:
+                return number + 1 == len(jobs)
+    return True
 
 
 def quick_text(path: Path) -> Path:
@@ -76,35 +71,37 @@ def quick_text(path: Path) -> Path:
 
 
 class ScratchStudy:
-    """Small models trained from scratch on the demo's novels: every row at a seed leaves a JSON file in the folder."""
+    """Small models trained from scratch on the demo's novels: every row at a seed leaves a JSON file in the folder.
 
-    def __init__(self, options: argparse.Namespace, sizes: dict[str, Any], steps: int):
-        self.options, self.sizes, self.steps = options, sizes, steps
-        self.output, self.tokenizer = options.output, options.output / "tokenizer"
-        self.text = str(quick_text(self.output / "text.txt")) if options.quick else DemoConfig().text
-        if not self.tokenizer.exists():
-            train_tokenizer(self.text, sizes["vocab_size"]).save_pretrained(self.tokenizer)
+    A subclass has `train(row, seed)`, which returns the held-out "loss" and what else was found, and `measure_steps`,
+    which measures the rows' models side by side; `usual` and `quick` are sizes of the model, steps of training and
+    rounds of measuring.
+    """
 
-    @staticmethod
-    def parser(docstring: str, output: str, name: str) -> argparse.ArgumentParser:
-        """Return `study_parser`, with which rows are run and at which seeds."""
-        parser = study_parser(docstring, output, name)
+    name: str
+    usual: tuple[dict[str, Any], int, int]
+    quick: tuple[dict[str, Any], int, int]
+
+    def __init__(self, docstring: str, arguments: list[str] | None):
+        parser = study_parser(docstring, f"study-{self.name}", f"{self.name}_study")
         parser.add_argument("--seeds", type=numbers, default="0,1,2")
         parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
-        return parser
+        self.options = parser.parse_args(arguments)
+        self.sizes, self.steps, self.rounds = self.quick if self.options.quick else self.usual
+        self.output, self.tokenizer = self.options.output, self.options.output / "tokenizer"
+        self.text = str(quick_text(self.output / "text.txt")) if self.options.quick else DemoConfig().text
+        if not self.tokenizer.exists():
+            train_tokenizer(self.text, self.sizes["vocab_size"]).save_pretrained(self.tokenizer)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> tuple[datasets.Dataset, datasets.Dataset]:
         """The blocks to train on and those held out."""
-        return _blocks(self.text, self.tokenizer)
+        train, held_out = load_blocks(self.text, transformers.AutoTokenizer.from_pretrained(self.tokenizer), BLOCK)
+        return train, held_out.select(range(min(HELD_OUT_BLOCKS, len(held_out))))
 
     def path(self, row: str, seed: int, suffix: str = ".json") -> Path:
         """Return the file, or folder, of a row at a seed; another number of steps has others."""
         return self.output / f"{re.sub(r'[^a-z0-9]+', '-', row)}.steps{self.steps}.seed{seed}{suffix}"
-
-    @abstractmethod
-    def train(self, row: str, seed: int) -> dict[str, Any]:
-        """Train a row and return its held-out "loss", and what else was found."""
 
     def run(self, job: tuple[str, int]) -> str:
         """Train a row at a seed and keep what was found; say the most of it."""
@@ -114,15 +111,8 @@ class ScratchStudy:
         atomic_write_json(self.path(row, seed), found)
         return "{row}, seed {seed}: loss {loss:.4f}, {cpu_seconds:.0f} s".format(**found)
 
-    @abstractmethod
-    def measure_steps(self) -> dict | list:
-        """Measure steps of the rows' models, side by side."""
-
     def run_all(self, *stages: Iterable[str]) -> None:
-        """Run the rows that are asked for and not there, stage by stage, all at a seed before any at the next.
-
-        Steps are measured when no row is left.
-        """
+        """Run the rows that are asked for and not there, a stage at a time, then measure steps."""
         for rows in stages:
             jobs = [(row, seed) for seed in self.options.seeds for row in rows if re.search(self.options.only, row)]
             missing = [job for job in jobs if not self.path(*job).exists()]
@@ -130,18 +120,9 @@ class ScratchStudy:
                 return
         write_json(self.output / MEASURED, self.measure_steps())
 
-    def measured(self) -> dict | list:
-        """Return what was measured of steps; nothing if rows are left."""
-        path = self.output / MEASURED
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def found(self, rows: Iterable[str]) -> list[dict[str, Any]]:
-        """Return what was found of the rows at the seeds that are asked for."""
+    def found(self, rows: Iterable[str]) -> tuple[list[dict[str, Any]], Any]:
+        """Return what was found of the rows at the seeds that are asked for, and of steps if no row was left."""
         paths = [self.path(row, seed) for seed in self.options.seeds for row in rows]
-        return [read_json(path) for path in paths if path.exists()]
-
-
-@functools.cache
-def _blocks(text: str, tokenizer: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
-    train, held_out = load_blocks(text, transformers.AutoTokenizer.from_pretrained(tokenizer), BLOCK)
-    return train, held_out.select(range(min(HELD_OUT_BLOCKS, len(held_out))))
+        steps = self.output / MEASURED
+        runs = [read_json(path) for path in paths if path.exists()]
+        return runs, json.loads(steps.read_text()) if steps.exists() else []
