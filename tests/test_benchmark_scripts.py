@@ -5,14 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import conversion_scale
 import llama_cpp_check
 import pretraining_study
-import reading
 import softmoe_study
 from study.jobs import run_all
 from tables import mean_of, plus_minus, table, write_json
@@ -122,22 +120,6 @@ def test_conversion_scale_converts_and_copies_in_pairs(tmp_path, monkeypatch):
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_reading_reads_what_it_wrote_and_says_who_opens_what(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reading, "NAMES", ["t0", "t1"])
-    monkeypatch.setattr(reading, "EXPERTS", (64, 2, 3))
-    monkeypatch.setitem(reading.TASKS, "every tensor", [["t0"], ["t1"]])
-    monkeypatch.setattr(reading, "in_own_process", lambda work, *arguments: work(*arguments))
-    reading.main(str(tmp_path))
-    lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.endswith(" MB")]) == 7
-    opened = [line.split(" opens a header with: ") for line in lines[7:]]
-    of = {reader: [header for each, header in opened if each == reader] for reader in reading.READERS}
-    assert of["ours"] == ["sound"]
-    assert of["safe_open"] == ["sound", "a name twice", "65 dimensions"]
-    assert of["huggingface_hub"] == list(reading.CRAFTED)
-    assert load_file(tmp_path / "model.safetensors")["t1"].shape == (256, 181)
-
-
 def test_llama_cpp_check_converts_with_the_checkouts_own_script(tmp_path, monkeypatch):
     """A stand-in for llama.cpp's converter, which says what it was given; nothing is run without llama-cpp-python."""
     checkout = tmp_path / "llama.cpp"
@@ -169,7 +151,7 @@ def test_pretraining_study_compares_at_equal_tokens_and_runs_no_row_twice(tmp_pa
     arguments = ["--output", str(tmp_path), "--results", str(tmp_path / "study"), "--quick", "--seeds", "0"]
     pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
     monkeypatch.setattr(pretraining_study.Study, "train", None)
-    monkeypatch.setattr(pretraining_study.Study, "measure_steps", lambda study: study.measured())
+    monkeypatch.setattr(pretraining_study.Study, "measure_steps", lambda study: study.found([])[1])
     pretraining_study.main([*arguments, "--only", "untied|narrow|g=4$"])
     summary = json.loads((tmp_path / "study.json").read_text())
     rows = {row["row"]: row for row in summary["rows"]}

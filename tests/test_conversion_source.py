@@ -1,5 +1,6 @@
 """Opening a checkpoint: headers, indexes, the Hub. What a user can do wrong is in test_bad_input.py."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conversions import assert_equal_tensors, read_tensors, save_source
+from huggingface_hub import get_local_safetensors_metadata
 from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +42,39 @@ def test_reads_what_safetensors_wrote(tmp_path):
         assert found.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
     assert opened.read("t1", 1, 3).equal(tensors["t1"][1:3])
     assert opened.read("t1", 3).equal(tensors["t1"][3:])
+
+
+A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+ONE = json.dumps({"a": A})
+CRAFTED = {
+    "sound": {"a": A}, "overlap": {"a": A, "b": A}, "gap": {"a": A | {"shape": [1], "data_offsets": [4, 8]}},
+    "a name twice": f"{ONE[:-1]}, {ONE[1:]}".encode(), "shape of other bytes": {"a": A | {"shape": [3]}},
+    "dtype F5": {"a": A | {"dtype": "F5"}}, "negative": {"a": A | {"shape": [-2]}},
+    "2^124 values": {"a": A | {"shape": [2**62, 2**62]}}, "65 dimensions": {"a": A | {"shape": [1] * 64 + [2]}},
+    "file too short": {"a": A | {"shape": [4], "data_offsets": [0, 16]}},
+    "file too long": {"a": A | {"shape": [1], "data_offsets": [0, 4]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("opens", "opened"),
+    [
+        (open_source, ["sound"]),
+        (lambda folder: safe_open(f"{folder}/model.safetensors", "pt"), ["sound", "a name twice", "65 dimensions"]),
+        (get_local_safetensors_metadata, list(CRAFTED)),
+    ],
+    ids=["ours", "safe_open", "huggingface_hub"],
+)
+def test_crafted_headers_that_others_open(opens, opened, tmp_path):
+    """Why there is a reader of our own: `checkpoint/headers.py`."""
+    found = []
+    for name, header in CRAFTED.items():
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        with contextlib.suppress(Exception):
+            opens(str(tmp_path))
+            found.append(name)
+    assert found == opened
 
 
 def test_a_file_that_changes_after_the_plan_is_noticed(tmp_path):
