@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tables import RESULTS, parser_of, table, write_results
-from timing import in_own_process, machine, resident_bytes, versions
+from timing import about, in_own_process, resident_bytes
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -96,9 +96,9 @@ def run(folder: Path, gigabytes: float, pairs: int, methods: list[str]) -> dict:
         rows.append(row | converted | {"limit_bytes": int(1.5 * group_bytes + 1e9)})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     shutil.rmtree(source)
-    about = {"bytes": sum(sizes.values()), "layers": num_layers, "group_bytes": group_bytes}
-    about["shards"] = sum(name.endswith(".safetensors") for name in sizes)
-    return {"machine": machine(torch.device("cpu")), "versions": versions(), "source": about, "rows": rows}
+    written = {"bytes": sum(sizes.values()), "layers": num_layers, "group_bytes": group_bytes}
+    written["shards"] = sum(name.endswith(".safetensors") for name in sizes)
+    return {**about(), "source": written, "rows": rows}
 
 
 def markdown(result: dict) -> str:
@@ -114,13 +114,13 @@ def markdown(result: dict) -> str:
         f"- `{method}`: {statistics.median(own):.2f} times the seconds of `cp`, the median of {len(own)}"
         for method, own in ratios.items()
     ]
-    about = (
+    text = (
         f"Mixtral 8x7B's shape with {source['layers']} layers, {source['bytes'] / 1e9:.1f} GB in some "
         f"{source['shards']} shards, one tensor per expert; a group's experts are {source['group_bytes'] / 1e9:.2f} "
         "GB. `cp` includes fsync, `convert` hashes and verification. One line is a pair, run one after the other."
     )
     last = f"{', '.join(f'{name} {value}' for name, value in where.items())}. {result['note']}".strip()
-    head = ["# Converting a large checkpoint, against copying it", "", about, ""]
+    head = ["# Converting a large checkpoint, against copying it", "", text, ""]
     return "\n".join([*head, *table(columns, cells), "", *medians, "", last, ""])
 
 

@@ -3,6 +3,7 @@
     python benchmarks/experts.py --output PREFIX --cases 0-6 --peers grouped_mm,batched_mm,liger --budget-s 200
     python benchmarks/experts.py --device cpu --output PREFIX
     python benchmarks/experts.py --list                             # every case with its number
+    python benchmarks/experts.py --check                            # ours in `CHECKED_CASES` against float64, alone
 
 The cases of a GPU, in bfloat16: 0 to 6 are the bar, forward, steps and decoding of OLMoE's layer, 7 to 10 Qwen3-30B,
 which Liger publishes, 11 to 13 Zipf routing, 14 to 20 other numbers of tokens, then the other shapes. A step is
@@ -17,6 +18,7 @@ device ends the run. `--tiny` tries the script; those figures mean nothing.
 
 import datetime
 import gc
+import json
 import os
 import statistics
 import sys
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import Bench
+from measure import TOLERANCE, Bench, errors_of, expected_outcome, make_problem
 from models import MODELS, ModelBench, ModelCase
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
@@ -46,6 +48,13 @@ GPU_CASES = [
     *(Case("decode", shape, 8) for shape in OTHERS),
     *(Case("step", shape, 2048, 4) for shape in OTHERS),
 ]
+CHECKED_CASES = (
+    *(Case("decode", OLMOE, T) for T in (1, 8, 32)),
+    *(Case("forward", OLMOE, T) for T in (512, 2048)),
+    *(Case("step", OLMOE, T) for T in (64, 512, 2048, 8192)),
+    Case("step", OLMOE, 512, g=4),
+)
+TINY_CHECKED_CASES = (Case("decode", TINY, 1), Case("step", TINY, 5), Case("step", TINY, 5, g=4))
 FP32, BF16 = torch.float32, torch.bfloat16
 STEP, STEP_512 = Case("step", QUARTER, 64, 4, dtype=FP32), Case("step", QUARTER, 512, 4, dtype=FP32)
 CPU_CASES = [  # what says most first: the clock may cut the end off
@@ -114,6 +123,20 @@ def run_plan(
         is_broken = execute(task)["status"] == "broke the device"
         before.append(now() - begun)
     return left_out
+
+
+def check(cases: Iterable[Case], device: torch.device) -> bool:
+    """Print a case's relative errors against float64, a row each; whether all are within the tolerance."""
+    rows = []
+    for case in cases:
+        problem = make_problem(case, device)
+        for weight in problem.pools[0] if case.g == 1 else ():
+            weight.grad = None  # the gradient is written; a group's is added to what is there
+        errors = errors_of(PEERS[0], problem, expected_outcome(problem))
+        is_right = all(error <= TOLERANCE[case.dtype] for error in errors.values())
+        rows.append({"case": case.key, "right": is_right, "errors": {k: float(f"{v:.2e}") for k, v in errors.items()}})
+        print(json.dumps(rows[-1]), flush=True)
+    return all(row["right"] for row in rows)
 
 
 def bar(rows: list[dict]) -> list[str]:
@@ -189,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds, of everything; default no end")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument("--check", action="store_true", help="time nothing; exit status 1 where ours is wrong")
     options = parser.parse_args(arguments)
     device, is_gpu = torch.device(options.device), options.device == "cuda"
     output = options.output or RESULTS / f"experts_{'gpu' if is_gpu else 'cpu'}"
@@ -198,6 +222,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if is_gpu and not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch finds no GPU here; nothing was timed (--device cpu times the CPU)")
+    if options.check:
+        from tiedmoe_kernels.tune import counted  # which needs triton
+
+        with counted():
+            sys.exit(int(not check(TINY_CHECKED_CASES if options.tiny else CHECKED_CASES, device)))
     peers = options.peers.split(",") if options.peers else [peer.name for peer in PEERS] if is_gpu else CPU_PEERS
     if unknown := set(peers) - {peer.name for peer in PEERS}:
         raise ValueError(f"--peers: unknown {sorted(unknown)}; choose from {[peer.name for peer in PEERS]}")

@@ -26,12 +26,11 @@ from unittest import mock
 
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # no intermediate code: cubin and json are what a launch needs
 
-import gpu_steps
 import pytest
 import torch
 import triton
 from compile_table import compiling
-from experts import GPU_CASES, parse_cases
+from experts import CHECKED_CASES, GPU_CASES, parse_cases
 from gpu_check import BAR_CASES, CACHE, MORE_CASES, ROOT, TESTS, gpu_tests
 from measure import make_problem, outcome, prepare
 from peers import PEERS
@@ -60,7 +59,7 @@ def launch(case: Case, device: torch.device) -> None:
 def jobs(tma: bool) -> list[Callable[[], object]]:
     """Return what makes the launches of stages a and b: checks, benchmarks, then the tuner's candidates."""
     timed = [GPU_CASES[number] for number in parse_cases(f"{BAR_CASES},{MORE_CASES}", len(GPU_CASES))]
-    found: list[Callable] = [partial(launch, case, torch.device("meta")) for case in (*gpu_steps.CASES, *timed)]
+    found: list[Callable] = [partial(launch, case, torch.device("meta")) for case in (*CHECKED_CASES, *timed)]
     for tokens in tune.DEFAULTS_AT:
         is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
         found += [partial(try_once, name, tokens) for name in (("decode",) if is_decode else ("rows", "weight_grad"))]
@@ -192,7 +191,7 @@ def verify(folder: Path, target: GPUTarget) -> bool:
     """Whether launches with tensors that have memory find every kernel in the folder, in this fresh process."""
     triton.knobs.cache.dir = str(folder)
     with compiling(target), tune.counted() as (hits, misses):
-        for case in [case for case in gpu_steps.CASES if case.T <= 512]:
+        for case in [case for case in CHECKED_CASES if case.T <= 512]:
             launch(case, torch.device("cpu"))
     return bool(hits) and not misses
 

@@ -73,14 +73,15 @@ class Result(NamedTuple):
 def tables(stage: str, scratch: Path, found: dict, stand_in: bool) -> list[Step]:
     """Return the steps of a stage, in their order; `found` is what stage a found, for stage b, or nothing."""
     python, cpu = (sys.executable, "-u"), ("--stand-in",) if stand_in else ()
-    own, tune = (*python, str(HERE / "gpu_steps.py")), (*python, "-m", "tiedmoe_kernels.tune", *cpu)
+    tune, device = (*python, "-m", "tiedmoe_kernels.tune", *cpu), "cpu" if stand_in else "cuda"
+    experts = (*python, str(HERE / "experts.py"), "--device", device, *(("--tiny",) if stand_in else ()))
     cache = Step("cache", 20, (*python, str(HERE / "gpu_cache.py"), "unpack", *cpu))
     if stage == "a":
         tests, sanitizer = scratch / "a_tests.xml", scratch / "a_sanitizer.xml"
         return [
-            Step("machine", 20, (*own, "machine", *cpu)),
+            Step("machine", 20, (*python, str(HERE / "timing.py"), device)),
             cache,
-            Step("float64", 50, (*own, "float64", *cpu), judges=True),
+            Step("float64", 50, (*experts, "--check"), judges=True),
             Step("tests", 95, pytest(tests, TESTS, stand_in), True, (tests,)),
             Step("times", 40, (*tune, "--defaults")),
             Step("sanitizer", REST, pytest(sanitizer, "sanitizer", False, workers=2), True, (sanitizer,)),
@@ -88,8 +89,7 @@ def tables(stage: str, scratch: Path, found: dict, stand_in: bool) -> list[Step]
 
     def bench(name: str, seconds: float, cases: str, peers: str) -> Step:
         prefix = scratch / f"{stage}_{name}"
-        what = ("--device", "cpu", "--tiny", "--cases", "0-2") if stand_in else ("--cases", cases)
-        command = (*python, str(HERE / "experts.py"), "--output", str(prefix), *what, "--peers", peers)
+        command = (*experts, "--output", str(prefix), "--cases", "0-2" if stand_in else cases, "--peers", peers)
         keeps = (prefix.with_suffix(".json"), prefix.with_suffix(".md"))
         return Step(name, seconds, (*command, "--budget-s", LEFT), keeps=keeps)
 

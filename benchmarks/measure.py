@@ -276,6 +276,7 @@ class Bench:
         return timing.interleave(timed, **self.limits)
 
     # What a case of a layer is; `models.py` has that of a whole model.
+    resident_growth_of = staticmethod(resident_growth_of)
 
     def reason(self, peer: Peer) -> str | None:
         """Return why a peer does not take part, or None."""
@@ -303,10 +304,9 @@ class Bench:
         if self.device.type == "cuda":
             return found | {"peak_bytes": allocated_growth(prepared.call)}
         prepared.call(0)
-        return found | self.resident(resident_growth_of, peer)
-
-    def resident(self, work: Callable[[Any, Peer], int], peer: Peer) -> dict[str, int]:
-        return {"peak_bytes": timing.in_own_process(work, self.case, peer)} if self.own_process else {}
+        if self.own_process:
+            found["peak_bytes"] = timing.in_own_process(self.resident_growth_of, self.case, peer)
+        return found
 
     def rate(self, seconds: float) -> dict:
         """Return the rate of the work that the layer cannot do without, and its share of the machine's own."""

@@ -87,6 +87,8 @@ def resident_growth_of(case: ModelCase, peer: Peer) -> int:
 class ModelBench(Bench):
     """A `ModelCase`, and a row for each of `MODELS`."""
 
+    resident_growth_of = staticmethod(resident_growth_of)
+
     def reason(self, peer: Peer) -> str | None:
         if self.case.kind == "train" and not peer.trains:
             return "its backward makes a gradient of the whole pool for each expert"
@@ -106,10 +108,6 @@ class ModelBench(Bench):
             found = prepared.layer(torch.arange(5, 21)[None]).logits
         group_size, _ = peer.build.args
         return {"logits": relative_error(found, self.expected.setdefault(group_size, found))}
-
-    def memory(self, peer: Peer, prepared: Prepared) -> dict[str, int]:
-        prepared.call(0)  # as a warm-up
-        return self.resident(resident_growth_of, peer)
 
     def rate(self, seconds: float) -> dict:
         return {}

@@ -1,4 +1,4 @@
-"""Clocks, memory, spreads and the machine's own limits.
+"""Clocks, memory, spreads and the machine: `python benchmarks/timing.py cuda` prints what it has of what checks need.
 
 Variants are timed in turn, round by round: a ratio is taken inside a round and its median reported, so that a machine
 that slows down slows both.
@@ -6,10 +6,15 @@ that slows down slows both.
 
 import contextlib
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -51,9 +56,8 @@ def on_device(call: Call, in_graph: bool) -> Timed:
     """Time a call by triton's timers: replays of a CUDA graph of many, or one by one with a cold L2 cache."""
     from triton.testing import do_bench, do_bench_cudagraph
 
-    if in_graph:
-        return lambda number: do_bench_cudagraph(lambda: call(number), rep=20, return_mode="median") / 1e3
-    return lambda number: do_bench(lambda: call(number), warmup=10, rep=50, return_mode="median") / 1e3
+    bench, options = (do_bench_cudagraph, {"rep": 20}) if in_graph else (do_bench, {"warmup": 10, "rep": 50})
+    return lambda number: bench(lambda: call(number), return_mode="median", **options) / 1e3
 
 
 def synchronize(device: torch.device) -> None:
@@ -140,3 +144,21 @@ def machine(device: torch.device) -> dict:
 def about() -> dict[str, dict]:
     """Return what every result tells: versions and machine."""
     return {"versions": versions(), "machine": machine(torch.device("cpu"))}
+
+
+def tools(device: torch.device) -> dict:
+    """Return what compiling and the tests marked gpu need: a compiler, Python's headers, the sanitizer, memory."""
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    printed = subprocess.run([compiler or "true", "-dumpfullversion"], capture_output=True, text=True)
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return {
+        "gcc": printed.stdout.strip(),
+        "python_h": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "compute_sanitizer": Path(sanitizer).exists(),
+        "free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 1) if device.type == "cuda" else None,
+    }
+
+
+if __name__ == "__main__":
+    asked = torch.device(sys.argv[1])
+    print(json.dumps(machine(asked) | versions() | tools(asked)))

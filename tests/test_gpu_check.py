@@ -233,7 +233,7 @@ import gpu_cache, triton
 from pathlib import Path
 what, folder, archive = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 triton.knobs.cache.dir = str(folder)
-target, shape = gpu_cache.GPUTarget("cuda", 90, 32), gpu_cache.gpu_steps.OLMOE
+target, shape = gpu_cache.GPUTarget("cuda", 90, 32), gpu_cache.CHECKED_CASES[0].shape
 if what == "unpack":
     build = gpu_cache.cache.triton_key()
     gpu_cache.cache.triton_key = lambda: build + "of another Python"

@@ -3,7 +3,7 @@
 FSDP2 gathers a unit when its module is called and frees it when the call returns. A pool is called by every layer of
 its group, and so would be gathered once a layer, in forward and in backward. Here the unit begins with the call of the
 group's first view and ends with that of its last, whoever made the unit: accelerate, transformers or the user. Layers
-stay units of their own, so that one pool and one layer are whole at a time. `benchmarks/fsdp2_gathers.py` counts it.
+stay units of their own, so that one pool and one layer are whole at a time. `tests/test_distributed.py` counts it.
 """
 
 import functools
