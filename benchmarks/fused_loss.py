@@ -5,11 +5,12 @@
 The model is one small layer: what is measured is the head and the loss, forward and backward, beyond the weights.
 """
 
-import argparse
+import functools
 import time
 from collections.abc import Callable
 
 import torch
+from tables import parser_of
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from tiedmoe_demo.figures import peak_bytes
@@ -27,53 +28,48 @@ def steps(vocab_size: int, tokens: int, hidden_size: int, chunk_size: int | None
     )  # fmt: skip
     model, source = OlmoeForCausalLM(config), OlmoeForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(0, vocab_size, (4, tokens // 4))
-    inputs = {"input_ids": ids, "labels": ids}
-    items = (ids[:, 1:] != -100).sum()
+    inputs, teacher = {"input_ids": ids, "labels": ids}, LiveTeacher(source, has_head=True)
 
-    def from_whole_logits():
+    def from_whole_logits() -> torch.Tensor:
         outputs = model(**inputs)
         divergence = distillation_loss(outputs.logits[:, :-1], source(ids).logits[:, :-1], ids[:, 1:])
-        return _backward(model, outputs.loss + divergence / items)
+        return outputs.loss + divergence / ids[:, 1:].numel()
 
-    teacher = LiveTeacher(source, has_head=True)
-
-    def fused_with_the_head():
+    def fused_with_the_head() -> torch.Tensor:
         fused = FusedLoss(model, chunk_size)
-        try:
-            targets = teacher.targets(inputs)
-            found = fused.training_loss(lambda given: model(**given).loss, inputs, teacher, targets)
-            return _backward(model, torch.stack(found).sum())
-        finally:
-            fused.remove()
+        targets = teacher.targets(inputs)
+        losses = fused.training_loss(lambda given: model(**given).loss, inputs, teacher, targets)
+        fused.remove()
+        return torch.stack(losses).sum()
 
-    return {"from whole logits": from_whole_logits, "fused with the head": fused_with_the_head}
+    def step(loss_of: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
-
-def _backward(model: torch.nn.Module, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {
+        "from whole logits": functools.partial(step, from_whole_logits),
+        "fused with the head": functools.partial(step, fused_with_the_head),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--vocab", type=int, default=50_000)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--chunk", type=int, help="tokens at a time")
     given = parser.parse_args()
     found = {}
-    for name, step in steps(given.vocab, given.tokens, given.hidden, given.chunk).items():
+    for name, step in steps(given.vocab, given.tokens, 64, given.chunk).items():
         step()
         start = time.perf_counter()
         found[name] = step()
         seconds = time.perf_counter() - start
         print(f"{name}: peak {peak_bytes(step) / 2**20:.0f} MiB, {seconds:.1f} s, loss {found[name][0]:.7f}")
     (one, ones), (other, others) = found.values()
-    apart = max(
-        float((ones[name] - others[name]).abs().max() / ones[name].abs().max().clamp(min=1e-30)) for name in ones
-    )
-    print(f"apart: loss {abs(one - other):.1e}, gradients {apart:.1e} of the greatest in a tensor")
+    apart = [(each - others[name]).abs().max() / each.abs().max().clamp(min=1e-30) for name, each in ones.items()]
+    print(f"apart: loss {abs(one - other):.1e}, gradients {max(apart):.1e} of the greatest in a tensor")
 
 
 if __name__ == "__main__":
