@@ -40,7 +40,6 @@ WHAT = ("architecture", "kernel", "dtype", "H", "tokens")
 TILES = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "tma", "persistent")
 TAKEN = ("loop", "registers", "stack", "shared")
 
-
 HEAD = """# What each kernel takes of a chip, compiled ahead of time
 
 `make compile-table` writes this table. Loop: machine instructions of one iteration of the main loop (NVIDIA only; what

@@ -19,7 +19,7 @@ from study.jobs import one_thread, quick_text, run_all, study_parser
 from study.runs import Study
 from study.summary import GOALS, HEALING_GOALS, figure_of, markdown, summarize
 from tables import show, write_results
-from timing import machine, versions
+from timing import about
 
 from tiedmoe_demo import DemoConfig
 from tiedmoe_demo.train_source import train_source
@@ -34,9 +34,7 @@ TINY_STUDY = {"heal_share": 0.2, "shares": (0.25, 1.0), "calibration_tokens": 25
 
 def main(arguments: list[str] | None = None) -> None:
     parser = study_parser(__doc__, "study", "conversion_study")
-    parser.add_argument(
-        "--healing", action="store_true", help="few rows, healed with up to 25 % of the source's tokens"
-    )
+    parser.add_argument("--healing", action="store_true", help="few rows, healed with up to 25 %% of the tokens")
     options = parser.parse_args(arguments)
     one_thread()
     study, rows, goals = Study(DemoConfig(output=str(options.output), **SOURCE)), ROWS, GOALS
@@ -53,12 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         jobs = [(row, seed) for row in rows for seed in study.seeds(row) if study.missing(row, seed)]
         jobs.sort(key=lambda job: job[1])  # every row at a first seed before any at a second
         run_all(study.run, jobs, options.workers, options.minutes)
-        summary = summarize(study, training, [(row, study.results(row)) for row in rows], goals) | {
-            "command": f"make study-{'healing' if options.healing else 'conversion'}"
-            + (" ARGS=--quick" if options.quick else ""),
-            "versions": versions(),
-            "machine": machine(torch.device("cpu")) | {"threads of a process": torch.get_num_threads()},
-        }
+        summary = summarize(study, training, [(row, study.results(row)) for row in rows], goals)
+        command = f"make study-{'healing' if options.healing else 'conversion'}"
+        summary |= {"command": command + (" ARGS=--quick" if options.quick else ""), **about()}
+        summary["machine"]["threads of a process"] = torch.get_num_threads()
         write_results(options.results, summary, markdown(summary), figure_of(summary))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import transformers
-from tables import RESULTS, mean_of, parser_of, plus_minus, show, table, write_results
+from tables import RESULTS, mean_of, numbers, parser_of, plus_minus, show, table, write_results
 
 from tiedmoe_demo import DemoConfig, run_demo
 
@@ -20,16 +20,15 @@ FIGURES = ("parameters", "expert_parameters", "checkpoint_bytes", "peak_training
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--output", default="seeds", help="folder for one demo per seed; what is there is reused")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the summary")
     options = parser.parse_args(arguments)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    reports = [run_demo(DemoConfig(output=f"{options.output}/{seed}", seed=seed), show) for seed in seeds]
-    found = [(name, seed, report[name]) for name in MODELS for seed, report in zip(seeds, reports)]
+    reports = {seed: run_demo(DemoConfig(f"{options.output}/{seed}", seed=seed), show) for seed in options.seeds}
+    found = [(name, seed, report[name]) for name in MODELS for seed, report in reports.items()]
     rows = [{"model": name, "seed": seed} | {figure: each[figure] for figure in FIGURES} for name, seed, each in found]
-    first = reports[0]
+    first = reports[options.seeds[0]]
     shared = {"settings": {name: value for name, value in first["settings"].items() if name != "seed"}}
     counts = {name: each and {k: each[k] for k in ("steps", "tokens")} for name, each in first["training"].items()}
     shared |= {"training": counts, "versions": first["versions"], "machine": first["machine"]}

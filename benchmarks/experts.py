@@ -32,7 +32,7 @@ from measure import TOLERANCE, Bench, errors_of, expected_outcome, make_problem
 from models import MODELS, ModelBench, ModelCase
 from peers import PEERS, TIEDMOE, TRANSFORMERS, Peer
 from shapes import OLMOE, QUARTER, QWEN3, SHAPES, TINY, Case
-from tables import RESULTS, parser_of, table, write_results
+from tables import RESULTS, numbers, parser_of, table, write_results
 from timing import machine, machine_rates, versions
 
 OTHERS = [shape for shape in SHAPES if shape != OLMOE]
@@ -99,16 +99,13 @@ def plan(cases: Sequence[Case | ModelCase], numbers: Iterable[int], names: set[s
 
 def parse_cases(text: str, total: int) -> list[int]:
     """Return the numbers of cases that "0-6,12" means."""
-    ends = [(part.split("-") * 2)[:2] for part in text.split(",")]
-    numbers = [number for first, last in ends for number in range(int(first), int(last) + 1)]
-    if not numbers or max(numbers) >= total:
+    found = numbers(text)
+    if not found or max(found) >= total:
         raise ValueError(f"--cases {text}: there are cases 0 to {total - 1}; --list names them")
-    return numbers
+    return found
 
 
-def run_plan(
-    tasks: Iterable[Task], execute: Callable[[Task], dict], seconds: float, now: Callable[[], float] = time.monotonic
-) -> list[str]:
+def run_plan(tasks: Iterable[Task], execute: Callable, seconds: float, now: Callable = time.monotonic) -> list[str]:
     """Execute the tasks in turn until one breaks the device; return the keys of those that were left out.
 
     One that would not end within `seconds`, judged by what such a case took for such a peer, is not begun.
@@ -188,12 +185,12 @@ def markdown(run: dict) -> str:
     rates = ", ".join(f"{name} {rate:.4g}" for name, rate in run.get("rates", {}).items())
     about = (
         f"{run['date']}, `{run['command']}`. {about}; {run['threads']} threads, load before the run {run['load']}: "
+        f"above 0.5, other work disturbed it. {rates}"
     )
-    about += f"above 0.5, other work disturbed it. {rates}"
     how = (
         "Times are medians of rounds (20th to 80th percentile), `over ours` the median ratio inside a round: above 1 "
+        "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes."
     )
-    how += "ours is faster. A layer's peak memory is above pool, gradients and inputs, a model's is all that it takes."
     lines = [f"# Experts on {where.get('device', 'a CPU')}", "", about, "", how, ""]
     lines += ["The bar, set for an H100:", "", *bar(rows), ""] if "device" in where else []
     lines += [*table(columns, [cells(row) for row in rows if "ms" in row], left=3), ""]
@@ -230,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     peers = options.peers.split(",") if options.peers else [peer.name for peer in PEERS] if is_gpu else CPU_PEERS
     if unknown := set(peers) - {peer.name for peer in PEERS}:
         raise ValueError(f"--peers: unknown {sorted(unknown)}; choose from {[peer.name for peer in PEERS]}")
-    numbers = parse_cases(options.cases or f"0-{len(cases) - 1}", len(cases))
+    chosen = parse_cases(options.cases or f"0-{len(cases) - 1}", len(cases))
     command = " ".join(["python benchmarks/experts.py", *(sys.argv[1:] if arguments is None else arguments)])
     run = {
         "date": datetime.date.today().isoformat(),
@@ -261,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         return row
 
     left = options.budget_s - (time.monotonic() - start)
-    run["left_out"] = run_plan(plan(cases, numbers, {TIEDMOE, *peers}), execute, left)
+    run["left_out"] = run_plan(plan(cases, chosen, {TIEDMOE, *peers}), execute, left)
     write_results(output, run, markdown(run))
 
 

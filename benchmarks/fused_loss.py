@@ -48,10 +48,8 @@ def steps(vocab_size: int, tokens: int, hidden_size: int, chunk_size: int | None
         loss.backward()
         return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    return {
-        "from whole logits": functools.partial(step, from_whole_logits),
-        "fused with the head": functools.partial(step, fused_with_the_head),
-    }
+    losses = {"from whole logits": from_whole_logits, "fused with the head": fused_with_the_head}
+    return {name: functools.partial(step, loss_of) for name, loss_of in losses.items()}
 
 
 def main() -> None:

@@ -139,9 +139,7 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def check(
-    steps: Iterable[Step], seconds: float, results: Path, stage: str, environment: dict[str, str] | None = None
-) -> list[Result]:
+def check(steps: Iterable[Step], seconds: float, results: Path, stage: str, environment=None) -> list[Result]:
     """Run the steps one after another within `seconds` and write what is known to `results` after each."""
     steps, start, found = list(steps), time.monotonic(), []
     if 2 + sum(len(step.keeps) for step in steps) > MAX_FILES:

@@ -11,7 +11,6 @@ many parameters as g=4, but for its smaller routers. Differences are paired by s
 Kill it and start it again: rows that are there are not run again. Every row runs at a seed before any at the next.
 """
 
-import functools
 import statistics
 import time
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from study.jobs import BLOCK, ScratchStudy
 from tables import above_of, mean_of, plus_minus, table, write_results
-from timing import about, by_clock, in_rounds, spread
+from timing import about, by_clock, interleave, spread
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from tiedmoe_demo.figures import peak_bytes
@@ -68,10 +67,6 @@ class Study(ScratchStudy):
         model.set_experts_implementation("tiedmoe")
         return model
 
-    def batch(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of some blocks, `[B, S]`."""
-        return torch.tensor(self.blocks[0][numbers.tolist()]["input_ids"])
-
     def train(self, name: str, seed: int) -> dict:
         """Train a row and measure its held-out loss."""
         model = self.model(name, seed)
@@ -80,12 +75,12 @@ class Study(ScratchStudy):
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, warmup, self.steps, min_lr_rate=RECIPE["final_lr"] / RECIPE["lr"]
         )
-        num_blocks, draw = len(self.blocks[0]), torch.Generator().manual_seed(seed)
-        epochs = -(-self.steps * BATCH // num_blocks)
-        order = torch.cat([torch.randperm(num_blocks, generator=draw) for _ in range(epochs)])
+        (blocks, held_out), draw = self.blocks, torch.Generator().manual_seed(seed)
+        epochs = -(-self.steps * BATCH // len(blocks))
+        order = torch.cat([torch.randperm(len(blocks), generator=draw) for _ in range(epochs)])
         losses = []
         for numbers in order[: self.steps * BATCH].split(BATCH):
-            tokens = self.batch(numbers)
+            tokens = torch.tensor(blocks[numbers.tolist()]["input_ids"])
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["max_grad_norm"])
@@ -93,18 +88,20 @@ class Study(ScratchStudy):
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        loss, train_loss = perplexity(model, self.blocks[1], BATCH)["loss"], statistics.mean(losses[-50:])
+        loss, train_loss = perplexity(model, held_out, BATCH)["loss"], statistics.mean(losses[-50:])
         return {"loss": loss, "train_loss": train_loss, "parameters": model.num_parameters()}
 
     def measure_steps(self) -> list[dict]:
         """Time steps of tied and untied models in turn, and measure their memory; then compute the paper's sizes'."""
-        tokens = self.batch(torch.arange(BATCH))
+        tokens = torch.tensor(self.blocks[0][:BATCH]["input_ids"])
         models = {name: self.model(name) for name in PAPERS}
         optimizers = {name: Muon(muon_parameter_groups(model)) for name, model in models.items()}
-        calls: dict = {(name, PARTS[0]): functools.partial(run_once, model, tokens) for name, model in models.items()}
-        for name, optimizer in optimizers.items():
-            calls[name, PARTS[1]] = lambda number, step=optimizer.step: step()
-        times = in_rounds({part: by_clock(call, time.process_time) for part, call in calls.items()}, self.rounds)
+        calls = {}
+        for name, model in models.items():
+            calls[name, PARTS[0]] = lambda number=0, model=model: model(tokens, labels=tokens).loss.backward()
+            calls[name, PARTS[1]] = lambda number, step=optimizers[name].step: step()
+        timed = {part: by_clock(call, time.process_time) for part, call in calls.items()}
+        times = interleave(timed, seconds=0, least=self.rounds + 1, most=self.rounds + 1)
         found = []
         for name, model in models.items():
             own = computed_memory(model.config, BATCH, BLOCK)
@@ -112,15 +109,10 @@ class Study(ScratchStudy):
             assert own["optimizer"] == sum(state.nbytes for state in states)
             own["activations"] = peak_bytes(calls[name, PARTS[0]])
             papers = preset(PAPERS[name], **({"num_hidden_layers": 6} if self.options.quick else {}))
-            seconds = {part: spread(times[name, part]) for part in PARTS}
+            seconds = {part: spread(times[name, part][1:]) for part in PARTS}  # the first is a warm-up
             found.append({"row": name, "seconds": seconds, "bytes": own})
             found[-1]["papers_bytes"] = computed_memory(papers, PAPERS_BATCH, RECIPE["block_size"])
         return found
-
-
-def run_once(model: TiedMoeForCausalLM, tokens: torch.Tensor, number: int = 0) -> None:
-    """Run forward and backward, call number `number`."""
-    model(input_ids=tokens, labels=tokens).loss.backward()
 
 
 def computed_memory(config: Any, batch: int, block: int) -> dict[str, int]:
@@ -152,13 +144,10 @@ def markdown(summary: dict) -> str:
     """Return the tables: losses, then steps and memory."""
     settings, runs = summary["settings"], summary["runs"]
     tokens = settings["steps"] * BATCH * BLOCK
-    lines = [
-        [
-            row["row"], f"{row['parameters']:,}", len(row["loss"]["values"]), plus_minus(row["loss"], 4),
-            plus_minus(row["above_untied"], 4, sign="+"),
-        ]
-        for row in summary["rows"]
-    ]  # fmt: skip
+    lines = []
+    for row in summary["rows"]:
+        losses = [plus_minus(row["loss"], 4), plus_minus(row["above_untied"], 4, sign="+")]
+        lines.append([row["row"], f"{row['parameters']:,}", len(row["loss"]["values"]), *losses])
     text = ["# Pretraining: the study", "", __doc__.split("\n\n")[1], "", f"`{summary['command']}`", ""]
     text += [f"{tokens:,} tokens a run, {statistics.mean(run['cpu_seconds'] for run in runs):.0f} s of one core.", ""]
     text += table(["row", "parameters", "seeds", "held-out loss", "above untied, by seed"], lines)

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from study.jobs import BLOCK, ScratchStudy
 from tables import above_of, mean_of, plus_minus, table, write_results
-from timing import Timed, about, by_clock, in_rounds, paired_ratio
+from timing import Timed, about, by_clock, interleave, paired_ratio
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, set_seed
 
 from tiedmoe_conversion import ConversionRecipe, convert
@@ -109,10 +109,8 @@ class Study(ScratchStudy):
         set_seed(seed)
         model = TiedMoeForCausalLM(row.config(self.sizes))
         anneal = [AnnealRouting(model, model.config.softmoe)] if row.is_soft else []
-        settings = DemoConfig(
-            data=self.text, source_steps=self.steps, source_learning_rate=row.learning_rate, batch_size=BATCH,
-            block_size=BLOCK, seed=seed,
-        )  # fmt: skip
+        batches = {"batch_size": BATCH, "block_size": BLOCK, "source_learning_rate": row.learning_rate}
+        settings = DemoConfig(data=self.text, source_steps=self.steps, seed=seed, **batches)
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         train_on_text(model, tokenizer, settings, self.path(row.name, seed, ".trainer"), lambda *_: None, anneal)
         model.save_pretrained(self.path(row.name, seed, ""))
@@ -141,14 +139,13 @@ class Study(ScratchStudy):
                 config["num_experts_per_tok"] = row.active
             (model / "config.json").write_text(json.dumps(config))
         healed = self.path(row.name, seed, "")
-        heal(
-            TiedMoeTrainingArguments(
-                model=str(model), data=self.text, output_dir=str(healed), teacher=str(source), seed=seed,
-                max_steps=self.steps // 5, per_device_train_batch_size=BATCH, block_size=BLOCK,
-                learning_rate=LEARNING_RATE / 5, save_steps=self.steps, disable_tqdm=True, logging_strategy="no",
-                allow_worse=True, anneal_tolerance=100.0,  # it never waits, as when the reported rows were run
-            )
+        options = TiedMoeTrainingArguments(
+            model=str(model), data=self.text, output_dir=str(healed), teacher=str(source), seed=seed,
+            max_steps=self.steps // 5, per_device_train_batch_size=BATCH, block_size=BLOCK,
+            learning_rate=LEARNING_RATE / 5, save_steps=self.steps, disable_tqdm=True, logging_strategy="no",
+            allow_worse=True, anneal_tolerance=100.0,  # it never waits, as when the reported rows were run
         )  # fmt: skip
+        heal(options)
         return AutoModelForCausalLM.from_pretrained(healed)
 
     def measure_steps(self) -> dict[str, list[float]]:
@@ -160,7 +157,9 @@ class Study(ScratchStudy):
             return by_clock(lambda number: model(input_ids=batch, labels=batch).loss.backward(), time.process_time)
 
         paths = {name: self.path(name, 0, "") for name, row in ROWS.items() if not row.heals}
-        return in_rounds({name: step(path) for name, path in paths.items() if path.exists()}, self.rounds)
+        steps = {name: step(path) for name, path in paths.items() if path.exists()}
+        times = interleave(steps, seconds=0, least=self.rounds + 1, most=self.rounds + 1)
+        return {name: own[1:] for name, own in times.items()}  # the first is a warm-up
 
 
 def summarize(study: Study) -> dict:
@@ -189,14 +188,12 @@ def row_of(name: str, runs: list[dict], times: dict[str, list[float]]) -> dict:
 def markdown(summary: dict) -> str:
     """Return the table: what each row uses, its loss, and what its steps take."""
     columns = ["row, experts asked for", "seeds", "experts used", "held-out loss", "above top-k of 4"]
-    lines = [
-        [
-            row["row"], row["seeds"], plus_minus(row["active"], 2), plus_minus(row["loss"], 4),
-            plus_minus(row["over_top_k"], 4, sign="+"),
-            "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**step) if (step := row["step_over_top_k_4"]) else "",
-        ]
-        for row in summary["rows"]
-    ]  # fmt: skip
+    lines = []
+    for row in summary["rows"]:
+        losses = [plus_minus(row["active"], 2), plus_minus(row["loss"], 4), plus_minus(row["over_top_k"], 4, sign="+")]
+        step = row["step_over_top_k_4"]
+        over = "{median:.2f} ({p20:.2f}-{p80:.2f})".format(**step) if step else ""
+        lines.append([row["row"], row["seeds"], *losses, over])
     text = ["# Soft routing: the study", "", __doc__.split("\n\n")[1], "", f"`{summary['command']}`", ""]
     text += ["The step is forward and backward, process seconds in paired rounds, over those of top-k 4, untied.", ""]
     return "\n".join([*text, *table([*columns, "step, over top-k's"], lines)]) + "\n"

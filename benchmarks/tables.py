@@ -17,8 +17,9 @@ def parser_of(docstring: str) -> argparse.ArgumentParser:
 
 
 def numbers(text: str) -> list[int]:
-    """Return the numbers that "0,1,2" names: a type of argparse."""
-    return [int(number) for number in text.split(",")]
+    """Return the numbers that "0-2,5" names: a type of argparse."""
+    ends = [(part.split("-") * 2)[:2] for part in text.split(",")]
+    return [number for first, last in ends for number in range(int(first), int(last) + 1)]
 
 
 def show(done: int, total: int, what: str) -> None:

@@ -78,12 +78,6 @@ def interleave(calls: dict[str, Timed], *, seconds: float, least: int, most: int
     return times
 
 
-def in_rounds(calls: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Time every call in that many rounds, after one that warms up."""
-    times = interleave(calls, seconds=0, least=rounds + 1, most=rounds + 1)
-    return {name: own[1:] for name, own in times.items()}
-
-
 def in_own_process(work: Callable, *arguments: Any) -> Any:
     """Return what `work` returns in a fresh process, with as many threads as this one's torch has."""
     spawned, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)

@@ -77,9 +77,7 @@ def test_main_writes_a_table_and_a_plot(quick):
 
 def test_main_runs_nothing_twice_and_leaves_no_checkpoint(quick, monkeypatch):
     folder, arguments, summary = quick
-    assert [path.name.split(".")[0] for path in (folder / "work" / "checkpoints").iterdir()] == [
-        "tied-from-scratch-g-4"
-    ]
+    assert not list((folder / "work" / "checkpoints").iterdir())
     monkeypatch.setattr(conversion_study.Study, "run", lambda *_: pytest.fail("measured again"))
     conversion_study.main(arguments)
     assert json.loads((folder / "results" / "conversion_study.json").read_text())["rows"] == summary["rows"]

@@ -41,11 +41,9 @@ G4, G2, THREE_PAIRS = ("g=4", {}), ("g=2", {"group_size": 2}), ("three pairs", P
 WIDE, WIDE_PAIRS = ("g=4, 2.5E", {"pool_experts": "2.5x"}), ("g=2, 1.25E", {"group_size": 2, "pool_experts": "1.25x"})
 
 
-def rows(
-    series: str, *sizes: tuple[str, dict], num_seeds: int = 3, heal: Mapping[str, Any] | None = None, **fields: Any
-) -> list[Row]:
+def rows(series: str, *sizes: tuple[str, dict], num_seeds: int = 3, heal: Mapping = {}, **fields) -> list[Row]:
     """Return the rows of one series, one a size, with g=4 unless the size says otherwise."""
-    return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds, heal or {}) for size, extra in sizes]
+    return [Row(series, size, {"group_size": 4, **fields, **extra}, num_seeds, heal) for size, extra in sizes]
 
 
 TEACHER_ALONE = {"teacher_weight": 1.0}

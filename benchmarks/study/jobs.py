@@ -73,14 +73,10 @@ def quick_text(path: Path) -> Path:
 class ScratchStudy:
     """Small models trained from scratch on the demo's novels: every row at a seed leaves a JSON file in the folder.
 
-    A subclass has `train(row, seed)`, which returns the held-out "loss" and what else was found, and `measure_steps`,
-    which measures the rows' models side by side; `usual` and `quick` are sizes of the model, steps of training and
-    rounds of measuring.
+    A subclass has a name; `usual` and `quick` sizes of the model, steps of training and rounds of measuring;
+    `train(row, seed)`, which returns the held-out "loss" and what else was found; and `measure_steps()`, of the rows'
+    models side by side.
     """
-
-    name: str
-    usual: tuple[dict[str, Any], int, int]
-    quick: tuple[dict[str, Any], int, int]
 
     def __init__(self, docstring: str, arguments: list[str] | None):
         parser = study_parser(docstring, f"study-{self.name}", f"{self.name}_study")

@@ -93,11 +93,10 @@ class Study:
         return [share for share in self.shares_of(row, seed) if (seed, share) not in found]
 
     def run(self, job: tuple[Row, int]) -> str:
-        """Make a row's checkpoint anew, measure what is missing, and delete it unless it took long to train."""
+        """Make a row's checkpoint anew, measure what is missing, and delete it."""
         row, seed = job
         folder = self.demo.path("checkpoints", f"{row.name}.seed{seed}")
-        if row.kind != "scratch":
-            _delete(folder)
+        _delete(folder)
         start = time.perf_counter()
         sizes = self._make(row, seed, folder)
         if row.kind in ("convert", "prune"):
@@ -108,8 +107,7 @@ class Study:
             path = self._result(row, seed, share)
             path.parent.mkdir(exist_ok=True)
             atomic_write_json(path, made_by | {"share": share} | measured)
-        if row.kind != "scratch":
-            _delete(folder)
+        _delete(folder)
         return f"{row.name}, seed {seed}: {time.perf_counter() - start:.0f} s"
 
     def _result(self, row: Row, seed: int, share: float) -> Path:
@@ -174,21 +172,17 @@ def _delete(folder: Path) -> None:
 
 
 def _train_tied(config: DemoConfig, source: Path, folder: Path) -> None:
-    """Train a tied model from random weights, exactly as `train_source` trains the source, unless `folder` is there.
+    """Train a tied model from random weights, exactly as `train_source` trains the source.
 
     `source_steps`, sizes and tying fields of `config` count; the tokenizer is the `source`'s.
     """
-    if folder.exists():
-        return
     tokenizer = AutoTokenizer.from_pretrained(source)
     set_seed(config.seed)
     tying = {name: getattr(config, name) for name in ("group_size", "skip_first", "skip_last")}
     model = AutoModelForCausalLM.from_config(TiedMoeConfig.from_family(source_config(config, tokenizer), **tying))
-    draft = folder.with_name(f".{folder.name}.draft")
-    train_on_text(model, tokenizer, config, draft, lambda done, total, what: None)
+    train_on_text(model, tokenizer, config, folder, lambda done, total, what: None)
     for each in (model, tokenizer):
-        each.save_pretrained(draft)
-    draft.rename(folder)
+        each.save_pretrained(folder)
 
 
 def _prune(source: Path, folder: Path, share: float, keep: str = "magnitude", seed: int = 0) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
-from tables import mean_of, plus_minus, table
+from tables import above_of, mean_of, plus_minus, table
 
 from .configurations import SOURCE, Row
 from .runs import BEFORE, Study
@@ -31,9 +31,7 @@ LINEAR_BELOW = 1  # %; a logarithmic scale above
 TICKS = (-1, 0, 1, 3, 10, 30, 100, 300)
 
 
-def summarize(
-    study: Study, training: dict, results: Sequence[tuple[Row, Found]], goals: Sequence[tuple] = GOALS
-) -> dict[str, Any]:
+def summarize(study: Study, training: dict, results: Sequence[tuple[Row, Found]], goals: Sequence[tuple]) -> dict:
     """Give each row its size and, over its seeds, losses and the perplexity against the control's of the same seed."""
     control = next(found for row, found in results if row == SOURCE)
     rows = [_row(row, found, control, study.shares) for row, found in results if found]
@@ -89,10 +87,13 @@ def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dic
     fields = {"name": row.name, "series": row.series, "size": row.size, "kind": row.kind}
     fields |= {"recipe": dict(row.recipe), "heal": dict(row.heal), "num_seeds": len(healed)}
     fields |= {name: first[name] for name in ("parameters", "expert_bytes")}
+    every = (BEFORE, *shares)
     return fields | {
         "expert_share": first["expert_bytes"] / control[0, BEFORE]["expert_bytes"],
-        "loss": {str(share): mean_of(_values(found, share, "loss")) for share in (BEFORE, *shares)},
-        "loss_above_control": {str(share): _loss_above(found, control, share) for share in (BEFORE, *shares)},
+        "loss": {str(share): mean_of(_values(found, share, "loss")) for share in every},
+        "loss_above_control": {
+            str(each): above_of(_at(found, each), _at(control, each)) for each in (BEFORE, *shares)
+        },
         "percent_above_control": _above(healed, {seed: control.get((seed, 1.0)) for seed in healed}),
         "percent_above_source": _above(healed, dict.fromkeys(healed, control[0, BEFORE])),
         "conversion_seconds": mean_of(_values(found, BEFORE, "conversion_seconds")),
@@ -100,19 +101,17 @@ def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dic
     }
 
 
-def _loss_above(found: Found, control: Found, share: float) -> dict[str, Any] | None:
-    """Subtract the control's loss, of the same seed after the same healing: nats."""
-    both = [key for key in found if key[1] == share and key in control]
-    return mean_of([found[key]["loss"] - control[key]["loss"] for key in both])
-
-
 def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[str, Any] | None:
     """Compare perplexities with those of `other`, by seed, in % above; one that `other` has not run is left out."""
     return mean_of([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
-def _values(results: dict, share: float, figure: str) -> list[float]:
-    return [result[figure] for (_, each), result in results.items() if each == share and figure in result]
+def _at(found: Found, share: float) -> list[dict[str, Any]]:
+    return [result for (_, each), result in found.items() if each == share]
+
+
+def _values(found: Found, share: float, figure: str) -> list[float]:
+    return [result[figure] for result in _at(found, share) if figure in result]
 
 
 def _goal(rows: list[dict], expert_share: float, percent: float, against: str) -> dict[str, Any]:
