@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import cache
 
-from tiedmoe_kernels import triton_backend, tune, tuning
+from tiedmoe_kernels import tune, tuning
 
 ARCHIVE = ROOT / ".gpu-cache.tar.xz"
 
@@ -60,18 +60,16 @@ def jobs(tma: bool) -> list[Callable[[], object]]:
     """Return what makes the launches of stages a and b: checks, benchmarks, then the tuner's candidates."""
     timed = [GPU_CASES[number] for number in parse_cases(f"{BAR_CASES},{MORE_CASES}", len(GPU_CASES))]
     found: list[Callable] = [partial(launch, case, torch.device("meta")) for case in (*CHECKED_CASES, *timed)]
-    for tokens in tune.DEFAULTS_AT:
-        is_decode = tokens * tune.OLMOE.K <= triton_backend.MAX_DECODE_SLOTS
-        found += [partial(try_once, name, tokens) for name in (("decode",) if is_decode else ("rows", "weight_grad"))]
+    found += [partial(tune.time_defaults, "meta", tune.OLMOE, [tokens], None) for tokens in tune.DEFAULTS_AT]
     for problem in tune.PROBLEMS:
         tried = tune.candidates(problem, tma)
         found += [partial(try_once, problem.kernel, problem.tokens, config) for config in tried]
     return found
 
 
-def try_once(kernel: str, tokens: int, config: tuning.Config | None = None) -> None:
+def try_once(kernel: str, tokens: int, config: tuning.Config) -> None:
     call, _ = tune.calls(kernel, tokens, tune.OLMOE, "meta")
-    with tune.forced(kernel, config) if config else contextlib.nullcontext():
+    with tune.forced(kernel, config):
         call()
 
 

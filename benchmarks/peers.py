@@ -100,7 +100,7 @@ def reason_to_leave_out(peer: Peer, case: Case, memory_bytes: float, copy_tb_per
         return "it has no backward"
     if peer.name == "batched_mm" and case.weight_copies_bytes() > 0.6 * memory_bytes:
         return f"its copies of the weights take {case.weight_copies_bytes() / 2**30:.1f} GiB"
-    moved = 3 * case.g * case.shape.E * case.shape.pool_bytes(case.dtype.itemsize)
+    moved = 3 * case.g * case.shape.E**2 * case.shape.expert_numbers * case.dtype.itemsize
     if peer.name == "eager" and case.kind == "step" and moved > MOST_SECONDS * copy_tb_per_s * 1e12:
         return f"its backward makes a gradient of the whole pool for each expert, {moved / 1e9:.0f} GB"
     return None

@@ -68,7 +68,6 @@ class Study(ScratchStudy):
         return model
 
     def train(self, name: str, seed: int) -> dict:
-        """Train a row and measure its held-out loss."""
         model = self.model(name, seed)
         optimizer = Muon(muon_parameter_groups(model, RECIPE["lr"], RECIPE["weight_decay"]))
         warmup = min(RECIPE["warmup_steps"], self.steps // 10)
@@ -141,7 +140,6 @@ def summarize(study: Study) -> dict:
 
 
 def markdown(summary: dict) -> str:
-    """Return the tables: losses, then steps and memory."""
     settings, runs = summary["settings"], summary["runs"]
     tokens = settings["steps"] * BATCH * BLOCK
     lines = []

@@ -73,13 +73,11 @@ def size_and_sent(row: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compute the rows, write them, and put the tables between their marks in a page."""
     parser = parser_of(__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path, help="the page; by default the tables are printed")
     given = parser.parse_args(arguments)
     rows = list(predicted())
-    write_json(given.results, rows)
+    write_json(RESULTS, rows)
     text = "\n".join(markdown(rows)).rstrip()
     if given.write:
         before, rest = given.write.read_text(encoding="utf-8").split(f"{BEGIN}\n")

@@ -24,9 +24,6 @@ class Shape(NamedTuple):
         """Numbers in one expert: gate, up and down."""
         return 3 * self.H * self.I
 
-    def pool_bytes(self, itemsize: int) -> int:
-        return self.E * self.expert_numbers * itemsize
-
 
 OLMOE = Shape("OLMoE", 64, 2048, 1024, 8)
 QUARTER = Shape("OLMoE/4", OLMOE.E, OLMOE.H // 4, OLMOE.I // 4, OLMOE.K)

@@ -186,7 +186,6 @@ def row_of(name: str, runs: list[dict], times: dict[str, list[float]]) -> dict:
 
 
 def markdown(summary: dict) -> str:
-    """Return the table: what each row uses, its loss, and what its steps take."""
     columns = ["row, experts asked for", "seeds", "experts used", "held-out loss", "above top-k of 4"]
     lines = []
     for row in summary["rows"]:

@@ -52,12 +52,10 @@ class Study:
 
     @property
     def heal_steps(self) -> int:
-        """Steps of the whole healing budget."""
         return round(self.heal_share * self.demo.source_steps)
 
     @property
     def source(self) -> Path:
-        """The folder of the source."""
         return self.demo.path("source")
 
     def settings(self) -> dict[str, Any]:
@@ -71,7 +69,6 @@ class Study:
         return max(1, round(share * self.heal_steps)) if share else 0
 
     def seeds(self, row: Row) -> range:
-        """Return the seeds that a row is run with."""
         return range(min(row.num_seeds, self.num_seeds))
 
     def shares_of(self, row: Row, seed: int) -> tuple[float, ...]:
@@ -139,7 +136,6 @@ class Study:
         return {}
 
     def recipe(self, row: Row, folder: Path, seed: int) -> ConversionRecipe:
-        """Return the conversion of a row."""
         text = {"calibration": self.demo.text, "calibration_tokens": self.calibration_tokens}
         text["calibration_block_size"] = self.demo.block_size
         return ConversionRecipe(str(self.source), str(folder), measure=False, seed=seed, **{**text, **row.recipe})

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
-from tables import above_of, mean_of, plus_minus, table
+from tables import mean_of, plus_minus, table
 
 from .configurations import SOURCE, Row
 from .runs import BEFORE, Study
@@ -87,13 +87,9 @@ def _row(row: Row, found: Found, control: Found, shares: Sequence[float]) -> dic
     fields = {"name": row.name, "series": row.series, "size": row.size, "kind": row.kind}
     fields |= {"recipe": dict(row.recipe), "heal": dict(row.heal), "num_seeds": len(healed)}
     fields |= {name: first[name] for name in ("parameters", "expert_bytes")}
-    every = (BEFORE, *shares)
     return fields | {
         "expert_share": first["expert_bytes"] / control[0, BEFORE]["expert_bytes"],
-        "loss": {str(share): mean_of(_values(found, share, "loss")) for share in every},
-        "loss_above_control": {
-            str(each): above_of(_at(found, each), _at(control, each)) for each in (BEFORE, *shares)
-        },
+        "loss": {str(share): mean_of(_values(found, share, "loss")) for share in (BEFORE, *shares)},
         "percent_above_control": _above(healed, {seed: control.get((seed, 1.0)) for seed in healed}),
         "percent_above_source": _above(healed, dict.fromkeys(healed, control[0, BEFORE])),
         "conversion_seconds": mean_of(_values(found, BEFORE, "conversion_seconds")),
@@ -106,12 +102,8 @@ def _above(perplexity: dict[int, float], other: dict[int, dict | None]) -> dict[
     return mean_of([100 * (perplexity[seed] / each["perplexity"] - 1) for seed, each in other.items() if each])
 
 
-def _at(found: Found, share: float) -> list[dict[str, Any]]:
-    return [result for (_, each), result in found.items() if each == share]
-
-
 def _values(found: Found, share: float, figure: str) -> list[float]:
-    return [result[figure] for result in _at(found, share) if figure in result]
+    return [result[figure] for (_, each), result in found.items() if each == share and figure in result]
 
 
 def _goal(rows: list[dict], expert_share: float, percent: float, against: str) -> dict[str, Any]:
@@ -154,9 +146,8 @@ def figure_of(summary: dict[str, Any]) -> Figure:
             _draw_row(axes, -place, row, summary)
         axes.set_yticks([-place for place in range(len(half))], [_name(row) for row in half])
         axes.set_ylim(0.6 - longest, 0.6)  # both panels' rows have one height
-        axes.set_xscale(
-            "symlog", linthresh=LINEAR_BELOW, linscale=0.6
-        )  # good methods within 1 %, bad ones a hundred times above
+        # Good methods lie within 1 %, bad ones a hundred times above.
+        axes.set_xscale("symlog", linthresh=LINEAR_BELOW, linscale=0.6)
         axes.xaxis.set_major_locator(FixedLocator(TICKS))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.axvline(0, color="0.2", linewidth=1)
