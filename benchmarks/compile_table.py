@@ -34,8 +34,7 @@ from tiedmoe_kernels.spec import Segment, Spec
 TARGETS = {f"sm_{chip}": GPUTarget("cuda", chip, 32) for chip in (80, 86, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # Shared memory of one block, bytes: CUDA C++ programming guide, "compute capabilities"; LDS of a CDNA3 compute unit.
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-SHARED_LIMIT = {name: kib * 1024 for name, kib in SHARED_KIB.items()}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 WHAT = ("architecture", "kernel", "dtype", "H", "tokens")
 TILES = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "tma", "persistent")
 TAKEN = ("loop", "registers", "stack", "shared")

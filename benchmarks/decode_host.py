@@ -1,6 +1,6 @@
 """What the host does for one decoding call of an OLMoE layer, in microseconds, with everything but the launch itself.
 
-    python benchmarks/decode_host.py --tokens 1
+    python benchmarks/decode_host.py
 
 No GPU: a driver names one (sm_90), the kernels are compiled for it, and where Triton hands a launch to the GPU's
 driver nothing happens. TRITON_INTERPRET must not be set.
@@ -13,7 +13,6 @@ import torch
 import triton
 from compile_table import TARGETS, driver_of
 from shapes import OLMOE
-from tables import parser_of
 from torch.utils.benchmark import Timer
 from triton.compiler.compiler import CompiledKernel
 
@@ -34,11 +33,8 @@ def stand_in_for_a_gpu(launched: Callable[..., None]) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=1)
-    T = parser.parse_args().tokens
     stand_in_for_a_gpu(lambda *_: None)
-    _, E, H, I, K = OLMOE
+    T, (_, E, H, I, K) = 1, OLMOE
     empty = functools.partial(torch.empty, dtype=torch.bfloat16)
     pool = (empty(E, 2 * I, H), empty(E, H, I))
     x, index, weights = empty(T, H), torch.arange(T * K).view(T, K) % E, empty(T, K)

@@ -139,7 +139,7 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def check(steps: Iterable[Step], seconds: float, results: Path, stage: str, environment=None) -> list[Result]:
+def check(steps: Iterable[Step], seconds: float, results: Path, stage: str, env: dict | None = None) -> list[Result]:
     """Run the steps one after another within `seconds` and write what is known to `results` after each."""
     steps, start, found = list(steps), time.monotonic(), []
     if 2 + sum(len(step.keeps) for step in steps) > MAX_FILES:
@@ -148,7 +148,7 @@ def check(steps: Iterable[Step], seconds: float, results: Path, stage: str, envi
     for step in steps:
         print(f"{time.monotonic() - start:5.0f} s  {step.name} ...", flush=True)
         budget = min(step.seconds, seconds - (time.monotonic() - start))
-        result = run(step, budget, environment)
+        result = run(step, budget, env)
         rows = [*kept(step.keeps, results), *result.rows, *tests_in(result.printed)]
         if result.state == "passed" and any(row.get("skipped") and not row["passed"] for row in rows):
             result = result._replace(state="skipped")

@@ -74,16 +74,13 @@ def size_and_sent(row: dict[str, Any] | None) -> tuple[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--write", type=Path, help="the page; by default the tables are printed")
+    parser.add_argument("--write", type=Path, required=True, help="the page")
     given = parser.parse_args(arguments)
     rows = list(predicted())
     write_json(RESULTS, rows)
     text = "\n".join(markdown(rows)).rstrip()
-    if given.write:
-        before, rest = given.write.read_text(encoding="utf-8").split(f"{BEGIN}\n")
-        given.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    else:
-        print(text)
+    before, rest = given.write.read_text(encoding="utf-8").split(f"{BEGIN}\n")
+    given.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/conversion_study.py`."""
+"""The parts of the studies: of all of them `jobs.py`, of `conversion_study.py` the others."""
