@@ -59,14 +59,16 @@ def test_groups_of_experts_are_gathered_from_the_rest():
     assert grown == pytest.approx(dense / (3 / 4) * (7 / 8 - 3 / 4) + 1 / 2 * share * (2 * 2 + 4), abs=2)
 
 
-def test_soft_routing_has_no_expert_parallelism_and_residuals_no_prediction():
+def test_soft_routing_and_residuals_have_no_expert_parallelism():
     soft = {"routing": "softmoe", "softmoe": {"alpha": 0.1, "threshold": 0.2}}
     tiny = tiny_config("olmoe", num_hidden_layers=2)
     config = TiedMoeConfig.from_family(tiny, groups=[[0, 1]], **soft)
     assert [row["name"] for row in predict(config, [4], block_size=8)] == ["DDP", "FSDP2"]
-    config = TiedMoeConfig.from_family(tiny, groups=[[0, 1]], residual_rank=2)
-    with pytest.raises(ValueError, match=r"training could not be predicted .* leave --gpus out, or the residuals"):
-        predict(config, [4], block_size=8)
+    plain, residual = (TiedMoeConfig.from_family(tiny, groups=[[0, 1]], residual_rank=rank) for rank in (0, 2))
+    rows, others = predict(residual, [1, 4], block_size=8), predict(plain, [1, 4], block_size=8)
+    assert [row["name"] for row in rows] == ["one GPU", "DDP", "FSDP2"]
+    factors = 2 * 4 * 2 * (32 + 2 * 24 + 24 + 32)  # in two layers, of four experts, of rank 2, gate_up's and down's
+    assert rows[0]["optimizer_bytes"] - others[0]["optimizer_bytes"] == 8 * factors
 
 
 def test_the_table_of_the_docs_by_hand():

@@ -90,8 +90,7 @@ def predict(
         activations = step_bytes(model, batch_size, block_size, precision, checkpointing=True)
     except (RuntimeError, NotImplementedError) as error:
         raise TiedMoeError(
-            f"{unpredicted('training', error)}; expected a model whose code needs no values, as one with low-rank "
-            "residuals does: leave --gpus out, or the residuals"
+            f"{unpredicted('training', error)}; expected a model whose code needs no values: leave --gpus out"
         ) from error
     sizes = {name: round(size * GIB) for name, size in GPUS.items()}
     found = []
@@ -106,8 +105,12 @@ def predict(
 
 
 def _num_experts(subject: Subject) -> list[int]:
-    """Return the experts of every pool and untied layer; none under soft routing, which has no expert parallelism."""
-    if getattr(subject.config, "routing", "top_k") != "top_k":
+    """Return the experts of every pool and untied layer; none where `parallel.py` refuses expert parallelism.
+
+    It does so under soft routing, and with low-rank residuals.
+    """
+    config = subject.config
+    if getattr(config, "routing", "top_k") != "top_k" or any(getattr(config, "residual_rank", ())):
         return []
     return [number for layer in subject.layers if (number := layer.pool_experts or layer.num_experts)]
 
