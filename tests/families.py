@@ -1,5 +1,7 @@
 """Tiny configurations of every MoE family that the installed transformers has, for tests."""
 
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -103,6 +105,11 @@ EXTRA: dict[str, dict] = {
 }
 
 
+def transformers_before(version: str) -> bool:
+    """Whether the installed transformers is older than `version`."""
+    return Version(transformers.__version__) < Version(version)
+
+
 def moe_families() -> list[str]:
     """The model types of causal LMs whose experts use `@use_experts_implementation`."""
     return sorted(
@@ -111,6 +118,13 @@ def moe_families() -> list[str]:
         if name in CONFIG_MAPPING
         and MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]._can_set_experts_implementation()
     )
+
+
+def text_families() -> list[str]:
+    """Those of `moe_families` that have a config of their own: "qwen3_5_moe" has that of "qwen3_5_moe_text"."""
+    families = moe_families()
+    types = {each: MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[each]].config_class.model_type for each in families}
+    return [each for each in families if types[each] == each or types[each] not in families]
 
 
 def tiny_config(family: str, **fields):

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from checkpoints import save_source
-from families import moe_families, tiny_config
+from families import text_families, tiny_config
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,7 +138,7 @@ def test_activations_under_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(moe_families()) - CONVOLUTIONS - {"gemma4"}))
+@pytest.mark.parametrize("family", sorted(set(text_families()) - CONVOLUTIONS - {"gemma4"}))
 def test_activations_of_every_family(family):
     for checkpointing in (False, True):
         assert_activations(config_of(family), checkpointing)
@@ -150,7 +150,7 @@ def test_cache_is_what_a_real_prompt_leaves(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(moe_families()) - {"gemma4"}))  # the config of its text is gemma4_text
+@pytest.mark.parametrize("family", sorted(set(text_families()) - {"gemma4"}))  # the config of its text is gemma4_text
 def test_cache_of_every_family(family):
     assert_cache(tiny_config(family))
 

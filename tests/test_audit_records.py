@@ -5,7 +5,7 @@ import itertools
 import datasets
 import pytest
 import torch
-from families import moe_families, tiny_config
+from families import text_families, tiny_config
 from test_families import UNSUPPORTED
 from test_softmoe import soft_model
 from transformers import AutoModelForCausalLM
@@ -16,7 +16,7 @@ from transformers_tiedmoe.audit.records import Records, most_frequent, record
 from transformers_tiedmoe.audit.routing import RoutingWatch, layer_experts
 from transformers_tiedmoe.errors import TiedMoeError
 
-FAMILIES = [family for family in moe_families() if family not in UNSUPPORTED]
+FAMILIES = [family for family in text_families() if family not in UNSUPPORTED]
 HASHED = {("deepseek_v4", layer) for layer in (0, 1, 2)}  # routed by the token's number: there are no scores
 BLOCKS, SIZE = 5, 12
 

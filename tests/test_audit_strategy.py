@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from checkpoints import make_text, make_tokenizer, save_source, save_tied
-from families import moe_families, tiny_config
+from families import text_families, tiny_config
 from transformers import AutoModelForCausalLM
 
 from tiedmoe_conversion import ConversionRecipe, make_plan
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("audit_strategy")  # one worker makes the f
 
 OPTIONS = StrategyOptions(num_blocks=8, batch_size=4)
 SLOW = ("qwen3_5", "qwen3_next", "qwen4_exp", "inkling", "kimi", "bailing")  # linear attention in plain torch
-FAMILIES = [family for family in moe_families() if family != "gemma4"]  # multimodal: test_families.py
+FAMILIES = [family for family in text_families() if family != "gemma4"]  # multimodal: test_families.py
 
 
 def blocks(*shape, vocab_size=96):

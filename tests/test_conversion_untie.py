@@ -15,7 +15,7 @@ from conversions import (
     save_tokenizer,
     unchanged_disk,
 )
-from families import moe_families, tiny_config
+from families import text_families, tiny_config
 from test_conversion_execute import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -197,7 +197,7 @@ def test_config_has_the_older_names_too(tmp_path, family):
     assert found["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("family", [family for family in moe_families() if family != "gemma4"])
+@pytest.mark.parametrize("family", [family for family in text_families() if family != "gemma4"])
 def test_transformers_reads_the_same_config_back(tmp_path, family):
     """The older names beside the newer ones change nothing for it."""
     config = tiny_config(family, dtype=torch.bfloat16)

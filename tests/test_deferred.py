@@ -2,14 +2,26 @@
 computations.
 """
 
-import contextlib
-import itertools
 import logging
 import threading
-import weakref
 
 import pytest
 import torch
+from deferred_models import (
+    E,
+    I,
+    K,
+    Pool,
+    T,
+    Tied,
+    backward,
+    gradients,
+    ledgers_fixture,  # noqa: F401
+    loss_of,
+    reference_gradients,
+    same,
+    tokens,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -17,115 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from tiedmoe_kernels import deferred, deferred_weight_gradients, experts_forward, experts_forward_reference
 from tiedmoe_kernels import torch_backend as backend
 
-T, H, I, E, K = 5, 6, 4, 5, 2
-
-
-class Pool(nn.Module):
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * I, H, dtype=dtype) * H**-0.5)
-        self.down_proj = nn.Parameter(torch.randn(E, H, I, dtype=dtype) * I**-0.5)
-        self.gate_up_proj_bias = nn.Parameter(torch.randn(E, 2 * I, dtype=dtype))
-        self.down_proj_bias = nn.Parameter(torch.randn(E, H, dtype=dtype))
-
-    def weights(self):
-        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-        return {name: getattr(self, name) for name in names}
-
-
-class Tied(nn.Module):
-    """g layers with routers of their own that read one pool, and `recompute` of them checkpointed."""
-
-    def __init__(self, num_layers=3, dtype=torch.float64, use_reentrant=None, scoped=True):
-        super().__init__()
-        self.pool = Pool(dtype)
-        self.routers = nn.ModuleList(nn.Linear(H, E, bias=False, dtype=dtype) for _ in range(num_layers))
-        self.use_reentrant, self.scoped, self.function = use_reentrant, scoped, experts_forward
-
-    def layer(self, x, router):
-        weights, index = router(x).softmax(-1).topk(K)
-        return x + self.function(x, index, weights, **self.pool.weights())
-
-    def forward(self, x, layers=None):
-        scope = deferred_weight_gradients() if self.scoped else contextlib.nullcontext()
-        with scope:
-            for router in itertools.islice(self.routers, layers):
-                if self.use_reentrant is None:
-                    x = self.layer(x, router)
-                else:
-                    x = checkpoint(self.layer, x, router, use_reentrant=self.use_reentrant)
-        return x
-
-    def reference(self, x, layers=None):
-        self.function, self.scoped, self.use_reentrant, mine = (
-            experts_forward_reference,
-            False,
-            None,
-            (self.function, self.scoped, self.use_reentrant),
-        )
-        try:
-            return self(x, layers)
-        finally:
-            self.function, self.scoped, self.use_reentrant = mine
-
-
-@pytest.fixture(autouse=True)
-def ledgers(monkeypatch):
-    """Every test leaves its ledgers empty, and nothing holds on to them, not even a cycle."""
-    alive, original = [], deferred.Ledger.__init__
-
-    def noted(self, *args):
-        original(self, *args)
-        alive.append(weakref.ref(self))
-
-    monkeypatch.setattr(deferred.Ledger, "__init__", noted)
-    yield alive
-    assert not any(ledger() and ledger().segments for ledger in alive)
-    assert not any(ledger() for ledger in alive)
-
 
 @pytest.fixture
 def warnings(caplog):
     deferred.say_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="tiedmoe_kernels")
     return caplog
-
-
-def tokens(dtype=torch.float64, requires_grad=True):
-    return torch.randn(T, H, dtype=dtype, requires_grad=requires_grad)
-
-
-def loss_of(y):
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-
-
-def gradients(model):
-    found = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
-def same(got, want, **tolerance):
-    assert got.keys() == want.keys()
-    for name in want:
-        if want[name] is None:
-            assert got[name] is None, name
-        else:
-            torch.testing.assert_close(got[name], want[name], **({"rtol": 1e-11, "atol": 1e-12} | tolerance), msg=name)
-
-
-def reference_gradients(model, x, layers=None):
-    loss_of(model.reference(x, layers)).backward()
-    found = gradients(model) | {"x": x.grad}
-    x.grad = None
-    return found
-
-
-def backward(model, x, **more):
-    loss_of(model(x, **more)).backward()
-    found = gradients(model) | {"x": x.grad}
-    x.grad = None
-    return found
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
@@ -520,134 +429,3 @@ def test_recompute_keeps_only_the_input_and_the_routing():
     assert sizes[True] == routing
     assert sizes[False] == routing + 8 * T * K * 2 * I
     torch.testing.assert_close(grads[True], grads[False], rtol=0, atol=0)
-
-
-class TestAddingToAGradientThatIsThere:
-    """The kernels add to `.grad` themselves where nobody could tell, and nowhere else."""
-
-    @pytest.fixture
-    def added(self, monkeypatch):
-        """How many of the four gradients each call of backward_weight was to add to one that is there."""
-        found, original = [], backend.backward_weight
-
-        def counted(segments, spec, dtype, needs, into=(None,) * 4):
-            found.append(sum(tensor is not None for tensor in into))
-            return original(segments, spec, dtype, needs, into)
-
-        monkeypatch.setattr(backend, "backward_weight", counted)
-        return found
-
-    @pytest.mark.parametrize("scoped", [True, False])
-    def test_the_sum_is_made_in_the_old_gradient_s_memory(self, added, scoped):
-        model, inputs = Tied(scoped=scoped), [tokens(), tokens()]
-        for x in inputs:
-            loss_of(model.reference(x)).backward()
-        expected = gradients(model)
-        memory = {}
-        for x in inputs:
-            loss_of(model(x)).backward()
-            memory[len(memory)] = {name: p.grad.data_ptr() for name, p in model.pool.named_parameters()}
-        assert memory[0] == memory[1]
-        assert added == ([0, 4] if scoped else [0, 0, 0, 4, 4, 4])
-        same(gradients(model), expected)
-
-    def test_experts_that_no_token_went_to_keep_their_gradient(self, added):
-        pool, x = Pool(), tokens()
-        for p in pool.parameters():
-            p.grad = torch.ones_like(p)
-        index = torch.zeros(T, 1, dtype=torch.int64)
-        experts_forward(x, index, torch.ones(T, 1, dtype=x.dtype), **pool.weights()).sum().backward()
-        assert added == [4]
-        for p in pool.parameters():
-            assert (p.grad[1:] == 1).all()
-            assert (p.grad[0] != 1).any()
-
-    def test_autograd_grad_neither_reads_nor_writes_it(self, added):
-        model, x = Tied(), tokens()
-        parameters = list(model.pool.parameters())
-        expected = torch.autograd.grad(loss_of(model.reference(x)), parameters)
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        for got, want in zip(torch.autograd.grad(loss_of(model(x)), parameters), expected):
-            torch.testing.assert_close(got, want)
-        loss_of(model(x)).backward(inputs=[x])
-        assert added == [0]
-        assert all((p.grad == 1).all() for p in parameters)
-
-    def test_backward_with_inputs_adds_for_those_only(self, added):
-        model, x = Tied(), tokens()
-        loss_of(model.reference(x)).backward()
-        expected = {name: grad + 1 for name, grad in gradients(model).items() if name.startswith("pool")}
-        for p in model.pool.parameters():
-            p.grad = torch.ones_like(p)
-        loss_of(model(x)).backward(inputs=[model.pool.down_proj])
-        assert added == [1]
-        torch.testing.assert_close(model.pool.down_proj.grad, expected["pool.down_proj"])
-        assert (model.pool.gate_up_proj.grad == 1).all()
-
-    def test_a_hook_of_the_parameter_sees_this_pass_alone(self, added):
-        model, x, seen = Tied(), tokens(), []
-        loss_of(model(x)).backward()
-        first = model.pool.down_proj.grad.clone()
-        model.pool.down_proj.register_hook(seen.append)
-        loss_of(model(x)).backward()
-        assert added == [0, 3]
-        torch.testing.assert_close(seen[0], first)
-        torch.testing.assert_close(model.pool.down_proj.grad, 2 * first)
-
-    def test_a_hook_after_accumulation_sees_the_sum(self, added):
-        model, x, seen = Tied(), tokens(), []
-        model.pool.down_proj.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-        for _ in range(2):
-            loss_of(model(x)).backward()
-        assert added == [0, 3]  # the engine calls such a hook only where it adds itself
-        torch.testing.assert_close(seen[1], 2 * seen[0])
-
-    def test_whoever_holds_the_gradient_sees_the_sum_too(self, added):
-        """An optimizer's flat buffer, DDP's buckets: autograd adds in place, and so do the kernels."""
-        model, x = Tied(), tokens()
-        loss_of(model(x)).backward()
-        held = {name: p.grad for name, p in model.pool.named_parameters()}
-        versions = {name: grad._version for name, grad in held.items()}
-        for _ in range(2):
-            loss_of(model(x)).backward()
-        assert added == [0, 4, 4]
-        for name, p in model.pool.named_parameters():
-            assert p.grad is held[name]
-            assert p.grad._version > versions[name]
-
-    def test_two_forwards_and_another_use_of_a_weight_in_one_backward(self, added):
-        model, x = Tied(), tokens()
-
-        def loss(function):
-            return loss_of(function(x)) + loss_of(function(2 * x)) + model.pool.down_proj.square().sum()
-
-        loss(model.reference).backward()
-        expected = {name: grad + 1 for name, grad in gradients(model).items()}
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        loss(model).backward()
-        assert added == [4, 4]
-        same(gradients(model), expected)
-
-    @pytest.mark.filterwarnings("ignore:grad and param do not obey")
-    def test_another_dtype_or_layout_is_left_to_autograd(self, added):
-        model, x = Tied(), tokens()
-        model.pool.down_proj.grad = torch.zeros_like(model.pool.down_proj).mT.contiguous().mT
-        loss_of(model(x)).backward()
-        assert added == [0]
-
-    def test_a_failing_backward_leaves_the_old_gradient(self, monkeypatch):
-        model, x = Tied(), tokens()
-        loss_of(model(x)).backward()
-        before = {name: p.grad.clone() for name, p in model.pool.named_parameters()}
-
-        def fail(*args):
-            raise RuntimeError("no memory left")
-
-        y = loss_of(model(x))
-        monkeypatch.setattr(backend, "backward_weight", fail)
-        with pytest.raises(RuntimeError, match="no memory left"):
-            y.backward()
-        for name, p in model.pool.named_parameters():
-            assert torch.equal(p.grad, before[name])

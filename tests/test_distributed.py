@@ -10,8 +10,8 @@ from pathlib import Path
 import parallel_worker
 import pytest
 import torch
-import transformers
 from checkpoints import make_text, make_tokenizer, save_tied
+from families import transformers_before
 from fsdp2_heal_worker import KINDS, OPTIONS, load_alone, model_and_optimizer, save_alone, step
 from fsdp2_worker import CASES
 from safetensors.torch import load_file
@@ -126,7 +126,7 @@ def test_the_accelerate_example_runs_under_fsdp2(two_processes):
     assert healed.config.architectures == ["TiedMoeOlmoeForCausalLM"]
 
 
-@pytest.mark.skipif(transformers.__version__ < "5.23", reason="refused before transformers 5.23")
+@pytest.mark.skipif(transformers_before("5.23"), reason="refused before transformers 5.23")
 @pytest.mark.xdist_group("two_processes")
 def test_tensor_and_expert_parallelism_equal_one_process(tmp_path):
     """Logits, generation and gradients, with a slot map and without; each process holds half of every pool."""

@@ -7,8 +7,7 @@ import warnings
 
 import pytest
 import torch
-import transformers
-from families import moe_families, tiny_config
+from families import moe_families, text_families, tiny_config, transformers_before
 from transformers import AutoModelForCausalLM
 
 from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
@@ -21,10 +20,10 @@ UNSUPPORTED = {
 CACHE_CHANGES_TOKENS = {
     "dots3_note_text": "its indexed attention selects other keys with a cache than without, untied too",
 }
-if transformers.__version__ < "5.23":
+if transformers_before("5.23"):
     UNSUPPORTED["ernie4_5_moe"] = "this transformers does not initialise its routers in _init_weights"
     UNSUPPORTED["lfm2_moe"] = "this transformers cannot run its short convolutions with layer_types given"
-FAMILIES = [family for family in moe_families() if family not in UNSUPPORTED]
+FAMILIES = [family for family in text_families() if family not in UNSUPPORTED]
 
 
 def family_model(family: str, **fields):

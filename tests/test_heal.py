@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from checkpoints import TINY, make_text, make_tokenizer, save_source, save_tied
+from families import transformers_before
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
@@ -32,7 +32,7 @@ from transformers_tiedmoe.training.parameter_groups import BUDGET_LR, pool_param
 from transformers_tiedmoe.training.trainer import HealTrainer
 from transformers_tiedmoe.workdir import open_work
 
-needs_soft_routing = pytest.mark.skipif(transformers.__version__ < "5.18", reason="refused before transformers 5.18")
+needs_soft_routing = pytest.mark.skipif(transformers_before("5.18"), reason="refused before transformers 5.18")
 
 QUICK = {"max_steps": 6, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.0}
 

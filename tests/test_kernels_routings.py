@@ -10,7 +10,15 @@ pytest.importorskip("hypothesis")
 pytest.importorskip("triton")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels import DEVICES, Case, backend, forward, in_float64, layer, relative_error  # noqa: F401  a fixture
+from kernel_layers import (
+    DEVICES,
+    Case,
+    backend_fixture,  # noqa: F401
+    forward,
+    in_float64,
+    layer,
+    relative_error,
+)
 
 from tiedmoe_kernels import experts_forward, experts_forward_reference, metadata
 
@@ -49,7 +57,7 @@ def test_sorts_stably_and_tiles_every_row_once(routing, device):
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("device", DEVICES)
-def test_any_routing_decodes_as_it_trains(data, device, backend):  # noqa: F811
+def test_any_routing_decodes_as_it_trains(data, device, backend):
     E, K, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     R = data.draw(st.one_of(st.none(), st.integers(1, 12)))
     case = Case(T=T, H=16, I=16, E=E, K=K, slot_map=None if R is None else [i * 7 % E for i in range(R)])

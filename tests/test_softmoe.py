@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from families import moe_families, tiny_config
-from packaging.version import Version
+from families import text_families, tiny_config, transformers_before
 from test_families import UNSUPPORTED
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -33,7 +31,7 @@ from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
 from transformers_tiedmoe.training import AnnealRouting, pool_parameter_groups, soft_routing
 
-if Version(transformers.__version__) < Version(SOFT_SINCE):
+if transformers_before(SOFT_SINCE):
     pytest.skip(f"soft routing needs transformers {SOFT_SINCE}", allow_module_level=True)
 
 # Families whose router cannot be replaced, and what the error says of it.
@@ -44,7 +42,7 @@ NOT_SOFT = {
     "phimoe": "it does not choose by one top-k over its experts",
     "zaya": "its code takes no tokens",
 }
-SOFT = [family for family in moe_families() if family not in {**NOT_SOFT, **UNSUPPORTED}]
+SOFT = [family for family in text_families() if family not in {**NOT_SOFT, **UNSUPPORTED}]
 TYING = {"group_size": 2, "skip_first": 1, "skip_last": 1}
 
 

@@ -10,7 +10,7 @@ import torch
 from checkpoints import make_text, make_tokenizer, save_tied
 from checkpoints import save_source as save_small_source
 from conversions import edit_config, edit_tensors, save_source, save_tokenizer
-from families import moe_families, tiny_config
+from families import text_families, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from test_families import UNSUPPORTED
@@ -331,7 +331,7 @@ def test_a_family_with_a_number_for_each_layer_keeps_it(data, tmp_path):
     assert report["loss_before"] == pytest.approx(held_out_loss(soft, data)[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted({*moe_families()} - {*PER_LAYER, *UNSUPPORTED}))
+@pytest.mark.parametrize("family", sorted({*text_families()} - {*PER_LAYER, *UNSUPPORTED}))
 def test_no_other_family_s_config_holds_a_number_for_each_layer(family):
     config = tiny_config(family)
     field = next(name for name in TOP_K_FIELDS if getattr(config, name, None) is not None)

@@ -1,15 +1,18 @@
 """Makes bfloat16 right in Triton's interpreter, which runs the kernels on a CPU (triton 3.6 to 3.9, triton issue
-11584).
+11584), and the interpreter faster.
 
 The interpreter holds a bfloat16 as its 16 bits in a numpy uint16. Its `tl.dot` multiplies these as integers, and its
 cast from float32 drops the low bits where a GPU rounds to nearest even. Both are repaired here. Any other arithmetic
-on
-bfloat16 is refused: it would work on the bits too, and a kernel should do it in float32 anyway.
+on bfloat16 is refused: it would work on the bits too, and a kernel should do it in float32 anyway.
 """
+
+import functools
+import inspect
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 
@@ -49,3 +52,19 @@ def cast_impl(self, src, dst_type):
 def _refuse_bfloat16(op, *operands):
     if any(x.dtype.scalar == tl.bfloat16 for x in operands):
         raise TypeError(f"{op.__name__} on bfloat16 in Triton's interpreter; convert to float32 first, as on a GPU")
+
+
+def remember_builtins() -> None:
+    """Look through triton's language for what it replaces once, not at every call of a function in a kernel."""
+
+    def patch_builtin(package, builder, scope):
+        for name in _builtins(package):
+            if tl.core.is_builtin(member := getattr(package, name)):  # no longer, where a caller has replaced it
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+@functools.cache
+def _builtins(package) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
