@@ -40,7 +40,6 @@ def made(tmp_path_factory):
     save_source(folder / "source", attention_dropout=0.2)
     save_tied(folder / "tied", attention_dropout=0.2)
     save_tied(folder / "bf16", dtype=torch.bfloat16, attention_dropout=0.2)
-    save_tied(folder / "soft", attention_dropout=0.2, **SOFT)
     return folder
 
 
@@ -88,6 +87,8 @@ def test_a_killed_healing_ends_as_an_unbroken_one(model, fields, made, tmp_path)
     options = OPTIONS | fields
     if "teacher" in options:
         options["teacher"] = str(made / options["teacher"])
+    if model == "soft" and not (made / model).exists():  # here, as an older transformers skips it
+        save_tied(made / model, attention_dropout=0.2, **SOFT)
     arguments = str(made / model), str(made / "text.txt")
     unbroken = heal(HealConfig(*arguments, str(tmp_path / "unbroken"), **options))
     killed = HealConfig(*arguments, str(tmp_path / "killed"), **options)

@@ -692,6 +692,9 @@ def test_a_plain_trainer_anneals_logs_and_goes_on_after_a_kill(tokens, tmp_path)
     logs = [each for each in trainer.state.log_history if "active_experts" in each]
     assert len(logs) == 6
     assert all(1 <= each["active_experts"] <= 4 and each["dead_experts"] >= 0 for each in logs)
+    assert [each["routing_alpha"] for each in logs] == sorted(each["routing_alpha"] for each in logs)
+    assert [logs[-1][f"routing_{name}"] for name in ("alpha", "threshold")] == [0.2, soft["threshold"]]
+    assert sum(logs[-1][f"router_k/layer_{layer}"] for layer in range(6)) == pytest.approx(9.0)
     reported = [each["active_experts"] for each in report.logs if "loss" in each]
     assert reported == [each["active_experts"] for each in logs]
 

@@ -294,14 +294,14 @@ class TiedMoeConfig(PreTrainedConfig):
             if self.softmoe is not None:
                 raise TiedMoeError("softmoe has no effect with routing='top_k'; set routing='softmoe' too")
             return
+        if "router" in self.tied_components:
+            raise TiedMoeError(
+                "routing='softmoe' keeps a router in every layer; leave 'router' out of tied_components"
+            )
         if Version(transformers.__version__) < Version(SOFT_SINCE):
             raise TiedMoeError(
                 f"routing='softmoe' needs transformers {SOFT_SINCE} or newer, whose experts know slots that are not "
                 f"used; this is {transformers.__version__}: upgrade it, or use routing='top_k'"
-            )
-        if "router" in self.tied_components:
-            raise TiedMoeError(
-                "routing='softmoe' keeps a router in every layer; leave 'router' out of tied_components"
             )
         top_k, most = [self.experts_per_token_of(layer) for layer in moe_layers], self.most_experts_per_token
         if not 1 <= min(top_k) <= max(top_k) <= most:

@@ -247,11 +247,15 @@ def routing_logs(model: nn.Module) -> dict[str, float]:
 
     Returns:
         `active_experts`, the mean over tokens and layers; `dead_experts`, over all layers; `tokens_cut`, the share of
-        tokens that lost experts to `max_active`. Empty if nothing was routed softly.
+        tokens that lost experts to `max_active`; where the routing stands, `routing_alpha`, `routing_threshold` and
+        `router_k/layer_N`, the soft mass of each layer. Empty if nothing was routed softly.
     """
     if not (layers := active_experts(model)):
         return {}
+    soft = _options_of(model)
     return {
+        **{f"routing_{name}": soft[name] for name in ("alpha", "threshold")},
+        **{f"router_k/layer_{each['layer']}": each["k"] for each in layers},
         "active_experts": sum(each["mean"] for each in layers) / len(layers),
         "dead_experts": sum(each["dead"] for each in layers),
         "tokens_cut": sum(each["tokens_cut"] for each in layers) / sum(each["tokens"] for each in layers),
