@@ -230,6 +230,30 @@ def test_every_kind_of_figure_is_drawn_where_there_is_something_to_show(written)
     assert names == expected == {path.stem for path in (written[1] / "figures").glob("*.png")}
 
 
+@pytest.mark.parametrize("draw", [plots.memory, plots.training, plots.strategy, plots.similarity])
+def test_nothing_is_cut_off_on_a_phone(draw):
+    audit = audits.audit()
+    with drawing.styled():
+        is_of_one = draw in plots.PER_MODEL.values()
+        figure = draw(audit.models[0], audit.domains, True) if is_of_one else draw(audit, True)
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+    assert box.x0 >= -0.01
+    assert box.x1 <= drawing.WIDTHS[True] + 0.01
+
+
+def test_losses_far_apart_are_drawn_by_their_logarithm():
+    model = audits.audit().models[0]
+    for factor, scale in ((1, "linear"), (1000, "symlog")):
+        losses = [each.loss_increase.value for each in model.strategy.replacements]
+        first = model.strategy.replacements[0]
+        worst = schema.Interval(value=factor * max(losses))
+        rows = [first.model_copy(update={"loss_increase": worst}), *model.strategy.replacements[1:]]
+        strategy = model.strategy.model_copy(update={"replacements": rows})
+        figure = plots.strategy(model.model_copy(update={"strategy": strategy}), [], True)
+        assert figure.axes[0].get_yscale() == scale
+
+
 def test_one_model_has_no_pareto_front():
     pytest.importorskip("matplotlib")
     assert set(plots.figures(audits.audit([small("m", is_dense=True)]))) == {"memory", "training"}

@@ -21,7 +21,6 @@ from transformers_tiedmoe.audit.strategy import (
     KeepInputs,
     StrategyOptions,
     expert_outputs,
-    group_cost,
     measure,
 )
 from transformers_tiedmoe.audit.subject import Subject, layers_of, open_subject
@@ -231,19 +230,6 @@ def test_a_dense_model_says_so(domains):
     assert subject.notes == ["layer strategy: the model has no experts, so there is none"]
 
 
-def served(group, one, costs):
-    """What it costs that the experts of layer `one` serve all of a group: each pays every step on the way there."""
-    ways = (range(min(one, layer), max(one, layer)) for layer in group)
-    return sum(costs[step, step + 1] for way in ways for step in way)
-
-
-def test_a_group_costs_every_step_to_the_layer_that_serves_all():
-    assert group_cost([0.5]) == 0.5
-    assert group_cost([1.0, 2.0]) == 3.0
-    assert group_cost([1.0, 2.0, 4.0]) == 1.0 + 2.0 + (2.0 + 4.0)  # by the second layer
-    assert group_cost([4.0, 2.0, 1.0]) == group_cost([1.0, 2.0, 4.0])
-
-
 def test_plans_are_the_cheapest_groups_of_all(found):
     """Against every choice of disjoint runs of up to four of the five layers, by the replacements' own costs."""
     costs = {}
@@ -257,10 +243,7 @@ def test_plans_are_the_cheapest_groups_of_all(found):
         for tied in itertools.product((False, True), repeat=4):  # whether each layer shares with the one before
             longest = max(len(run) for run in "".join("1" if each else " " for each in tied).split(" "))
             if 1 - sum(tied) / 5 <= budget and longest < 4:
-                groups = [[0]]
-                for i, shares in enumerate(tied, 1):
-                    groups = [*groups[:-1], [*groups[-1], i]] if shares else [*groups, [i]]
-                best = min(best, sum(min(served(group, one, costs) for one in group) for group in groups))
+                best = min(best, sum(costs[i, i + 1] for i, each in enumerate(tied) if each))
         assert plan.predicted_loss_increase == pytest.approx(best)
         check_groups(plan.recipe["groups"], range(5), 5)
     shares = [plan.expert_share for plan in found.plans]

@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -90,9 +90,9 @@ def label(axes: Any, text: str, at: Any, shift: tuple[float, float] = (0, 0), pl
     axes.annotate(text, at, shift, xycoords=place, textcoords="offset points", annotation_clip=False, **style)
 
 
-def title(axes: Any, model: ModelAudit, text: str, is_narrow: bool, above: float = 0) -> None:
-    """Say what is drawn, and under it of which model; `above` leaves points for what stands between."""
-    subtitle(axes, text, units.short(model.name, 40 if is_narrow else 70), above)
+def title(axes: Any, model: ModelAudit, text: str, is_narrow: bool, above: float = 0, second: str = "") -> None:
+    """Say what is drawn, and under it of which model, and `second`; `above` leaves points for what stands between."""
+    subtitle(axes, text, units.short(model.name, (40 if is_narrow else 70) - len(second)) + second, above)
 
 
 def subtitle(axes: Any, text: str, second: str, above: float = 0) -> None:
@@ -109,6 +109,31 @@ def end_labels(axes: Any, x: float, labels: list[tuple[str, float, str]]) -> Non
     for name, value, colour in sorted(labels, key=lambda each: each[1]):
         at = value if at is None else max(value, at + gap)
         label(axes, name, (x, at), (5, 0), color=colour, fontsize=8.5, va="center")
+
+
+def swatches(axes: Any, names: list[str], colours: Sequence[str], above: float, is_narrow: bool) -> None:
+    """Name the bars' colours in one line under the title, `above` points over the axes, each in its own colour."""
+    from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
+
+    type_size = 7.5 if is_narrow else 8.5
+    texts: list[Any] = [
+        TextArea(f"■ {name}", textprops={"color": colour, "fontsize": type_size})
+        for name, colour in zip(names, colours)
+    ]
+    line = HPacker(children=texts, pad=0, sep=6 if is_narrow else 10)
+    axes.add_artist(
+        AnnotationBbox(
+            line,
+            (0, 1),
+            (0, above),
+            "axes fraction",
+            boxcoords="offset points",
+            box_alignment=(0, 0),
+            frameon=False,
+            pad=0,
+            annotation_clip=False,
+        )
+    )
 
 
 def save_png(figure: Any, path: Path) -> None:

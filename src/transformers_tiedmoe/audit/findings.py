@@ -122,11 +122,18 @@ def _strategy(model: ModelAudit) -> Iterator[Finding]:
     if len(costs) > 1:
         worst = max(costs, key=lambda each: each.loss_increase.value)
         least = min(costs, key=lambda each: each.loss_increase.value)
-        yield Finding(
+        back = next((each for each in costs if (each.layer, each.neighbour) == (worst.neighbour, worst.layer)), None)
+        text = (
             f"Layer {worst.layer} needs experts of its own most: with those of layer {worst.neighbour} the loss "
-            f"changes by {units.added(worst.loss_increase.value)} per token; layer {least.layer} needs its own least "
-            f"({units.added(least.loss_increase.value)}).",
-            "strategy",
+            f"changes by {units.added(worst.loss_increase.value)} per token"
+        )
+        if back is not None and back.loss_increase.value < worst.loss_increase.value / 2:
+            text += (
+                f", though layer {back.layer} would do with those of layer {back.neighbour} "
+                f"({units.added(back.loss_increase.value)})"
+            )
+        yield Finding(
+            f"{text}; layer {least.layer} needs its own least ({units.added(least.loss_increase.value)}).", "strategy"
         )
     routers = [each for each in model.strategy.replacements if each.part == "router"]
     free = [each.layer for each in routers if each.loss_increase.value < NEGLIGIBLE]
@@ -195,6 +202,9 @@ def _stability(model: ModelAudit, domains: list[Domain]) -> Iterator[Finding]:
                           "stability", is_main=False)  # fmt: skip
     if model.stability.agreement:
         agreement = max(model.stability.agreement, key=lambda each: each.agreement.value)
+        if all(each.by_chance == 0 for each in model.stability.agreement):
+            yield Finding("No two layers of a pool use the same experts of it.", "stability")
+            return
         yield Finding(
             f"Layers {agreement.layers[0]} and {agreement.layers[1]}, of pool {agreement.pool}, agree most: "
             f"{units.percent(agreement.agreement.value)} of their choices are the same expert "

@@ -95,6 +95,12 @@ def measure(subject: Subject, options: MemoryOptions | None = None) -> Memory:
         top_k = prefill(model, 2, 1).top_k
     except (RuntimeError, NotImplementedError) as error:
         subject.notes.append(unpredicted("the number of experts per token", error))
+    text_config: Any = subject.config.get_text_config()
+    if getattr(text_config, "routing", "top_k") == "softmoe" and top_k:
+        subject.notes.append(
+            f"memory: soft routing takes room for the most experts that a token may use ({max(top_k.values())} in a "
+            "layer), whatever it does use, as on a GPU; `max_active` of its softmoe bounds that"
+        )
     tensors = list_tensors(model, subject, top_k)
     return Memory(
         parameters=count_parameters(tensors),

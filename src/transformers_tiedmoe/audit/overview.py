@@ -45,7 +45,8 @@ def glance(audit: Audit) -> Table:
     shown = next((inference_shown(model.memory) for model in audit.models if model.memory), None)
     at = f"; memory at {shown.context:,} tokens and a batch of {shown.batch_size}" if shown else ""
     note = "Bits saved of each byte of text: 8 less the bits per byte." if ratios else ""
-    return Table(f"The models at a glance{at}; losses in nats per token", columns, rows, note)
+    losses = "; losses in nats per token" if domains else ""
+    return Table(f"The models at a glance{at}{losses}", columns, rows, note)
 
 
 def layers(model: ModelAudit) -> Table:

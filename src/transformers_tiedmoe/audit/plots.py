@@ -26,9 +26,11 @@ from .drawing import (
     new_figure,
     styled,
     subtitle,
+    swatches,
     title,
 )
 from .findings import total_loads
+from .plots_strategy import similarity, strategy
 from .ribbons import flow
 from .schema import Audit, Domain, Layer, ModelAudit
 from .tables import OPTIMIZERS
@@ -239,7 +241,7 @@ def active(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any | N
     axes.set(xlabel="layer", ylabel="experts that a token uses", ylim=(-0.5, highest + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    title(axes, model, "Active experts over depth", is_narrow)
+    title(axes, model, "Active experts over depth", is_narrow, second="; shade: share of the tokens")
     if side is not None:
         by_position = np.mean([row.by_position for row in rows], axis=0)
         side.plot(model.active.position_bins, by_position, color=INK, linewidth=1.7, drawstyle="steps-post")
@@ -276,7 +278,8 @@ def training(audit: Audit, is_narrow: bool) -> Any | None:
     """Draw what a training step takes on each GPU, one bar an optimizer and strategy, against the sizes of GPUs."""
     found = [each for model in audit.models if model.memory is not None for each in model.memory.training]
     is_checkpointed = any(each.gradient_checkpointing for each in found)  # both in one figure are too many bars
-    heading = f"Memory to train{', with gradient checkpointing' if is_checkpointed else ''}, on each GPU"
+    how = "with gradient checkpointing" if is_checkpointed else ""
+    heading = f"Memory to train{f', {how}' if how and not is_narrow else ''}, on each GPU"
     bars = [
         (
             model,
@@ -299,14 +302,22 @@ def training(audit: Audit, is_narrow: bool) -> Any | None:
     if not bars:
         return None
     gpus = next(model.memory.gpus for model in audit.models if model.memory is not None)
-    return _bars(audit, bars, gpus, heading, SERIES, is_narrow)
+    return _bars(audit, bars, gpus, heading, SERIES, is_narrow, how if is_narrow else "")
 
 
 STRATEGIES = {"one": "one", "ddp": "DDP", "fsdp2": "FSDP2", "expert_parallel": "EP"}
 
 
-def _bars(audit: Audit, bars: list, gpus: dict[str, int], title: str, colours: Sequence[str], is_narrow: bool) -> Any:
-    """Draw stacked bars in GiB, grouped by model, with a line at each size of GPU."""
+def _bars(
+    audit: Audit,
+    bars: list,
+    gpus: dict[str, int],
+    title: str,
+    colours: Sequence[str],
+    is_narrow: bool,
+    how: str = "",
+) -> Any:
+    """Draw stacked bars in GiB, grouped by model, with a line at each size of GPU; `how` stands under them."""
     unit, scale = _scale(max(each.total_bytes for *_, each in bars))
     most = max(each.total_bytes for *_, each in bars) / scale
     figure = new_figure(
@@ -338,9 +349,9 @@ def _bars(audit: Audit, bars: list, gpus: dict[str, int], title: str, colours: S
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     note, num_rows = _gpu_lines(axes, most, scale, gpus, is_narrow)
-    axes.set_xlabel(f"{unit}; {note}" if note else unit)
+    axes.set_xlabel(("\n" if is_narrow else "; ").join(each for each in (unit, how, note) if each))
     axes.set_title(f"{title}\n", loc="left", pad=TITLE_PAD + 10 * num_rows)
-    _swatches(axes, list(bars[0][2]), colours, 5 + 10 * num_rows, is_narrow)
+    swatches(axes, list(bars[0][2]), colours, 5 + 10 * num_rows, is_narrow)
     return figure
 
 
@@ -375,121 +386,11 @@ def _gpu_lines(axes: Any, most: float, scale: float, gpus: dict[str, int], is_na
     return "", len(ends)
 
 
-def _swatches(axes: Any, names: list[str], colours: Sequence[str], above: float, is_narrow: bool) -> None:
-    """Name the bars' colours in one line under the title, `above` points over the axes, each in its own colour."""
-    from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
-
-    type_size = 7.5 if is_narrow else 8.5
-    texts: list[Any] = [
-        TextArea(f"■ {name}", textprops={"color": colour, "fontsize": type_size})
-        for name, colour in zip(names, colours)
-    ]
-    line = HPacker(children=texts, pad=0, sep=6 if is_narrow else 10)
-    axes.add_artist(
-        AnnotationBbox(
-            line,
-            (0, 1),
-            (0, above),
-            "axes fraction",
-            boxcoords="offset points",
-            box_alignment=(0, 0),
-            frameon=False,
-            pad=0,
-            annotation_clip=False,
-        )
-    )
-
-
 def _scale(most: float) -> tuple[str, float]:
     for unit, scale in (("GiB", 2.0**30), ("MiB", 2.0**20)):
         if most >= 0.9 * scale:
             return unit, scale
     return "KiB", 2.0**10
-
-
-# --- layer strategy --------------------------------------------------------------------------------------------------
-
-PARTS = {"experts": BLUE, "router": ORANGE, "attention": GREEN}
-
-
-def strategy(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any | None:
-    """Draw what the loss becomes, over depth, when a layer uses its neighbour's experts, router or attention."""
-    if model.strategy is None or not model.strategy.replacements:
-        return None
-    found = model.strategy.replacements
-    worst = max(found, key=lambda each: each.loss_increase.value)
-    figure = new_figure(
-        is_narrow,
-        3.3,
-        f"Loss added over the layers of {units.short(model.name)} when one uses its neighbour's part: at most "
-        f"{units.added(worst.loss_increase.value)}, for the {worst.part} of layer {worst.layer}.",
-    )
-    axes = figure.subplots()
-    axes.axhline(0, color=MUTED, linewidth=0.7)
-    labels = []
-    for part, colour in PARTS.items():
-        rows = sorted((each for each in found if each.part == part), key=lambda each: each.layer)
-        if not rows:
-            continue
-        layers, values = [each.layer for each in rows], [each.loss_increase.value for each in rows]
-        low = [each.loss_increase.value if each.loss_increase.low is None else each.loss_increase.low for each in rows]
-        high = [
-            each.loss_increase.value if each.loss_increase.high is None else each.loss_increase.high for each in rows
-        ]
-        axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(layers, values, color=colour, linewidth=1.7, marker="o", markersize=3.2)
-        labels.append((part, values[-1], colour))
-    last = max(each.layer for each in found)
-    end_labels(axes, last, labels)
-    axes.set(xlabel="layer", ylabel="loss added, nats per token")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    title(axes, model, "What a layer loses with its neighbour's …", is_narrow)
-    return figure
-
-
-def similarity(model: ModelAudit, domains: list[Domain], is_narrow: bool) -> Any | None:
-    """Draw how alike layers are: above the diagonal what enters their experts, below it what comes out."""
-    if model.strategy is None or len(model.strategy.similarity) < 3:
-        return None
-    pairs = model.strategy.similarity
-    layers = sorted({layer for each in pairs for layer in each.layers})
-    place = {layer: i for i, layer in enumerate(layers)}
-    outputs = {each.layers: each.output_similarity for each in pairs if each.output_similarity is not None}
-    most = max(1e-9, *outputs.values()) if outputs else 1.0
-    image = np.zeros((len(layers), len(layers), 4), np.uint8)
-    for each in pairs:
-        first, second = sorted(place[layer] for layer in each.layers)
-        image[first, second] = (*SHADES["blue"], int(255 * np.clip(each.representation_cka, 0, 1)))
-        if each.layers in outputs:
-            image[second, first] = (*SHADES["orange"], int(255 * np.clip(outputs[each.layers] / most, 0, 1)))
-    closest = max(pairs, key=lambda each: outputs.get(each.layers, each.representation_cka))
-    figure = new_figure(
-        is_narrow,
-        4.6 if is_narrow else 5.0,
-        f"Matrix of layers of {units.short(model.name)}: the similarity of what enters their experts, and of their "
-        f"experts' outputs. Most alike are layers {units.span(sorted(closest.layers))}.",
-    )
-    axes = figure.subplots()
-    axes.imshow(image, interpolation="none")
-    for spine in axes.spines.values():
-        spine.set(visible=True, linewidth=0.6)
-    axes.plot([-0.5, len(layers) - 0.5], [-0.5, len(layers) - 0.5], color=MUTED, linewidth=0.6)
-    step = next(step for step in (1, 2, 4, 8, 16, 32) if len(layers) <= 16 * step)
-    axes.set_xticks(range(0, len(layers), step), layers[::step])
-    axes.set_yticks(range(0, len(layers), step), layers[::step])
-    axes.tick_params(length=0)
-    axes.set(xlabel="layer", ylabel="layer")
-    title(axes, model, "How alike layers are", is_narrow)
-    for x, y, ha, va, colour, text, values in (
-        (0.98, 0.98, "right", "top", BLUE, "experts' inputs, CKA", [each.representation_cka for each in pairs]),
-        (0.02, 0.02, "left", "bottom", ORANGE, "experts' outputs, cosine", list(outputs.values())),
-    ):
-        if not values:
-            continue
-        text = f"{text}: {min(values):.2f} to {max(values):.2f}"
-        frame = {"facecolor": PAPER, "edgecolor": colour, "linewidth": 0.8, "pad": 3}
-        axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, fontsize=8, bbox=frame)
-    return figure
 
 
 # --- Pareto ----------------------------------------------------------------------------------------------------------
@@ -530,7 +431,9 @@ def pareto(audit: Audit, is_narrow: bool) -> Any | None:
             against = "compute" if front == "is_on_compute_front" else "memory"
             axes.set_title(f"{'Loss' if is_loss else 'Quality'} against {against}", loc="left")
             better = "better ↙" if is_lower_better else "better ↖"
-            label(axes, better, (1, 1), (0, 9), "axes fraction", ha="right", fontsize=8, color=MUTED)
+            label(
+                axes, f"● on the front, {better}", (1, 1), (0, 9), "axes fraction", ha="right", fontsize=8, color=MUTED
+            )
     return figure
 
 

@@ -48,6 +48,9 @@ FIGURES = {  # of one model, by evidence
 }
 
 
+COLUMNS = 4  # models that stand beside each other, on a phone too
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page under a heading."""
@@ -93,9 +96,10 @@ def write(audit: Audit, folder: str | Path) -> None:
 
 def page(audit: Audit, figures: dict[str, Figure]) -> dict[str, Any]:
     """Return all that the templates show of an audit: texts, tables, figures."""
+    glance = overview.glance(audit)
     return {
         "title": _title(audit),
-        "glance": overview.glance(audit),
+        "glance": glance.transposed() if len(glance.rows) <= COLUMNS else glance,
         "groups": _groups(audit),
         "figures": figures,
         "sections": _sections(audit, figures),
@@ -109,7 +113,8 @@ def _together(text: str) -> str:
 
 def terminal(audit: Audit) -> list[RenderableType]:
     """Return what a terminal shows: the models at a glance, then what was found, the most important first."""
-    shown: list[RenderableType] = [_rich(overview.glance(audit))]
+    glance = overview.glance(audit)
+    shown: list[RenderableType] = [Text(glance.caption, style="italic"), _rich(glance)]
     for heading, _, sentences in _groups(audit):
         lines = Text(heading, style="bold")
         for each in sentences:
@@ -126,7 +131,7 @@ def terminal(audit: Audit) -> list[RenderableType]:
 
 def _rich(table: Table) -> RichTable:
     """Return a table for the terminal, a column a model; as `Text`, since a name may hold rich's markup."""
-    shown = RichTable(box=box.SIMPLE_HEAD, title=Text(table.caption), title_justify="left")
+    shown = RichTable(box=box.SIMPLE_HEAD)
     shown.add_column(Text(table.columns[0]), overflow="fold")
     for row in table.rows:
         shown.add_column(Text(row[0]), justify="right", overflow="fold")
@@ -170,7 +175,8 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
     for i, model in enumerate(audit.models, start=1):
         found += _model_sections(audit, model, i, figures, is_alone)
     if not is_alone and audit.models:
-        found.append(
+        found.insert(
+            0,
             Section(
                 "The models compared",
                 "comparison",
@@ -179,7 +185,7 @@ def _sections(audit: Audit, figures: dict[str, Figure]) -> list[Section]:
                 or ["There is too little in common to compare: see the notes on each model."],
                 figures=[name for name in ("pareto", "memory", "training") if name in figures],
                 tables=[overview.pareto(audit)] if audit.pareto else [],
-            )
+            ),
         )
     when = f"On {audit.date[:10]}, by tiedmoe's audit, version {audit.version} of its schema."
     found.append(

@@ -2,11 +2,11 @@
 
 A part of a layer is replaced by its neighbour's and the loss taken again on the same blocks. Experts of two layers
 share no numbering, so they are matched by their outputs first (`metrics.best_match`). A plan takes what replacing the
-experts costs for what tying costs (`group_cost`), and lets `grouping.best_choices` choose.
+experts costs for what tying costs, adds it up over neighbours, and lets `grouping.best_choices` choose.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -220,7 +220,7 @@ class _Measurement:
                 layers=tuple(layer.index for layer in run),
                 width=run[0].num_experts,
                 saved=self._expert_bytes(run[1:]),
-                loss=group_cost([costs[a.index, b.index] for a, b in pairwise(run)]),
+                loss=sum(costs[a.index, b.index] for a, b in pairwise(run)),
             )
             for run in runs
             if all((a.index, b.index) in costs and are_alike(a.experts, b.experts) for a, b in pairwise(run))
@@ -260,16 +260,6 @@ def pair_costs(replacements: list[Replacement]) -> dict[tuple[int, int], float]:
             pair = (min(each.layer, each.neighbour), max(each.layer, each.neighbour))
             costs[pair] = max(FREE, min(costs.get(pair, float("inf")), each.loss_increase.value))
     return costs
-
-
-def group_cost(steps: Sequence[float]) -> float:
-    """Return what it costs that layers share experts, by what each two neighbours among them cost, in order.
-
-    One layer's experts serve all of them, so that every other layer pays each step on the way to that one; it is the
-    layer for which this adds up to the least. Of two or three layers it is the sum of the steps.
-    """
-    places = range(len(steps) + 1)
-    return min(sum(sum(steps[min(one, each) : max(one, each)]) for each in places) for one in places)
 
 
 def _reason(choice: Choice, layers: list[MoeLayer], costs: Mapping[tuple[int, int], float]) -> str:

@@ -1,10 +1,11 @@
 """The audit's tables, one function a kind of evidence; report.py puts them on a page and into the terminal."""
 
+import itertools
 from dataclasses import dataclass
 
 from . import units
 from .findings import smallest_gpu
-from .schema import COMPONENTS, ActiveExperts, LayerStrategy, Memory, Quality, Stability
+from .schema import COMPONENTS, ActiveExperts, LayerMemory, LayerStrategy, Memory, Quality, Stability
 
 NAMES = {
     "embedding": "embedding",
@@ -31,6 +32,11 @@ class Table:
     rows: list[tuple[str, ...]]
     note: str = ""
 
+    def transposed(self) -> "Table":
+        """Return the table with a column for each of its rows."""
+        columns, *rows = zip(self.columns, *self.rows)
+        return Table(self.caption, columns, rows, self.note)
+
     @property
     def is_long(self) -> bool:
         """Whether a page folds it."""
@@ -53,7 +59,7 @@ def active(found: ActiveExperts) -> list[Table]:
             ],
         )
     ]
-    if found.domain_shift:
+    if found.domain_shift and found.is_adaptive:  # else it is 0
         tables.append(
             Table(
                 "How far texts differ in the numbers of experts used: total variation, mean of the layers, 0 to 1",
@@ -169,12 +175,12 @@ def memory(found: Memory) -> list[Table]:
     tables.append(
         Table(
             "Parameters stored by each layer",
-            ("layer", *(NAMES[name] for name in used)),
+            ("layers", *(NAMES[name] for name in used)),
             [
-                (str(row.layer), *(units.count(n) if (n := row.parameters.get(name)) else "–" for name in used))
-                for row in found.layers
+                (units.span([row.layer for row in alike]), *counts)
+                for counts, alike in itertools.groupby(found.layers, lambda row: _counts(row, used))
             ],
-            "A pool counts in the first layer of its group.",
+            "Neighbours that are alike are one row; a pool counts in the first layer of its group.",
         )
     )
     return [table for table in tables if table.rows]
@@ -342,6 +348,10 @@ def quality(found: Quality) -> list[Table]:
         ),
     ]
     return [table for table in tables if table.rows]
+
+
+def _counts(row: LayerMemory, used: list[str]) -> tuple[str, ...]:
+    return tuple(units.count(row.parameters[name]) if row.parameters.get(name) else "–" for name in used)
 
 
 def _distribution(each) -> tuple[str, ...]:
