@@ -78,16 +78,26 @@ ROWS = [
     *rows("union", G4, method="union"),
     Row("tied from scratch", "g=4", num_seeds=1, kind="scratch"),
 ]
-# `make study-healing`: what came closest to the untouched source; docs/log.md tells what else was tried.
+# `make study-healing`: what came closest to the untouched source, and the pairs that were best before it;
+# docs/log.md tells what else was tried.
 SIX_PAIRS = {"groups": [[layer, layer + 1] for layer in range(0, 12, 2)]}
 HALF_PAIRS, MORE_PAIRS = ("six pairs", SIX_PAIRS), ("six pairs, 1.5E", {**SIX_PAIRS, "pool_experts": "1.5x"})
+ONE_POOL = ("one pool of 9E", {"groups": [list(range(12))], "pool_experts": "9x"})  # of all layers
 LONG = {"calibration_tokens": 215040}  # as many as the healing has
 TWO = {**TEACHER_ALONE, "per_device_train_batch_size": 2}
 LONG_PREFIT = [{"prefit": {"steps": 1600}}]
 HEALING_ROWS = [
     SOURCE,
     *rows("long prefit; batches of 2", HALF_PAIRS, method="prefit", method_options={"steps": 1600}, heal=TWO, **LONG),
-    *rows("prototype, long prefit", MORE_PAIRS, method="prototype", then=LONG_PREFIT, heal=TEACHER_ALONE, **LONG),
+    *rows(
+        "prototype, long prefit",
+        MORE_PAIRS,
+        ONE_POOL,
+        method="prototype",
+        then=LONG_PREFIT,
+        heal=TEACHER_ALONE,
+        **LONG,
+    ),
 ]
 QUICK_SERIES = ("source", "union", "average", "tied from scratch", "within layers, random")
 QUICK = [row for row in ROWS if row.size in ("untied", "g=4", HALF[1]) and row.series in QUICK_SERIES]
