@@ -1,5 +1,6 @@
 """Active experts and routing stability against numbers made by hand from the same choices."""
 
+import inspect
 import itertools
 import math
 
@@ -173,6 +174,8 @@ def test_flops_without_experts_are_the_matrix_products():
     attention = 32 * 32 * 2 + 32 * 16 * 2  # query and output; key and value of two of four heads
     scores = 2 * 4 * 16 * 8  # of four heads, queries on keys and weights on values
     expected = 2 * (3 * (attention + scores + 32 * 4) + 32 * 96)  # with the router, and the head
+    if " @ " in inspect.getsource(type(model.model.rotary_emb).forward):  # an older transformers: once for both rows
+        expected += 2 * 4 * 16 / 32
     assert active.count_flops(model, tokens) == expected
     assert active.expert_flops(model) == dict.fromkeys(range(3), 2 * 3 * 32 * 24)
     expected_logits = model(tokens).logits

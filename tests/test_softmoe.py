@@ -28,6 +28,7 @@ from transformers_tiedmoe import TiedMoeConfig, TiedMoeForCausalLM
 from transformers_tiedmoe.configuration_tiedmoe import SOFT_SINCE
 from transformers_tiedmoe.errors import TiedMoeError
 from transformers_tiedmoe.routing import active_experts, soft_top_k, softmoe
+from transformers_tiedmoe.routing.options import most_active
 from transformers_tiedmoe.routing.softmoe import EAGER_WITHOUT_SENTINEL, SoftRouter
 from transformers_tiedmoe.training import AnnealRouting, pool_parameter_groups, soft_routing
 
@@ -164,6 +165,16 @@ def test_group_limits_stay():
     assert (index < 8).all()
     with pytest.raises(TiedMoeError, match=r"softmoe\.budget=21; expected a number of at least 5 and at most 20"):
         soft_model("deepseek_v3", fields=fields, budget=21)
+
+
+def test_k_max_holds_all_that_can_pass():
+    """Six equal experts share a mass of 2, a third each, and pass 0.3; no seventh could."""
+    assert [most_active(2.0, threshold, 8) for threshold in (0.3, 0.25, 0.01, 0.9)] == [6, 7, 8, 2]
+    fields = {"num_experts": 8}
+    router = routers(soft_model(fields=fields, tying={"groups": []}, alpha=0.01, threshold=0.3, learn_budget=False))[0]
+    router.weight.data[:6], router.weight.data[6:] = 0.1, -0.1
+    _, _, index = router(torch.ones(3, 32))
+    assert index.sort().values.tolist() == [[0, 1, 2, 3, 4, 5]] * 3
 
 
 # What users do with it
