@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, load_fsdp_model, load_fsdp_optimiz
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from transformers_tiedmoe.training.checkpoints import RecordCheckpoints
 from transformers_tiedmoe.training.heal import HealConfig, _Run, heal
@@ -136,6 +136,25 @@ def check_states(tied: str) -> None:
     if accelerator.is_main_process:
         model.save_pretrained("of_both", state_dict=weights)
     accelerator.free_memory()
+
+
+def train_plainly(tied: str, output: str, batch_size: int) -> None:
+    """Train by transformers' Trainer, which knows nothing of pools, and save as it does."""
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    tokens = torch.randint(3, 90, (8, 12), generator=torch.Generator().manual_seed(0))
+    options = {"max_steps": 2, "learning_rate": 1.0, "optim": "sgd", "save_strategy": "no", "report_to": "none"}
+    args = TrainingArguments(output, per_device_train_batch_size=batch_size, disable_tqdm=True, **options)
+    if is_sharded := os.environ.get("WORLD_SIZE") == "2":
+        PartialState().distributed_type = DistributedType.MULTI_GPU  # as `run` does; the arguments reset it
+    trainer = Trainer(model, args, train_dataset=[{"input_ids": each, "labels": each} for each in tokens])
+    trainer.train()
+    assert isinstance(trainer.model, FSDPModule) is is_sharded
+    trainer.save_model()
+
+
+def check_trainer(tied: str) -> None:
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    train_plainly(tied, "plainly", batch_size=2)
 
 
 def check_example(tied: str, text: str) -> None:

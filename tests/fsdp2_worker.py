@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 from families import tiny_config, transformers_before
-from fsdp2_heal_worker import check_example, check_heal, check_rescue, check_states
+from fsdp2_heal_worker import check_example, check_heal, check_rescue, check_states, check_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -208,6 +208,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print("equal weights after Muon's steps", flush=True)
     tied, text = sys.argv[1:]
+    check_trainer(tied)
     check_heal(tied, text)
     check_rescue(tied, text)
     check_states(tied)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import make_text, make_tokenizer, save_tied
 from families import transformers_before
-from fsdp2_heal_worker import KINDS, OPTIONS, load_alone, model_and_optimizer, save_alone, step
+from fsdp2_heal_worker import KINDS, OPTIONS, load_alone, model_and_optimizer, save_alone, step, train_plainly
 from fsdp2_worker import CASES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -112,6 +112,21 @@ def test_states_of_fsdp2_go_from_one_process_to_two_and_back(two_processes):
     for (name, want), got in zip(alone[0].state_dict().items(), others[0].state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
         torch.testing.assert_close(saved[name], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_transformers_own_trainer_under_fsdp2_trains_as_in_one_process(two_processes):
+    folder, done = two_processes
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    train_plainly(folder / "tied", folder / "plainly_alone", batch_size=4)
+    start = AutoModelForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32).state_dict()
+    two, one = (load_file(folder / name / "model.safetensors") for name in ("plainly", "plainly_alone"))
+    assert two.keys() == one.keys()
+    for name, want in one.items():
+        bound = 1e-4 * float((want - start[name]).abs().max())  # of what training has moved
+        assert bound > 0, name
+        torch.testing.assert_close(two[name], want, rtol=0, atol=bound, msg=name)
 
 
 @pytest.mark.slow

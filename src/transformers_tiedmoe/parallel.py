@@ -81,6 +81,11 @@ class ParallelPools(PreTrainedModel):
                 "inactive, which transformers' exchange of tokens does not know; use tp_size or fsdp_size"
             )
         tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        if tp_size > 1 and self.config.groups and not any("expert_pools." in name for name in (*tp_plan, *ep_plan)):
+            raise TiedMoeError(
+                f"tp_size={tp_size} on a model of family {self.config.family!r}, whose experts transformers has no "
+                "tensor-parallel plan for: every process would hold all pools; use ep_size, or enable_expert_parallel"
+            )
         return tp_plan, ep_plan, {name: style for name, style in fsdp_plan.items() if name not in ep_plan}
 
     def _expand_parallel_plan(self, plan: Plan) -> Plan:

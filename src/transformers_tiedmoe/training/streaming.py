@@ -51,7 +51,9 @@ def read_text(
         apart = open_texts(args.data, args.text_column, args.validation_split) if args.validation_split else texts
         held_out = list(itertools.islice(stream_blocks(apart, tokenizer, block_size), args.validation_blocks))
         if not held_out:
-            raise TiedMoeError(f"{args.data} has not one block of {block_size} tokens to hold out; lower block_size")
+            raise TiedMoeError(
+                f"{args.data} has not one block of {block_size} tokens to hold out; give more, or lower block_size"
+            )
         validation = as_blocks(np.concatenate(held_out), block_size)
         skip = 0 if args.validation_split else len(held_out)
         seed = args.seed if args.data_seed is None else args.data_seed
