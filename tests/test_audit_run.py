@@ -331,7 +331,7 @@ def test_tasks_without_the_harness(models, tmp_path, monkeypatch):
 
 
 def test_models_and_data_that_do_not_exist(models, tmp_path):
-    with pytest.raises(OSError, match="nothing-here"):
+    with pytest.raises(TiedMoeError, match="nothing-here does not exist; expected the folder of a checkpoint"):
         audit(config(models, tmp_path / "out", "nothing-here"))
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing\.txt"):
         audit(config(models, tmp_path / "out", data=[str(tmp_path / "nothing.txt")]))

@@ -62,9 +62,9 @@ def audit(config: AuditConfig, progress: Progress | None = None, convert: Conver
 
     Raises:
         FileNotFoundError: no such data.
-        OSError: no such model.
-        TiedMoeError: too little text, a tokenizer that does not fit its model, an output folder that holds something
-            else, another audit at work on it, a full disk.
+        OSError: no such model on the Hub.
+        TiedMoeError: no such folder, too little text, a tokenizer that does not fit its model, an output folder that
+            holds something else, another audit at work on it, a full disk.
         ImportError: `lm_eval` without the harness.
     """
     if config.calibration is not None and convert is None:
