@@ -167,7 +167,7 @@ def test_group_limits_stay():
         soft_model("deepseek_v3", fields=fields, budget=21)
 
 
-def test_k_max_holds_all_that_can_pass():
+def test_k_max_holds_all_that_can_pass_and_one_stays():
     """Six equal experts share a mass of 2, a third each, and pass 0.3; no seventh could."""
     assert [most_active(2.0, threshold, 8) for threshold in (0.3, 0.25, 0.01, 0.9)] == [6, 7, 8, 2]
     fields = {"num_experts": 8}
@@ -175,6 +175,11 @@ def test_k_max_holds_all_that_can_pass():
     router.weight.data[:6], router.weight.data[6:] = 0.1, -0.1
     _, _, index = router(torch.ones(3, 32))
     assert index.sort().values.tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    router._owner[0].config.softmoe["threshold"] = 0.9  # none passes: the first one stays
+    _, weights, index = router(torch.ones(3, 32))
+    assert index.shape == (3, 1)
+    assert (index < 6).all()
+    assert (weights > 0).all()
 
 
 # What users do with it
