@@ -291,7 +291,7 @@ def test_heal_prints_json_and_nothing_else_on_stdout(tied, text, tmp_path, tiedm
     assert report["config"]["lora"] is False
     assert "evaluating" in result.stderr
     assert "error: output" in tiedmoe(*arguments, status=1).stderr
-    table = tiedmoe(*arguments, "--overwrite", "--lora").stdout
+    table = tiedmoe(*arguments, "--overwrite", "--lora", "--lora-rank", "2").stdout
     assert "before" in table
     assert f"{report['before']['perplexity']:.2f}" in table
 

@@ -1,5 +1,7 @@
 """Offloaded pools: fetched once per group and forward pass, where accelerate alone fetches them for every layer."""
 
+import statistics
+import time
 from collections import Counter
 
 import pytest
@@ -7,11 +9,12 @@ import torch
 from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.utils import OffloadedWeightsLoader
 from families import tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from transformers_tiedmoe import TiedMoeConfig, keep_pools_loaded
 
 GROUPS = [[1, 2, 3], [4, 5]]
+CASES = ("untied", "tied, accelerate alone", "tied", "tied, prefetch")
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +141,46 @@ def test_cpu_offload_and_what_is_not_offloaded(saved):
     keep_pools_loaded(loaded)
     assert loaded(TOKENS).logits.equal(model(TOKENS).logits)
     assert all(parameter.is_meta for parameter in loaded.expert_pools.parameters())
+
+
+@pytest.mark.minutes
+@torch.no_grad()
+def test_bytes_and_speed_of_a_token_against_the_untied_model(tmp_path, monkeypatch, capsys):
+    """`pytest -m minutes -s tests/test_offload.py` prints the table of docs/scaling.md."""
+    moved, read = Counter(), OffloadedWeightsLoader.__getitem__
+
+    def copied(self, name):  # as onto a GPU: a CPU would map the file, and read the experts in use alone
+        weight = read(self, name).clone()
+        moved["bytes"] += weight.nbytes
+        return weight
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", copied)
+    family = OlmoeConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4, num_experts=32,
+        num_experts_per_tok=4, vocab_size=4096,
+    )  # fmt: skip
+    tied = TiedMoeConfig.from_family(family, group_size=4, skip_first=2, skip_last=2)
+    for name, config in (("untied", family), ("tied", tied)):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name, save_original_format=False)
+    models = {name: on_disk(tmp_path / name.split(",")[0], tmp_path) for name in CASES}
+    for pool in models["tied, accelerate alone"].expert_pools:
+        pool._hf_hook = pool._hf_hook.hook
+    keep_pools_loaded(models["tied, prefetch"], prefetch=True)
+    sizes: dict[str, float] = {}
+    speeds: dict[str, list[float]] = {name: [] for name in CASES}
+    for turn in range(5):  # the first warms up; each from the other end than the one before
+        for name in CASES[:: 1 if turn % 2 else -1]:
+            cache = models[name](TOKENS[:1], use_cache=True).past_key_values
+            moved["bytes"], start = 0, time.perf_counter()
+            for token in TOKENS[1, :2]:
+                models[name](token[None, None], past_key_values=cache, use_cache=True)
+            sizes[name] = moved["bytes"] / 2
+            speeds[name] += [2 / (time.perf_counter() - start)] if turn else []
+    with capsys.disabled():
+        for name, found in speeds.items():
+            spread = f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+            print(f"| {name} | {sizes[name] / 1e6:.0f} | {spread} |")
+    assert sizes["tied, accelerate alone"] == pytest.approx(sizes["untied"], rel=0.01)
+    # Seven sets of experts instead of sixteen; attention and embeddings as ever.
+    experts = 16 * 32 * 3 * 256 * 256 * 4
+    assert sizes["untied"] - sizes["tied"] == pytest.approx(9 / 16 * experts, rel=0.01)
