@@ -51,7 +51,7 @@ def config_of(family: str):
     is what is predicted.
     """
     sizes = tiny_config(family).to_dict()
-    is_latent = "v_head_dim" in sizes
+    is_latent = "qk_nope_head_dim" in sizes
     return tiny_config(
         family, **({"v_head_dim": sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]} if is_latent else {})
     )
