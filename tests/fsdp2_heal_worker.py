@@ -63,19 +63,19 @@ def run_killed(step: int, *args: str, **fields) -> None:
         RecordCheckpoints.on_save = original
 
 
-def check_heal(tied: str, text: str) -> None:
+def check_heal(tied: str, text: str, prefix: str = "") -> None:
     """Heal into the current folder: "whole" runs through, "killed" is killed after two steps and after the last."""
+    fields = KINDS[prefix]
     collect, sharded = _Run._collect, []
     _Run._collect = lambda self, model: sharded.append(isinstance(model, FSDPModule)) or collect(self, model)
-    for prefix, fields in KINDS.items():
-        whole = run(tied, text, f"{prefix}whole", "FULL_STATE_DICT", **fields)
-        run_killed(2, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
-        run_killed(4, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
-        killed = run(tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
-        assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
-        for name in ("before", "after", "history", "parameters", "trainable_parameters"):
-            assert whole[name] == killed[name], (prefix, name, whole[name], killed[name])
-    assert sharded == [True, True] * len(KINDS)
+    whole = run(tied, text, f"{prefix}whole", "FULL_STATE_DICT", **fields)
+    run_killed(2, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+    run_killed(4, tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+    killed = run(tied, text, f"{prefix}killed", "SHARDED_STATE_DICT", **fields)
+    assert (whole["resumed_from_step"], killed["resumed_from_step"]) == (0, 4)
+    for name in ("before", "after", "history", "parameters", "trainable_parameters"):
+        assert whole[name] == killed[name], (prefix, name, whole[name], killed[name])
+    assert sharded == [True, True]
 
 
 def check_rescue(tied: str, text: str) -> None:

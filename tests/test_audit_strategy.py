@@ -31,6 +31,7 @@ pytestmark = pytest.mark.xdist_group("audit_strategy")  # one worker makes the f
 
 OPTIONS = StrategyOptions(num_blocks=8, batch_size=4)
 SLOW = ("qwen3_5", "qwen3_next", "qwen4_exp", "inkling", "kimi", "bailing")  # linear attention in plain torch
+LIKE_QWEN3_NEXT = ("qwen3_5", "qwen4_exp")  # each several seconds
 FAMILIES = [family for family in text_families() if family != "gemma4"]  # multimodal: test_families.py
 
 
@@ -299,8 +300,14 @@ def test_every_family(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith(SLOW)])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith(SLOW) and not f.startswith(LIKE_QWEN3_NEXT)])
 def test_families_with_slow_layers(family):
+    check_family(family)
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith(LIKE_QWEN3_NEXT)])
+def test_families_with_the_layers_of_qwen3_next(family):
     check_family(family)
 
 

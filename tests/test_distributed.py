@@ -28,16 +28,39 @@ FSDP2 = HERE.parent / "examples/accelerate/fsdp2.yaml"
 def two_processes(tmp_path_factory):
     """What fsdp2_worker.py has written and said, in two processes that accelerate starts by the example's config."""
     folder = tmp_path_factory.mktemp("fsdp2")
+    return folder, launch(folder)
+
+
+def launch(folder, *kinds):
+    """Run fsdp2_worker.py in the folder, with a model and text in it."""
     save_tied(folder / "tied", torch.bfloat16)
     (folder / "text.txt").write_text(make_text(num_lines=40))
     model, optimizer = model_and_optimizer(folder / "tied")
     step(model, optimizer, 0)
     save_alone(folder / "of_one", model, optimizer)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
-    worker = ["--mixed_precision", "no", "--main_process_port", "0", HERE / "fsdp2_worker.py", "tied", "text.txt"]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(FSDP2),
+        "--num_processes",
+        "2",
+    ]
+    worker = [
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+        HERE / "fsdp2_worker.py",
+        "tied",
+        "text.txt",
+        *kinds,
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, *worker], cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
-    return folder, done
+    return subprocess.run(
+        [*accelerate, *worker], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.mark.slow
@@ -55,16 +78,22 @@ def test_fsdp2_and_ddp_have_the_gradients_of_one_process(two_processes):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("two_processes")
-@pytest.mark.parametrize("kind", KINDS)
-def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes, kind):
+def test_heal_under_fsdp2_is_continued_bit_by_bit_and_saved_whole(two_processes):
     """Killed after steps 2 and 4 of 4, checkpoints in shards: as one with whole checkpoints that runs through.
 
-    And to rounding as in one process, which trains on the same blocks in the same order. Adapters, on pools too, are
-    merged in shards.
+    And to rounding as in one process, which trains on the same blocks in the same order.
     """
-    folder, done = two_processes
+    check_continued(*two_processes, kind="")
+
+
+@pytest.mark.minutes
+def test_adapters_under_fsdp2_are_continued_bit_by_bit_and_merged_in_shards(tmp_path):
+    check_continued(tmp_path, launch(tmp_path, "lora-"), kind="lora-")
+
+
+def check_continued(folder, done, kind):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("killed after") == 4 * len(KINDS)  # two kills of two processes
+    assert done.stdout.count("killed after") == 4  # two kills of two processes
     whole, killed = (load_file(folder / f"{kind}{name}/model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(whole[name].equal(killed[name]) for name in whole)
