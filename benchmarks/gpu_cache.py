@@ -167,7 +167,8 @@ def unpack(archive: Path, folder: Path) -> dict:
     """Unpack an archive into triton's cache under the keys of the triton that is here; what is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, tarfile.open(archive) as tar:
-        tar.extractall(scratch, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # none in Python before 3.11.4
+        tar.extractall(scratch)
         for key in Path(scratch).glob("*/key"):
             place = folder_of(cache.triton_key() + key.read_text(), folder)
             files = [path.name for path in key.parent.iterdir() if path.suffix]
